@@ -1,0 +1,1 @@
+"""One module per model family: its configuration, and what its checkpoints call each tensor."""

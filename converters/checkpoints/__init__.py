@@ -1,0 +1,1 @@
+"""Checkpoints on disk, read lazily: safetensors folders and GGUF files behind one interface."""

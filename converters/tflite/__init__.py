@@ -1,0 +1,1 @@
+"""A small graph builder and a streaming writer for the TFLite schema."""

@@ -1,0 +1,1 @@
+"""The device side: maps a bundle and answers requests over MQTT or serial."""
