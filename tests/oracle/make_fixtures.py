@@ -18,6 +18,7 @@ saturated, layer scalars are far from one, logits reach the softcap, and the seq
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import shutil
@@ -40,44 +41,37 @@ from transformers import (
 
 HERE = Path(__file__).parent
 FIXTURES = HERE.parent / "fixtures"
+TOKENIZER_TEXT = HERE / "tokenizer_text.txt"
 VOCABULARY = 512
 TOKENS = 80
 BOS = 2
 SLIDING, FULL = "sliding_attention", "full_attention"
 
-GEMMA3: dict[str, Any] = {
-    "architectures": ["Gemma3ForCausalLM"],
-    "model_type": "gemma3_text",
+COMMON: dict[str, Any] = {
     "dtype": "bfloat16",
     "vocab_size": VOCABULARY,
     "hidden_activation": "gelu_pytorch_tanh",
     "rms_norm_eps": 1e-6,
     "attention_bias": False,
-    "max_position_embeddings": 32768,
     "bos_token_id": BOS,
     "eos_token_id": 1,
     "pad_token_id": 0,
     "tie_word_embeddings": True,
 }
-
-GEMMA4_TEXT: dict[str, Any] = {
+GEMMA3 = COMMON | {
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "max_position_embeddings": 32768,
+}
+GEMMA4_TEXT = COMMON | {
     "model_type": "gemma4_text",
-    "dtype": "bfloat16",
-    "vocab_size": VOCABULARY,
     "vocab_size_per_layer_input": VOCABULARY,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "rms_norm_eps": 1e-6,
-    "attention_bias": False,
     "attention_k_eq_v": False,
     "enable_moe_block": False,
     "final_logit_softcapping": 30.0,
     "num_global_key_value_heads": None,
     "use_bidirectional_attention": None,
     "max_position_embeddings": 131072,
-    "bos_token_id": BOS,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-    "tie_word_embeddings": True,
     "rope_parameters": {
         FULL: {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25},
         SLIDING: {"rope_type": "default", "rope_theta": 1e4},
@@ -281,9 +275,10 @@ def control_symbols(gemma4: bool) -> list[str]:
 
 def write_tokenizer(folder: Path, gemma4: bool) -> None:
     """Train a SentencePiece BPE model of Gemma's kind (no normalisation, byte fallback)."""
+    model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        input=str(HERE / "tokenizer_text.txt"),
-        model_prefix=str(folder / "tokenizer"),
+        sentence_iterator=iter(TOKENIZER_TEXT.read_text().splitlines()),
+        model_writer=model,
         model_type="bpe",
         vocab_size=VOCABULARY,
         byte_fallback=True,
@@ -304,7 +299,7 @@ def write_tokenizer(folder: Path, gemma4: bool) -> None:
         num_threads=1,
         minloglevel=2,
     )
-    (folder / "tokenizer.vocab").unlink()
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
 
 
 def write_tokenizer_json(folder: Path) -> None:
@@ -332,7 +327,7 @@ def write_tokenizer_json(folder: Path) -> None:
     )
     control = [AddedToken(names[n], special=True, normalized=False) for n in range(107)]
     tokenizer.add_special_tokens(control)
-    for line in [*(HERE / "tokenizer_text.txt").read_text().splitlines(), "\u4f60  \t caf\u00e9"]:
+    for line in [*TOKENIZER_TEXT.read_text().splitlines(), "\u4f60  \t caf\u00e9"]:
         if tokenizer.encode(line).ids != pieces.encode(line):
             raise SystemExit(f"tokenizer.json and tokenizer.model disagree on: {line}")
     tokenizer.save(str(folder / "tokenizer.json"))
