@@ -5,9 +5,9 @@ Codes are computed from the scale as it is stored, so what is reported is what t
 int2 scales are chosen for the least squared error. Results depend on the input only: not on the number of
 threads or on how a tensor is cut into slices of rows. Scratch memory is a few MB a thread.
 
-Formats are those XNNPACK takes for constant weights of FULLY_CONNECTED: int8, int4 and int2 with one float32
-scale a row, int4 with one float16 scale per block of 32 columns. XNNPACK packs blockwise scales as bfloat16, so
-those chosen here have 8 significant bits: float16 and bfloat16 hold them exactly.
+XNNPACK takes these as constant weights of FULLY_CONNECTED: int8, int4 and int2 with one float32 scale a row,
+int4 with one float16 scale per block of 32 columns. It packs blockwise scales as bfloat16, so those chosen
+here have 8 significant bits: float16 and bfloat16 hold them exactly.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LOWEST = {8: -127, 4: -8, 2: -2}
 HIGHEST = {8: 127, 4: 7, 2: 1}
 
 _TILE = 1 << 16
-"""Values a thread works on at a time: 256 KB of float32, so that the arrays of one step stay in its L2 cache."""
+"""Values a thread works on at a time: 256 KB of float32, so that one step's arrays stay in its L2 cache."""
 
 _SMALLEST_HALF = np.float32(2.0**-14)
 """Smallest normal float16."""
@@ -92,7 +92,7 @@ class Quantized:
     scales: NDArray[Any]
 
     def dequantize(self) -> Floats:
-        """The values that the codes stand for, float32 [rows, columns]."""
+        """Return the values that the codes stand for, float32 [rows, columns]."""
         values = self.codes.astype(np.float32)
         if self.format.bits == 32:
             return values
@@ -102,7 +102,7 @@ class Quantized:
         return values
 
     def packed(self) -> NDArray[np.uint8]:
-        """The codes as the bytes of a TFLite buffer, flat."""
+        """Return the codes as the bytes of a TFLite buffer, flat."""
         if self.format.bits == 32:
             return np.ascontiguousarray(self.codes, dtype="<f4").reshape(-1).view(np.uint8)
         return pack(self.codes, self.format.bits)
@@ -138,7 +138,7 @@ def quantize(rows: Floats, format: Format) -> Quantized:
 
 
 def half_scales(scales: Floats) -> Floats:
-    """Scales as a blockwise format can hold them: 8 significant bits, normal in float16, positive (float32)."""
+    """Round scales to what a blockwise format can hold: 8 significant bits, positive, normal in float16."""
     bits = np.clip(scales, _SMALLEST_HALF, _LARGEST_HALF).astype(np.float32).view(np.uint32)
     bits += np.uint32(0x8000)
     bits &= np.uint32(0xFFFF0000)
@@ -146,7 +146,7 @@ def half_scales(scales: Floats) -> Floats:
 
 
 def pack(codes: NDArray[np.int8], bits: int) -> NDArray[np.uint8]:
-    """Codes of any shape to bytes, flat: int4 two a byte, low nibble first; int2 four a byte, lowest bits first.
+    """Pack codes into bytes, flat: int4 two a byte, low nibble first; int2 four a byte, lowest bits first.
 
     Raises ValueError if the codes do not fill whole bytes.
     """
@@ -166,7 +166,7 @@ def pack(codes: NDArray[np.int8], bits: int) -> NDArray[np.uint8]:
 
 
 def unpack(data: NDArray[np.uint8], bits: int) -> NDArray[np.int8]:
-    """What `pack` packed: int8 codes, flat."""
+    """Undo `pack`: int8 codes, flat."""
     if bits == 8:
         return data.view(np.int8)
     shifts = np.arange(8 - bits, -1, -bits, dtype=np.uint8)
@@ -201,7 +201,7 @@ class ErrorMeter:
         )
 
     def relative(self, group: str) -> float:
-        """Squared error of a group divided by the sum of its squares. Raises KeyError for an unknown group."""
+        """Return a group's squared error over its sum of squares. Raises KeyError for an unknown group."""
         found = [sums for (name, _), sums in self._sums.items() if name == group]
         if not found:
             raise KeyError(group)
@@ -210,10 +210,11 @@ class ErrorMeter:
 
     def lines(self) -> list[str]:
         """One line per group and format: values, format and the root of the relative squared error."""
-        return [
-            f"{group:<28} {format!s:<20} {count:>13,} values   error {(error / energy if energy else 0.0) ** 0.5:8.3%}"
-            for (group, format), (count, error, energy) in self._sums.items()
-        ]
+        lines = []
+        for (group, format), (count, error, energy) in self._sums.items():
+            relative = (error / energy if energy else 0.0) ** 0.5
+            lines.append(f"{group:<28} {format!s:<20} {count:>13,} values   error {relative:8.3%}")
+        return lines
 
 
 def tensor_group(name: str) -> str:
@@ -235,8 +236,13 @@ def _in_tiles(count: int, width: int, work: Callable[[slice], None]) -> None:
         for tile in tiles:
             work(tile)
         return
+
+    def every(first: int) -> None:
+        for tile in tiles[first::workers]:
+            work(tile)
+
     with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(lambda first: [work(tile) for tile in tiles[first::workers]], range(workers)))
+        list(pool.map(every, range(workers)))
 
 
 def _quantize_rows(rows: Floats, bits: int, codes: NDArray[np.int8], scales: Floats) -> None:
@@ -252,12 +258,15 @@ def _quantize_rows(rows: Floats, bits: int, codes: NDArray[np.int8], scales: Flo
 
 
 def _quantize_blocks(blocks: Floats, bits: int, codes: NDArray[np.int8], scales: NDArray[np.float16]) -> None:
-    """Blockwise: fill `codes` and `scales` from float32 [n, block]; columns first inside, so that sums vectorise."""
+    """Blockwise: fill `codes` and `scales` from float32 [n, block].
+
+    Works on the transpose, where the sums over a block are sums of whole arrays.
+    """
     columns = np.ascontiguousarray(blocks.T)
     chosen = half_scales(_search(columns, bits, _BLOCK_TRIALS, axis=0))
     work = np.empty_like(columns)
     _round(columns, np.float32(1) / chosen, bits, work)
-    np.copyto(codes, work.T, casting="unsafe")
+    codes[:] = work.astype(np.int8).T
     scales[:] = chosen
 
 
