@@ -57,7 +57,7 @@ class Tokenizer:
         return ids
 
     def piece_bytes(self, token: int) -> bytes:
-        """Return the UTF-8 bytes that `token` stands for, maybe only part of a character; b"" for a control id.
+        """Return the UTF-8 bytes of `token`, maybe only part of a character; b"" for a control id.
 
         Raises IndexError if `token` is not in the vocabulary.
         """
@@ -103,8 +103,8 @@ class TextStream:
     """Token ids in, text that is safe to show out.
 
     Characters that are split over several tokens wait for their last byte. Text that could be the start of a
-    stop string waits until it is decided. Of several stop strings the one that is complete first wins, of those
-    that end together the longest, so the result does not depend on how the text was cut into tokens.
+    stop string waits until it is decided. Of several stop strings the one that is complete first wins, of
+    those that end together the longest, so the result does not depend on how the text was cut into tokens.
 
     `stopped` is true once a stop string was met; the string itself is not part of the text. Stop strings must
     not be empty.
@@ -127,6 +127,10 @@ class TextStream:
     def push(self, token: int) -> str:
         """Take one more token; return the text that can be shown now, often ""."""
         return self._advance(self._decoder.decode(self._tokenizer.piece_bytes(token)), last=False)
+
+    def push_text(self, text: str) -> str:
+        """Take text that no token stands for; return what can be shown now."""
+        return self._advance(text, last=False)
 
     def finish(self) -> str:
         """No more tokens: return what was held back. An unfinished character becomes U+FFFD."""
