@@ -1,0 +1,96 @@
+"""Opens a GGUF file of architecture gemma3 as a `Checkpoint`."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType
+
+from converters.architectures import gemma3
+from converters.architectures.fields import Fields
+from converters.architectures.names import gguf_name
+from converters.checkpoints.base import Checkpoint, LazyTensor
+from converters.checkpoints.chat import chat_info, licence_notice
+from converters.checkpoints.gguf_file import GgufFile, read_gguf
+from converters.checkpoints.stored import (
+    Bytes,
+    Floats,
+    Stored,
+    StoredTensor,
+    bfloat16_rows,
+    float16_rows,
+    float32_rows,
+)
+from converters.tokenizer_model import from_gguf
+from edge.architecture import Architecture, tensor_shapes
+from edge.errors import CheckpointError
+
+_PLAIN = {
+    GGMLQuantizationType.F32: float32_rows,
+    GGMLQuantizationType.F16: float16_rows,
+    GGMLQuantizationType.BF16: bfloat16_rows,
+}
+_BLOCKWISE = {
+    GGMLQuantizationType.Q4_0,
+    GGMLQuantizationType.Q5_0,
+    GGMLQuantizationType.Q8_0,
+    GGMLQuantizationType.Q4_K,
+    GGMLQuantizationType.Q5_K,
+    GGMLQuantizationType.Q6_K,
+}
+
+
+def open_gguf(path: Path) -> Checkpoint:
+    """Open the GGUF file at `path`.
+
+    Raises CheckpointError, naming the file and the key or tensor, if it is damaged or not supported.
+    """
+    file = read_gguf(path)
+    architecture = _architecture(file)
+    tensors = {name: _tensor(file, name, shape) for name, shape in tensor_shapes(architecture).items()}
+    template = file.metadata.get("tokenizer.chat_template")
+    return Checkpoint(
+        path=path,
+        architecture=architecture,
+        tensors=tensors,
+        tokenizer_model=from_gguf(file.metadata, path, architecture.vocabulary),
+        chat=chat_info(architecture.family, template if isinstance(template, str) else ""),
+        source_files=(path,),
+        licence=licence_notice(str(file.metadata.get("general.license", ""))),
+    )
+
+
+def _architecture(file: GgufFile) -> Architecture:
+    name = file.metadata.get("general.architecture")
+    if name != gemma3.FAMILY:
+        raise CheckpointError(f"{file.path}: architecture {name!r:.60} is not supported; gemma3 is")
+    embedding = file.tensors.get(gguf_name("embedding"))
+    if embedding is None or len(embedding.shape) != 2:
+        raise CheckpointError(f"{file.path}: tensor {gguf_name('embedding')} is missing or no matrix")
+    metadata = Fields(str(file.path), file.metadata, f"{name}.")
+    return gemma3.from_metadata(metadata, embedding.shape[0], gguf_name("head") not in file.tensors)
+
+
+def _tensor(file: GgufFile, name: str, shape: tuple[int, ...]) -> LazyTensor:
+    entry = file.tensors.get(gguf_name(name))
+    if entry is None:
+        raise CheckpointError(f"{file.path}: tensor {gguf_name(name)} is missing")
+    if entry.shape != shape:
+        raise CheckpointError(
+            f"{file.path}: tensor {entry.name} has shape {entry.shape} where the metadata ask for {shape}"
+        )
+    kind = entry.quantization
+    stored = Stored(file.path, entry.name, entry.offset, entry.row_bytes)
+    if kind in _PLAIN:
+        return StoredTensor(stored, shape, kind.name, _PLAIN[kind])
+    if kind not in _BLOCKWISE or len(shape) == 1:
+        raise CheckpointError(f"{file.path}: tensor {entry.name}: type {kind.name} is not supported")
+    return StoredTensor(stored, shape, kind.name, partial(_dequantized, kind))
+
+
+def _dequantized(kind: GGMLQuantizationType, raw: Bytes) -> Floats:
+    values: Floats = gguf.quants.dequantize(raw, kind).astype(np.float32, copy=False)
+    return values

@@ -1,0 +1,20 @@
+"""The one way to open a checkpoint, whatever its format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from converters.checkpoints.base import Checkpoint
+from converters.checkpoints.gguf_checkpoint import open_gguf
+from edge.errors import CheckpointError
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a GGUF file or a Hugging Face folder.
+
+    Raises CheckpointError, in one line that names the file and the key or tensor, if it is missing, damaged,
+    incomplete or of a kind that is not supported.
+    """
+    if path.is_file():
+        return open_gguf(path)
+    raise CheckpointError(f"{path}: no such file")
