@@ -1,9 +1,9 @@
 """The serial line's frames: `{"id":"7",...}*1A2B3C4D` and a newline.
 
 One JSON object in ASCII, `*`, the CRC-32 of the bytes before the `*` as 8 hex digits (the CRC of zlib, PNG
-and MicroPython's `binascii.crc32`), and a newline. A person can read it, XON/XOFF can't be confused by it, and
-a reader that lost its place finds it again at the next newline. A carriage return before the newline, and empty
-lines, are ignored: a sender may begin with a newline so that noise does not spoil its first frame.
+and MicroPython's `binascii.crc32`), and a newline. A person can read it, XON/XOFF can't be confused by it,
+and a reader that lost its place finds it again at the next newline. A carriage return before the newline,
+and empty lines, are ignored: a sender may begin with a newline so that noise does not spoil its first frame.
 
 A lenient reader also takes a line without `*` and CRC, for typing by hand, in UTF-8.
 """
