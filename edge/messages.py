@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from edge import strict_json
+from edge.checks import FieldError
 from edge.errors import RequestError, TransportError
 from edge.request_fields import (
     CHECKS,
     MAX_REQUEST_BYTES,
-    FieldError,
     Message,
     ToolCall,
     message_to_dict,

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from edge import strict_json
-from edge.strict_json import StrictJsonError, kind_of, printable
+from edge.checks import FieldError, array, flag, integer, mapping, number, text
+from edge.strict_json import StrictJsonError
 
 MAX_REQUEST_BYTES = 256 * 1024
 MAX_MESSAGES = 256
@@ -23,10 +24,6 @@ MAX_CHOICES = 1024
 
 _ID = re.compile(r"[!-~]{1,64}")
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-
-
-class FieldError(ValueError):
-    """A key's value is not allowed; the message names the key, what it is and what is allowed."""
 
 
 @dataclass(frozen=True)
@@ -49,44 +46,6 @@ class Message:
     tool_name: str | None = None
 
 
-def text(path: str, value: Any) -> str:
-    """Accept any string."""
-    if not isinstance(value, str):
-        raise FieldError(f"{path} is {kind_of(value)}; allowed: a string")
-    return value
-
-
-def flag(path: str, value: Any) -> bool:
-    """Accept true or false."""
-    if not isinstance(value, bool):
-        raise FieldError(f"{path} is {kind_of(value)}; allowed: true or false")
-    return value
-
-
-def integer(low: int, high: int) -> Callable[[str, Any], int]:
-    """Make a check for an integer from `low` to `high`, both allowed."""
-
-    def check(path: str, value: Any) -> int:
-        if type(value) is not int or not low <= value <= high:
-            found = value if type(value) in (int, float) else kind_of(value)
-            raise FieldError(f"{path} is {found}; allowed: an integer from {low} to {high}")
-        return value
-
-    return check
-
-
-def number(low: float, high: float) -> Callable[[str, Any], float]:
-    """Make a check for a number from `low` to `high`, both allowed."""
-
-    def check(path: str, value: Any) -> float:
-        if type(value) not in (int, float) or not low <= value <= high:
-            found = value if type(value) in (int, float) else kind_of(value)
-            raise FieldError(f"{path} is {found}; allowed: a number from {low} to {high}")
-        return float(value)
-
-    return check
-
-
 def request_id(path: str, value: Any) -> str:
     """Accept a name that is safe in a log line and a topic."""
     if not isinstance(value, str) or not _ID.fullmatch(value):
@@ -104,7 +63,7 @@ def response_topic(path: str, value: Any) -> str:
 
 def stops(path: str, value: Any) -> tuple[str, ...]:
     """Accept one stop string or several."""
-    values = [value] if isinstance(value, str) else _array(path, value, MAX_STOPS)
+    values = [value] if isinstance(value, str) else array(path, value, MAX_STOPS)
     for index, item in enumerate(values):
         if not 1 <= len(text(f"{path}[{index}]", item)) <= MAX_STOP_CHARACTERS:
             raise FieldError(
@@ -117,7 +76,7 @@ def messages(path: str, value: Any) -> tuple[Message, ...]:
     """Read the turns of a conversation, at least one; tool messages get the name of the call they answer."""
     names: dict[str, str] = {}
     result = []
-    for index, item in enumerate(_array(path, value, MAX_MESSAGES, least=1)):
+    for index, item in enumerate(array(path, value, MAX_MESSAGES, least=1)):
         message = _message(f"{path}[{index}]", item, names)
         names |= {call.id: call.name for call in message.tool_calls if call.id}
         result.append(message)
@@ -133,11 +92,11 @@ _MESSAGE_KEYS = {
 
 
 def _message(path: str, value: Any, names: Mapping[str, str]) -> Message:
-    data = _object(path, value, None, ("role",))
+    data = mapping(path, value, None, ("role",))
     role = data["role"]
     if not isinstance(role, str) or role not in _MESSAGE_KEYS:
         raise FieldError(f"{path}.role is not valid; allowed: {', '.join(_MESSAGE_KEYS)}")
-    _object(path, data, _MESSAGE_KEYS[role])
+    mapping(path, data, _MESSAGE_KEYS[role])
     calls = read_tool_calls(f"{path}.tool_calls", data.get("tool_calls") or [])
     content = data.get("content")
     if content is None and calls:
@@ -165,20 +124,20 @@ def _tool_name(path: str, data: Mapping[str, Any], names: Mapping[str, str]) -> 
 
 def read_tool_calls(path: str, value: Any) -> tuple[ToolCall, ...]:
     """Read OpenAI's `tool_calls`; `arguments` may be a JSON object or, as OpenAI has it, that as a string."""
-    return tuple(_tool_call(f"{path}[{i}]", item) for i, item in enumerate(_array(path, value, MAX_TOOLS)))
+    return tuple(_tool_call(f"{path}[{i}]", item) for i, item in enumerate(array(path, value, MAX_TOOLS)))
 
 
 def _tool_call(path: str, value: Any) -> ToolCall:
-    data = _object(path, value, ("id", "type", "function"), ("function",))
+    data = mapping(path, value, ("id", "type", "function"), ("function",))
     _only_function(path, data)
-    function = _object(f"{path}.function", data["function"], ("name", "arguments"), ("name",))
+    function = mapping(f"{path}.function", data["function"], ("name", "arguments"), ("name",))
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
         try:
             arguments = strict_json.loads(arguments, MAX_REQUEST_BYTES)
         except StrictJsonError as error:
             raise FieldError(f"{path}.function.arguments: {error}") from None
-    arguments = _object(f"{path}.function.arguments", arguments)
+    arguments = mapping(f"{path}.function.arguments", arguments)
     return ToolCall(
         _name(f"{path}.function.name", function["name"]), arguments, text(f"{path}.id", data.get("id", ""))
     )
@@ -204,17 +163,17 @@ def message_to_dict(message: Message) -> dict[str, Any]:
 
 def tools(path: str, value: Any) -> tuple[Mapping[str, Any], ...]:
     """Accept OpenAI's `tools`: functions with a name, perhaps a description and JSON-schema parameters."""
-    return tuple(_tool(f"{path}[{i}]", item) for i, item in enumerate(_array(path, value, MAX_TOOLS)))
+    return tuple(_tool(f"{path}[{i}]", item) for i, item in enumerate(array(path, value, MAX_TOOLS)))
 
 
 def _tool(path: str, value: Any) -> Mapping[str, Any]:
-    data = _object(path, value, ("type", "function"), ("function",))
+    data = mapping(path, value, ("type", "function"), ("function",))
     _only_function(path, data)
     where = f"{path}.function"
-    function = _object(where, data["function"], ("name", "description", "parameters", "strict"), ("name",))
+    function = mapping(where, data["function"], ("name", "description", "parameters", "strict"), ("name",))
     _name(f"{where}.name", function["name"])
     text(f"{where}.description", function.get("description", ""))
-    _object(f"{where}.parameters", function.get("parameters", {}))
+    mapping(f"{where}.parameters", function.get("parameters", {}))
     return data
 
 
@@ -225,21 +184,21 @@ def _only_function(path: str, data: Mapping[str, Any]) -> None:
 
 def response_format(path: str, value: Any) -> Mapping[str, Any] | None:
     """Accept `{"type": "json_schema", "json_schema": {"schema": ...}}` or another type of `_FORMATS`."""
-    data = _object(path, value, None, ("type",))
+    data = mapping(path, value, None, ("type",))
     kind = data["type"]
     if not isinstance(kind, str) or kind not in _FORMATS:
         raise FieldError(f"{path}.type is not valid; allowed: {', '.join(_FORMATS)}")
     if kind in ("text", "json_object"):
-        _object(path, data, ("type",))
+        mapping(path, data, ("type",))
         return None if kind == "text" else data
-    _object(path, data, ("type", kind), (kind,))
+    mapping(path, data, ("type", kind), (kind,))
     _FORMATS[kind](f"{path}.{kind}", data[kind])
     return data
 
 
 def _json_schema(path: str, value: Any) -> None:
-    data = _object(path, value, ("name", "description", "schema", "strict"), ("schema",))
-    _object(f"{path}.schema", data["schema"])
+    data = mapping(path, value, ("name", "description", "schema", "strict"), ("schema",))
+    mapping(f"{path}.schema", data["schema"])
 
 
 def _regex(path: str, value: Any) -> None:
@@ -248,7 +207,7 @@ def _regex(path: str, value: Any) -> None:
 
 
 def _choice(path: str, value: Any) -> None:
-    for index, item in enumerate(_array(path, value, MAX_CHOICES, least=1)):
+    for index, item in enumerate(array(path, value, MAX_CHOICES, least=1)):
         if not text(f"{path}[{index}]", item):
             raise FieldError(f"{path}[{index}] is empty; allowed: a string of at least 1 character")
 
@@ -269,29 +228,6 @@ _FORMATS: dict[str, Callable[[str, Any], None]] = {
 def _name(path: str, value: Any) -> str:
     if not isinstance(value, str) or not _NAME.fullmatch(value):
         raise FieldError(f"{path} is not valid; allowed: 1 to 64 of A-Z a-z 0-9 _ . -")
-    return value
-
-
-def _array(path: str, value: Any, most: int, least: int = 0) -> list[Any]:
-    if not isinstance(value, list):
-        raise FieldError(f"{path} is {kind_of(value)}; allowed: an array")
-    if not least <= len(value) <= most:
-        raise FieldError(f"{path} has {len(value)} items; allowed: {least} to {most}")
-    return value
-
-
-def _object(
-    path: str, value: Any, allowed: tuple[str, ...] | None = None, required: tuple[str, ...] = ()
-) -> dict[str, Any]:
-    """Accept an object with the `required` keys and, unless `allowed` is None, no key outside `allowed`."""
-    if not isinstance(value, dict):
-        raise FieldError(f"{path} is {kind_of(value)}; allowed: an object")
-    for key in value:
-        if allowed is not None and key not in allowed:
-            raise FieldError(f"{path} has the unknown key {printable(key)}; allowed: {', '.join(allowed)}")
-    for key in required:
-        if key not in value:
-            raise FieldError(f"{path}.{key} is missing")
     return value
 
 

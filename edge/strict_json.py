@@ -50,11 +50,11 @@ def dumps(value: Any) -> str:
 
 
 def kind_of(value: Any) -> str:
-    """Say what JSON calls the type of `value`, with an article, for messages."""
+    """Say what JSON (or TOML, for dates) calls the type of `value`, with an article, for messages."""
     names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean"}
     if value is None:
         return "null"
-    return names.get(type(value), "a number")
+    return names.get(type(value), "a number" if isinstance(value, (int, float)) else "a date or time")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
