@@ -1,0 +1,288 @@
+"""The daemon's configuration: one TOML file, every key checked, an error that names file, line and key.
+
+    node = "pump-house"                # default: the host's name
+    bundle = "bundles/current"         # relative paths count from the file's directory
+
+    [mqtt]
+    host = "broker.lan"
+    username = "edge"
+    password_file = "mqtt-password"    # a systemd credential if there is one of this name, else a file
+
+    [[serial]]
+    port = "/dev/ttyUSB0"
+
+Secrets stand in files or systemd credentials, never in the TOML itself.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from edge.checks import FieldError, array, flag, integer, number, one_of, text
+from edge.errors import ConfigError
+from edge.strict_json import printable
+
+_NODE = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_MISSING = object()
+
+
+@dataclass(frozen=True)
+class MqttConfig:
+    """The broker and what may be answered. Times in seconds.
+
+    A response topic must begin with one of `reply_prefixes` or with the node's own `edge/v1/<node>/reply/`.
+    """
+
+    host: str
+    port: int
+    tls: bool
+    ca_file: Path | None
+    certificate_file: Path | None
+    key_file: Path | None
+    username: str | None
+    password: str | None = field(repr=False)
+    keepalive_s: int
+    session_expiry_s: int
+    reply_prefixes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SerialConfig:
+    """One port. `lenient` also takes lines without a CRC, for typing by hand."""
+
+    port: str
+    baud: int
+    flow_control: str
+    lenient: bool
+
+
+@dataclass(frozen=True)
+class Config:
+    """All there is to set. `context` is in tokens, None for the bundle's own; `drain_s` in seconds.
+
+    `queue` is how many requests may wait. `cache_directory` may be lost at any time, `state_directory` not.
+    """
+
+    path: Path
+    node: str
+    bundle: Path
+    cache_directory: Path
+    state_directory: Path
+    threads: int
+    context: int | None
+    queue: int
+    drain_s: float
+    mqtt: MqttConfig | None
+    serial: tuple[SerialConfig, ...]
+
+
+class _Key(NamedTuple):
+    """How a key is checked, and what it is when it is not there (`_MISSING`: it must be there)."""
+
+    check: Callable[[str, Any], Any]
+    default: Any = _MISSING
+
+
+def load(path: Path) -> Config:
+    """Read and check the configuration in `path`.
+
+    Raises ConfigError, one line with the file, the line and the key.
+    """
+    try:
+        source = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not UTF-8 text") from None
+    try:
+        document = tomllib.loads(source)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from None
+    return _Reader(path, source).config(document)
+
+
+class _Reader:
+    """Checks one document; knows its path and text for messages."""
+
+    def __init__(self, path: Path, source: str) -> None:
+        self._path = path
+        self._lines = source.splitlines()
+
+    def config(self, document: Mapping[str, Any]) -> Config:
+        top = self._section("", document, _TOP)
+        mqtt, ports = top.pop("mqtt"), top.pop("serial")
+        if mqtt is None and not ports:
+            raise ConfigError(f"{self._path}: neither [mqtt] nor [[serial]] is there; at least one is needed")
+        for name in ("bundle", "cache_directory", "state_directory"):
+            top[name] = self._from_here(top[name])
+        serial = [self._serial(index, table) for index, table in enumerate(ports)]
+        return Config(
+            path=self._path, mqtt=None if mqtt is None else self._mqtt(mqtt), serial=tuple(serial), **top
+        )
+
+    def _mqtt(self, table: Mapping[str, Any]) -> MqttConfig:
+        values = self._section("mqtt", table, _MQTT)
+        for name in ("ca_file", "certificate_file", "key_file"):
+            if values[name] is not None:
+                values[name] = self._from_here(values[name])
+                if not values["tls"]:
+                    raise self._error(f"mqtt.{name}", f"mqtt.{name} is there but tls is not; set tls = true")
+        if (values["certificate_file"] is None) != (values["key_file"] is None):
+            raise self._error("mqtt", "mqtt.certificate_file and mqtt.key_file are needed together")
+        if values["port"] is None:
+            values["port"] = 8883 if values["tls"] else 1883
+        secret = values.pop("password_file")
+        if secret is not None and values["username"] is None:
+            raise self._error("mqtt.password_file", "mqtt.password_file needs mqtt.username")
+        return MqttConfig(password=None if secret is None else self._secret(secret), **values)
+
+    def _serial(self, index: int, table: Mapping[str, Any]) -> SerialConfig:
+        return SerialConfig(**self._section(f"serial[{index}]", table, _SERIAL))
+
+    def _section(self, where: str, table: Mapping[str, Any], keys: Mapping[str, _Key]) -> dict[str, Any]:
+        """Check the keys of one table; the defaults are filled in."""
+        prefix = f"{where}." if where else ""
+        for name in table:
+            if name not in keys:
+                raise self._error(
+                    prefix + name, f"unknown key {prefix}{printable(name)[1:-1]}; allowed: {', '.join(keys)}"
+                )
+        values = {}
+        for name, key in keys.items():
+            if name in table:
+                try:
+                    values[name] = key.check(prefix + name, table[name])
+                except FieldError as error:
+                    raise self._error(prefix + name, str(error)) from None
+            elif key.default is _MISSING:
+                raise self._error(where, f"{prefix}{name} is missing")
+            else:
+                values[name] = key.default() if callable(key.default) else key.default
+        return values
+
+    def _secret(self, name: str) -> str:
+        """Read a secret: the systemd credential `name` (systemd.exec(5)) if there is one, or a file."""
+        credentials = os.environ.get("CREDENTIALS_DIRECTORY")
+        path = Path(credentials, name) if credentials else Path(name)
+        if not (credentials and path.is_file()):
+            path = self._from_here(name)
+        try:
+            return path.read_text(encoding="utf-8").rstrip("\r\n")
+        except (OSError, UnicodeDecodeError) as error:
+            said = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            raise self._error(
+                "mqtt.password_file", f"mqtt.password_file {path}: can't be read: {said}"
+            ) from None
+
+    def _from_here(self, name: str) -> Path:
+        return (self._path.parent / name).absolute()
+
+    def _error(self, key: str, said: str) -> ConfigError:
+        line = _find(self._lines, key)
+        return ConfigError(f"{self._path}:{line}: {said}" if line else f"{self._path}: {said}")
+
+
+def _find(lines: list[str], key: str) -> int:
+    """Find the line, from 1, of a key such as `serial[1].baud`, or of its table; 0 if neither is there."""
+    table, _, name = key.rpartition(".") if "." in key else ("", "", key)
+    current, tables, found = "", 0, 0
+    for number_, line in enumerate(lines, 1):
+        stripped = line.strip()
+        header = re.match(r"(\[\[?)\s*([\w-]+)\s*\]", stripped)
+        if header:
+            current = header[2]
+            if header[1] == "[[":
+                current = f"{header[2]}[{tables}]"
+                tables += 1
+            found = found or (number_ if current in (key, table) else 0)
+        elif current == table and re.match(rf"[\"']?{re.escape(name)}[\"']?\s*[.=]", stripped):
+            return number_
+    return found
+
+
+def _node(path: str, value: Any) -> str:
+    if not isinstance(value, str) or not _NODE.fullmatch(value):
+        raise FieldError(f"{path} is not valid; allowed: 1 to 64 of A-Z a-z 0-9 _ -")
+    return value
+
+
+def _host_name() -> str:
+    name = re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname().partition(".")[0])[:64]
+    return name or "edge"
+
+
+def _not_empty(path: str, value: Any) -> str:
+    if not text(path, value):
+        raise FieldError(f"{path} is empty; allowed: a string of at least 1 character")
+    return str(value)
+
+
+def _prefixes(path: str, value: Any) -> tuple[str, ...]:
+    for index, item in enumerate(array(path, value, most=64)):
+        if not _not_empty(f"{path}[{index}]", item) or any(c in item for c in "+#\0"):
+            raise FieldError(f"{path}[{index}] is not the beginning of a topic; allowed: no +, # and NUL")
+    return tuple(value)
+
+
+def _table(path: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise FieldError(f"{path} must be a table, [{path}]")
+    return value
+
+
+def _tables(path: str, value: Any) -> list[Mapping[str, Any]]:
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise FieldError(f"{path} must be one table or several, [[{path}]]")
+    return value
+
+
+def _directory(variable: str, xdg: str, home: str) -> Callable[[], str]:
+    """Make a default: what systemd made for the unit, or where the XDG base directories say."""
+
+    def default() -> str:
+        given = os.environ.get(variable, "").partition(":")[0]
+        return given or str(Path(os.environ.get(xdg) or Path.home() / home) / "edge-gemma")
+
+    return default
+
+
+_TOP = {
+    "node": _Key(_node, _host_name),
+    "bundle": _Key(_not_empty),
+    "cache_directory": _Key(_not_empty, _directory("CACHE_DIRECTORY", "XDG_CACHE_HOME", ".cache")),
+    "state_directory": _Key(_not_empty, _directory("STATE_DIRECTORY", "XDG_STATE_HOME", ".local/state")),
+    "threads": _Key(integer(1, 64), lambda: min(os.cpu_count() or 1, 4)),
+    "context": _Key(integer(16, 131_072), None),
+    "queue": _Key(integer(1, 1024), 8),
+    "drain_s": _Key(number(0, 600), 20.0),
+    "mqtt": _Key(_table, None),
+    "serial": _Key(_tables, ()),
+}
+
+_MQTT = {
+    "host": _Key(_not_empty, "127.0.0.1"),
+    "port": _Key(integer(1, 65_535), None),
+    "tls": _Key(flag, False),
+    "ca_file": _Key(_not_empty, None),
+    "certificate_file": _Key(_not_empty, None),
+    "key_file": _Key(_not_empty, None),
+    "username": _Key(_not_empty, None),
+    "password_file": _Key(_not_empty, None),
+    "keepalive_s": _Key(integer(5, 3600), 30),
+    "session_expiry_s": _Key(integer(0, 604_800), 3600),
+    "reply_prefixes": _Key(_prefixes, ()),
+}
+
+_SERIAL = {
+    "port": _Key(_not_empty),
+    "baud": _Key(integer(300, 4_000_000), 115_200),
+    "flow_control": _Key(one_of("none", "xonxoff", "rtscts"), "none"),
+    "lenient": _Key(flag, False),
+}
