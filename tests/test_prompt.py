@@ -43,7 +43,8 @@ ASKS = {"role": "assistant", "content": "", "tool_calls": [WEATHER_CALL]}
 RESULT = {"role": "tool", "tool_call_id": "c1", "content": '{"temp": 3}'}
 WEATHER_TEXT = (
     '<|tool>declaration:get_weather{description:<|"|>Weather now<|"|>,parameters:{properties:{city:{'
-    'description:<|"|>City name<|"|>,type:<|"|>STRING<|"|>},unit:{enum:[<|"|>C<|"|>,<|"|>F<|"|>],type:<|"|>STRING<|"|>}},'
+    'description:<|"|>City name<|"|>,type:<|"|>STRING<|"|>},'
+    'unit:{enum:[<|"|>C<|"|>,<|"|>F<|"|>],type:<|"|>STRING<|"|>}},'
     'required:[<|"|>city<|"|>],type:<|"|>OBJECT<|"|>}}<tool|>'
 )
 CALL_TEXT = '<|tool_call>call:get_weather{city:<|"|>Oslo<|"|>,n:3,o:{k:<|"|>v<|"|>},ok:true}<tool_call|>'
