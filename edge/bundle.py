@@ -1,0 +1,178 @@
+"""The bundle: a directory with a manifest, a TFLite graph, a tokenizer and, for Gemma 4, a table of rows.
+
+    manifest.json             what this module reads and writes; see `Manifest`
+    decoder.tflite            signatures as `converters.decoder_graph` documents them
+    tokenizer.model           a SentencePiece model
+    per_layer_embedding.bin   Gemma 4 only
+
+A bundle is verified before anything of it is mapped, because LiteRT crashes on a damaged file: sizes and
+SHA-256 of every file. A stamp in the cache directory makes the next start cheap as long as no file changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from edge.architecture import Architecture
+from edge.errors import BundleError
+from edge.files import identity, write_atomically
+from edge.row_table import RowTable
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+DECODER = "decoder.tflite"
+TOKENIZER = "tokenizer.model"
+PER_LAYER = "per_layer_embedding.bin"
+
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size in bytes and SHA-256 (hex) of one file."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All that a runtime must know of a bundle.
+
+    `verify_width` and `prefill_widths` are the tokens per run of those signatures. `context` is the most
+    tokens that a conversation may have. `quantization` says how each group of tensors is stored.
+    """
+
+    architecture: Architecture
+    context: int
+    verify_width: int
+    prefill_widths: tuple[int, ...]
+    prompt_format: str
+    bos_id: int
+    stop_ids: tuple[int, ...]
+    recipe: str
+    quantization: Mapping[str, Any]
+    embedding: RowTable
+    per_layer_embedding: RowTable | None
+    files: Mapping[str, FileEntry]
+    source: Mapping[str, Any]
+    licence: str
+    made_by: str
+
+    def to_json(self) -> str:
+        """The manifest file's text: the same fields, sorted, so that equal manifests are equal bytes."""
+        fields = asdict(self) | {"format": FORMAT_VERSION, "architecture": self.architecture.to_json()}
+        return json.dumps(fields, indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Read what `to_json` wrote. Raises BundleError, without the file's name, on anything else."""
+        try:
+            fields = json.loads(text)
+            version = fields.pop("format")
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise BundleError("is not a bundle's manifest; convert the checkpoint again") from None
+        if version != FORMAT_VERSION:
+            raise BundleError(
+                f"has format {version}, this version reads {FORMAT_VERSION}; convert the checkpoint again"
+            )
+        try:
+            fields["architecture"] = Architecture.from_json(fields["architecture"])
+            fields["embedding"] = RowTable(**fields["embedding"])
+            if fields["per_layer_embedding"] is not None:
+                fields["per_layer_embedding"] = RowTable(**fields["per_layer_embedding"])
+            fields["files"] = {name: FileEntry(**entry) for name, entry in fields["files"].items()}
+            fields["prefill_widths"] = tuple(fields["prefill_widths"])
+            fields["stop_ids"] = tuple(fields["stop_ids"])
+            return cls(**fields)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise BundleError(
+                f"has a missing or wrong entry ({error}); convert the checkpoint again"
+            ) from None
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle whose files are all there and whole."""
+
+    directory: Path
+    manifest: Manifest
+    digest: str
+    """SHA-256 (hex) of the manifest, and so of every file it lists."""
+
+    def path(self, name: str) -> Path:
+        """Path of one of the bundle's files."""
+        return self.directory / name
+
+    @classmethod
+    def open(cls, directory: Path, cache_directory: Path) -> Bundle:
+        """Read the manifest and verify every file, by stamp if nothing changed since the last time.
+
+        Raises BundleError that names the file.
+        """
+        path = directory / MANIFEST
+        try:
+            raw = path.read_bytes()
+            manifest = Manifest.from_json(raw.decode())
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not text"
+            raise BundleError(f"{path}: can't be read: {reason}; is {directory} a bundle?") from None
+        except BundleError as error:
+            raise BundleError(f"{path}: {error}") from None
+        bundle = cls(directory, manifest, hashlib.sha256(raw).hexdigest())
+        bundle._verify_once(cache_directory)
+        return bundle
+
+    def verify(self, progress: Callable[[int], None] = lambda _bytes: None) -> None:
+        """Compare size and SHA-256 of every file with the manifest; calls `progress` with the bytes read.
+
+        Raises BundleError that names the first wrong file.
+        """
+        for name, entry in self.manifest.files.items():
+            path = self.path(name)
+            size = self._size(path)
+            if size != entry.size:
+                raise BundleError(
+                    f"{path}: has {size} bytes, the manifest says {entry.size}; copy the bundle again"
+                )
+            if file_digest(path, progress) != entry.sha256:
+                raise BundleError(
+                    f"{path}: its SHA-256 is not the manifest's, it is damaged; copy the bundle again"
+                )
+
+    def _verify_once(self, cache_directory: Path) -> None:
+        identities = [identity(self.path(n)) for n in self.manifest.files if self._size(self.path(n)) >= 0]
+        content = "\n".join([str(self.directory.resolve()), *identities])
+        stamp = cache_directory / f"{self.digest[:24]}.verified"
+        try:
+            if stamp.read_text() == content:
+                return
+        except OSError:
+            pass
+        self.verify()
+        with contextlib.suppress(OSError):  # a full or read-only disk costs the next start time, no more
+            cache_directory.mkdir(parents=True, exist_ok=True)
+            write_atomically(stamp, content.encode())
+
+    @staticmethod
+    def _size(path: Path) -> int:
+        try:
+            return path.stat().st_size
+        except OSError as error:
+            raise BundleError(f"{path}: {error.strerror}; the bundle is incomplete, copy it again") from None
+
+
+def file_digest(path: Path, progress: Callable[[int], None] = lambda _bytes: None) -> str:
+    """SHA-256 (hex) of a file; calls `progress` with the bytes read so far in each step."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_CHUNK):
+            digest.update(block)
+            progress(len(block))
+    return digest.hexdigest()

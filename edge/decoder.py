@@ -1,0 +1,224 @@
+"""Token ids in, hidden states or logits out, over one KV cache.
+
+`prefill` stores K and V of tokens whose successor is already known, and computes nothing else. `step` runs
+one token and leaves its hidden state for `logits`. `verify` runs a few tokens at once and stores nothing
+until `commit` says how many of them count, so a rejected guess costs no undoing. Not thread-safe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.architecture import Architecture, Attention, Rope
+from edge.bundle import DECODER, Bundle
+from edge.errors import RequestError
+from edge.kv_cache import Floats, KVCache
+from edge.litert import CompiledModel, Signature, aligned_array
+from edge.row_table import MappedRows
+
+_ATTENTIONS: tuple[Attention, ...] = ("sliding", "full")
+
+_WORTHWHILE_SHARE = 0.3
+"""A wide prefill beats several narrow ones when at least this share of its width is used."""
+
+
+class Decoder:
+    """A bundle's graph with a KV cache of at most `context` tokens."""
+
+    def __init__(self, bundle: Bundle, cache_directory: Path, threads: int, context: int) -> None:
+        manifest = bundle.manifest
+        self.arch, self.context = manifest.architecture, context
+        self.verify_width = manifest.verify_width
+        digest = manifest.files[DECODER].sha256
+        model = CompiledModel(bundle.path(DECODER), digest, cache_directory, threads)
+        self._tables = _Tables(bundle)
+        self._cache = KVCache(self.arch, context)
+        runs = {key: self._run_of(model, key) for key in ("decode", "verify")}
+        self._decode, self._verify = runs["decode"], runs["verify"]
+        self._prefill = {width: self._run_of(model, f"prefill_{width}") for width in manifest.prefill_widths}
+        self._head = _Head(model.signatures["head"], self._decode.hidden)
+        self._head_verify = _Head(model.signatures["head_verify"], self._verify.hidden)
+        self._bind_caches()
+        self._pending = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens in the KV cache."""
+        return self._cache.length
+
+    def reset(self) -> None:
+        """Start a new conversation."""
+        self._cache.reset()
+        self._pending = 0
+
+    def prefill(self, ids: Sequence[int], interrupted: Callable[[], str | None]) -> str | None:
+        """Store K and V of `ids`. Asks `interrupted` before each chunk, and returns its answer if it has one.
+
+        Raises RequestError("too_long") if they do not fit into the context.
+        """
+        self._reserve(len(ids))
+        done = 0
+        while done < len(ids):
+            reason = interrupted()
+            if reason is not None:
+                return reason
+            run = self._prefill[self._prefill_width(len(ids) - done)]
+            part = ids[done : done + run.width]
+            self._advance(run, part)
+            self._cache.append(run.new_keys, run.new_values, len(part))
+            done += len(part)
+        return None
+
+    def step(self, token: int) -> None:
+        """Run one token; `logits` then tells what may follow. Raises RequestError("too_long")."""
+        self._reserve(1)
+        self._advance(self._decode, [token])
+        self._cache.append(self._decode.new_keys, self._decode.new_values, 1)
+
+    def logits(self) -> Floats:
+        """Logits [vocabulary] after the last `step`, before the softcap; valid until the next call."""
+        return self._head.run()[:1].reshape(-1)
+
+    def verify(self, tokens: Sequence[int]) -> Floats:
+        """Logits [len(tokens), vocabulary] after each of at most `verify_width` tokens, before the softcap.
+
+        Nothing is stored until `commit`; the result is valid until the next call.
+        """
+        self._reserve(len(tokens))
+        self._advance(self._verify, tokens)
+        self._pending = len(tokens)
+        return self._head_verify.run()[: len(tokens)]
+
+    def commit(self, count: int) -> None:
+        """Store the first `count` tokens of the last `verify`."""
+        if count > self._pending:
+            raise ValueError(f"{count} tokens to commit, {self._pending} were verified")
+        self._cache.append(self._verify.new_keys, self._verify.new_values, count)
+        self._pending = 0
+
+    def logits_of(self, ids: Sequence[int]) -> Iterator[Floats]:
+        """Logits, softcapped, after every token of a new conversation, in blocks [n, vocabulary]."""
+        self.reset()
+        for start in range(0, len(ids), self.verify_width):
+            block = ids[start : start + self.verify_width]
+            logits = self.verify(block)
+            self.commit(len(block))
+            cap = self.arch.logit_softcap
+            yield logits if cap is None else cap * np.tanh(logits / cap)
+
+    def _run_of(self, model: CompiledModel, key: str) -> _Run:
+        return _Run(model.signatures[key], self.arch)
+
+    def _prefill_width(self, left: int) -> int:
+        widths = sorted(self._prefill)
+        fitting = [width for width in widths if left >= _WORTHWHILE_SHARE * width]
+        return fitting[-1] if fitting else widths[0]
+
+    def _reserve(self, count: int) -> None:
+        length = self._cache.length + count
+        if length > self.context:
+            raise RequestError("too_long", f"{length} tokens do not fit into the context of {self.context}")
+        if self._cache.reserve(length):
+            self._bind_caches()
+
+    def _bind_caches(self) -> None:
+        for run in (self._decode, self._verify, *self._prefill.values()):
+            run.bind_cache(self._cache)
+
+    def _advance(self, run: _Run, tokens: Sequence[int]) -> None:
+        count = len(tokens)
+        run.embeddings[0, :count] = self._tables.embeddings(tokens)
+        if run.per_layer is not None:
+            run.per_layer[0, :count] = self._tables.per_layer(tokens)
+        run.write_positions(self._cache)
+        run.signature.run()
+
+
+class _Tables:
+    """Embedding rows, scaled as the graph expects them."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        manifest = bundle.manifest
+        arch = manifest.architecture
+        self._embedding = MappedRows(bundle.directory, manifest.embedding)
+        self._embedding_scale = np.float32(arch.embedding_scale)
+        if manifest.per_layer_embedding is not None:
+            self._per_layer = MappedRows(bundle.directory, manifest.per_layer_embedding)
+            self._per_layer_scale = np.float32(np.sqrt(arch.per_layer_width))
+
+    def embeddings(self, tokens: Sequence[int]) -> Floats:
+        return self._embedding.rows(tokens) * self._embedding_scale
+
+    def per_layer(self, tokens: Sequence[int]) -> Floats:
+        return self._per_layer.rows(tokens) * self._per_layer_scale
+
+
+class _Run:
+    """One signature of T tokens with its own small inputs and outputs; the caches are shared."""
+
+    def __init__(self, signature: Signature, arch: Architecture) -> None:
+        self.signature, self._arch = signature, arch
+        self.embeddings = signature.bind_new("embeddings")
+        self.width: int = self.embeddings.shape[1]
+        self.per_layer = signature.bind_new("per_layer") if "per_layer" in signature.inputs else None
+        self._rotary = {
+            a: (signature.bind_new(f"cos_{a}"), signature.bind_new(f"sin_{a}"), _frequencies(arch, a))
+            for a in _ATTENTIONS
+            if f"cos_{a}" in signature.inputs
+        }
+        self._masks: dict[Attention, Floats] = {}
+        outputs = {name: signature.bind_new(name) for name in signature.outputs}
+        self.hidden: Floats = outputs.get("hidden", np.empty(0, np.float32))
+        self.new_keys = {i: outputs[f"new_key_{i}"] for i in arch.owners}
+        self.new_values = {i: outputs[f"new_value_{i}"] for i in arch.owners}
+
+    def bind_cache(self, cache: KVCache) -> None:
+        """Bind the cache's arrays, and masks as wide as they are."""
+        for i in self._arch.owners:
+            for name, array in ((f"key_{i}", cache.keys[i]), (f"value_{i}", cache.values[i])):
+                if name in self.signature.inputs:
+                    self.signature.bind(name, array)
+        for a in _ATTENTIONS:
+            if f"mask_{a}" in self.signature.inputs:
+                shape = (1, 1, self.width, cache.rows(a) + self.width)
+                if a not in self._masks or self._masks[a].shape != shape:
+                    self._masks[a] = aligned_array(shape)
+                    self.signature.bind(f"mask_{a}", self._masks[a])
+
+    def write_positions(self, cache: KVCache) -> None:
+        """Fill masks and rotary tables for the tokens from `cache.length` on."""
+        for attention, mask in self._masks.items():
+            cache.write_mask(attention, mask)
+        positions = cache.length + np.arange(self.width)
+        for cos, sin, frequencies in self._rotary.values():
+            angles = positions[:, None] * frequencies
+            half = len(frequencies)
+            cos[0, :, 0, :half] = cos[0, :, 0, half:] = np.cos(angles)
+            sin[0, :, 0, half:] = np.sin(angles)
+            np.negative(sin[0, :, 0, half:], out=sin[0, :, 0, :half])
+
+
+class _Head:
+    """The output head over the hidden states that another signature leaves."""
+
+    def __init__(self, signature: Signature, hidden: Floats) -> None:
+        self._signature = signature
+        signature.bind("hidden", hidden)
+        self._logits: Floats = signature.bind_new("logits")
+
+    def run(self) -> Floats:
+        self._signature.run()
+        return self._logits.reshape(-1, self._logits.shape[-1])
+
+
+def _frequencies(arch: Architecture, attention: Attention) -> NDArray[np.float64]:
+    """Radians per position of each pair of a head: [head_dim / 2]."""
+    rope: Rope = arch.rope(attention)
+    head_dim = arch.head_dim(attention)
+    frequencies = rope.base ** (-2.0 * np.arange(head_dim // 2) / head_dim)
+    frequencies[int(rope.rotated_share * head_dim / 2) :] = 0.0
+    return frequencies

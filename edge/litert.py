@@ -1,0 +1,298 @@
+"""LiteRT through its C API: a compiled model whose signatures are bound to numpy arrays.
+
+Why not the Python wrappers of `ai-edge-litert`: they pack every weight into anonymous memory. Here the
+XNNPACK weight cache keeps packed weights as pages of a file. An array is bound to a signature's input or
+output once, and read or written in place by each run; nothing is copied. `run` releases the GIL.
+
+The model file must have been verified: LiteRT does not check it, and a damaged one crashes the process.
+A cache that belongs to another LiteRT, CPU or model is never opened (it has another name), and one that
+does not load is removed and rebuilt. Two processes may build at once: each builds under a name of its own,
+and the rename that publishes it is atomic.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.errors import RuntimeFailure
+from edge.files import identity, write_atomically
+
+_LIBRARIES = {"linux": "libLiteRt.so", "darwin": "libLiteRt.dylib", "win32": "libLiteRt.dll"}
+_ELEMENT_TYPES: dict[int, type[np.generic]] = {1: np.float32, 2: np.int32, 9: np.int8}
+_ELEMENT_CODES = {np.dtype(dtype).name: code for code, dtype in _ELEMENT_TYPES.items()}
+_ALIGNMENT = 64
+_CPU = 1
+_OPTION_ACCELERATORS, _OPTION_LOG_SEVERITY, _ANY_INT, _ERRORS_ONLY = 24, 25, 2, 3
+
+
+class _Layout(ctypes.Structure):
+    _fields_ = (
+        ("rank", ctypes.c_uint32, 7),
+        ("has_strides", ctypes.c_uint32, 1),
+        ("dimensions", ctypes.c_int32 * 8),
+        ("strides", ctypes.c_uint32 * 8),
+    )
+
+
+class _TensorType(ctypes.Structure):
+    _fields_ = (("element_type", ctypes.c_int), ("layout", _Layout))
+
+
+class _Any(ctypes.Structure):
+    _fields_ = (("type", ctypes.c_int), ("value", ctypes.c_int64))
+
+
+class _EnvironmentOption(ctypes.Structure):
+    _fields_ = (("tag", ctypes.c_int), ("value", _Any))
+
+
+_Destructor = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_keep_payload = _Destructor(lambda _payload: None)
+
+
+def aligned_array(shape: tuple[int, ...], dtype: type[np.generic] = np.float32) -> NDArray[Any]:
+    """A zeroed array whose memory LiteRT can bind (64-byte aligned)."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    raw = np.zeros(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _library_path() -> Path:
+    spec = importlib.util.find_spec("ai_edge_litert")
+    name = _LIBRARIES.get(sys.platform)
+    if spec is None or not spec.submodule_search_locations:
+        raise RuntimeFailure(
+            f"ai-edge-litert is not installed for {platform.machine()}; "
+            "it has wheels for 64-bit systems only (aarch64 and x86-64 Linux, macOS arm64, Windows)"
+        )
+    path = Path(spec.submodule_search_locations[0], name or "")
+    if name is None or not path.is_file():
+        raise RuntimeFailure(f"ai-edge-litert has no library for {sys.platform} {platform.machine()}")
+    return path
+
+
+def _cpu_identity() -> str:
+    """What decides which kernels XNNPACK picks, and so how it packs: the machine and its CPU features."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    wanted = ("flags", "Features", "CPU implementer", "CPU part", "model name")
+    lines = {line for line in text.splitlines() if line.startswith(wanted)}
+    return platform.machine() + "".join(sorted(lines))
+
+
+def weight_cache_name(model_digest: str) -> str:
+    """File name of the packed weights of a model on this CPU with this LiteRT."""
+    version = importlib.metadata.version("ai-edge-litert")
+    key = "\n".join((version, _cpu_identity(), model_digest))
+    return f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.xnnpack"
+
+
+class _Library:
+    """The loaded library; `call` turns a status that is not OK into RuntimeFailure."""
+
+    def __init__(self) -> None:
+        path = _library_path()
+        try:
+            self._dll = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise RuntimeFailure(f"{path}: can't be loaded: {error}") from None
+
+    def call(self, name: str, *arguments: Any) -> None:
+        status = getattr(self._dll, name)(*arguments)
+        if status != 0:
+            raise RuntimeFailure(f"LiteRT's {name} failed with status {status}")
+
+    def text(self, name: str, *arguments: Any) -> str:
+        result = ctypes.c_char_p()
+        self.call(name, *arguments, ctypes.byref(result))
+        return (result.value or b"").decode()
+
+    def count(self, name: str, *arguments: Any) -> int:
+        result = ctypes.c_size_t()
+        self.call(name, *arguments, ctypes.byref(result))
+        return result.value
+
+    def handle_of(self, name: str, *arguments: Any) -> ctypes.c_void_p:
+        result = ctypes.c_void_p()
+        self.call(name, *arguments, ctypes.byref(result))
+        return result
+
+    def destroy(self, name: str, handle: ctypes.c_void_p) -> None:
+        function = getattr(self._dll, name)
+        function.restype = None
+        function(handle)
+
+
+class CompiledModel:
+    """A verified .tflite file, compiled for the CPU.
+
+    `digest` identifies the file's content; packed weights are kept in `cache_directory` under a name made
+    of it, LiteRT's version and the CPU. Raises RuntimeFailure if LiteRT refuses, or if the cache can't be
+    written.
+    """
+
+    def __init__(self, path: Path, digest: str, cache_directory: Path, threads: int) -> None:
+        self._lib = _Library()
+        self._path, self._threads = path, threads
+        self._environment = self._create_environment()
+        self._model = self._lib.handle_of("LiteRtCreateModelFromFile", self._environment, os.fsencode(path))
+        self._compiled = self._compile_with_cache(cache_directory, digest)
+        self.signatures = {signature.key: signature for signature in self._find_signatures()}
+
+    def _create_environment(self) -> ctypes.c_void_p:
+        options = (_EnvironmentOption * 2)(
+            _EnvironmentOption(_OPTION_ACCELERATORS, _Any(_ANY_INT, _CPU)),
+            _EnvironmentOption(_OPTION_LOG_SEVERITY, _Any(_ANY_INT, _ERRORS_ONLY)),
+        )
+        return self._lib.handle_of("LiteRtCreateEnvironment", len(options), options)
+
+    def _compile_with_cache(self, directory: Path, digest: str) -> ctypes.c_void_p:
+        cache = directory / weight_cache_name(digest)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            if _is_intact(cache):
+                with contextlib.suppress(RuntimeFailure):
+                    return self._compile(cache)
+            return self._build_cache(cache)
+        except OSError as error:
+            raise RuntimeFailure(f"{directory}: can't keep packed weights there: {error.strerror}") from None
+
+    def _build_cache(self, cache: Path) -> ctypes.c_void_p:
+        """Compile, which writes and maps the packed weights under a scratch name, and publish the file."""
+        with tempfile.TemporaryDirectory(prefix=f"{cache.stem}.", dir=cache.parent) as scratch:
+            building = Path(scratch, "building")
+            compiled = self._compile(building)
+            if not building.is_file():
+                raise RuntimeFailure(
+                    f"{cache.parent}: LiteRT could not write the packed weights; is the disk full?"
+                )
+            _stamp(cache).unlink(missing_ok=True)
+            os.replace(building, cache)
+            write_atomically(_stamp(cache), identity(cache).encode())
+        return compiled
+
+    def _compile(self, cache: Path) -> ctypes.c_void_p:
+        lib = self._lib
+        options = lib.handle_of("LiteRtCreateOptions")
+        lib.call("LiteRtSetOptionsHardwareAccelerators", options, _CPU)
+        payload = f"num_threads = {self._threads}\nweight_cache_file_path = {json.dumps(str(cache))}\n"
+        self._payload = ctypes.create_string_buffer(payload.encode())
+        opaque = lib.handle_of("LiteRtCreateOpaqueOptions", b"xnnpack", self._payload, _keep_payload)
+        lib.call("LiteRtAddOpaqueOptions", options, opaque)
+        return lib.handle_of("LiteRtCreateCompiledModel", self._environment, self._model, options)
+
+    def _find_signatures(self) -> Iterator[Signature]:
+        for index in range(self._lib.count("LiteRtGetNumModelSignatures", self._model)):
+            handle = self._lib.handle_of("LiteRtGetModelSignature", self._model, ctypes.c_size_t(index))
+            yield Signature(self._lib, self._compiled, index, handle)
+
+
+def _stamp(cache: Path) -> Path:
+    return cache.with_suffix(".stamp")
+
+
+def _is_intact(cache: Path) -> bool:
+    """Whether the file is the very one that was published: LiteRT does not check what it maps."""
+    try:
+        return _stamp(cache).read_text() == identity(cache)
+    except OSError:
+        return False
+
+
+class Signature:
+    """One entry point of a compiled model; its tensors are bound to arrays by name."""
+
+    def __init__(self, lib: _Library, compiled: ctypes.c_void_p, index: int, handle: ctypes.c_void_p) -> None:
+        self._lib, self._compiled, self._index = lib, compiled, ctypes.c_size_t(index)
+        self.key = lib.text("LiteRtGetSignatureKey", handle)
+        self._inputs, self._input_types = self._tensors(handle, "Input")
+        self._outputs, self._output_types = self._tensors(handle, "Output")
+        self._bound: dict[str, tuple[ctypes.c_void_p, NDArray[Any]]] = {}
+        self._arguments: tuple[Any, Any] | None = None
+
+    def _tensors(self, handle: ctypes.c_void_p, kind: str) -> tuple[list[str], dict[str, _TensorType]]:
+        names, types = [], {}
+        for i in range(self._lib.count(f"LiteRtGetNumSignature{kind}s", handle)):
+            position = ctypes.c_size_t(i)
+            name = self._lib.text(f"LiteRtGetSignature{kind}Name", handle, position)
+            tensor = self._lib.handle_of(f"LiteRtGetSignature{kind}TensorByIndex", handle, position)
+            names.append(name)
+            types[name] = _TensorType()
+            self._lib.call("LiteRtGetRankedTensorType", tensor, ctypes.byref(types[name]))
+        return names, types
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the inputs."""
+        return tuple(self._inputs)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the outputs."""
+        return tuple(self._outputs)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of an input or output as the file declares it (-1: set by the bound array)."""
+        layout = (self._input_types | self._output_types)[name].layout
+        return tuple(layout.dimensions[: layout.rank])
+
+    def bind(self, name: str, array: NDArray[Any]) -> None:
+        """Use `array`, C-contiguous and from `aligned_array`, as tensor `name` in every later run.
+
+        The array must keep its shape; to grow one, bind another. It is kept alive as long as it is bound.
+        """
+        if array.ctypes.data % _ALIGNMENT or not array.flags.c_contiguous:
+            raise ValueError(f"{self.key}: the array for {name} is not 64-byte aligned and contiguous")
+        kind = _TensorType(_ELEMENT_CODES[array.dtype.name])
+        kind.layout.rank = array.ndim
+        kind.layout.dimensions[: array.ndim] = array.shape
+        buffer = self._lib.handle_of(
+            "LiteRtCreateTensorBufferFromHostMemory",
+            ctypes.byref(kind),
+            ctypes.c_void_p(array.ctypes.data),
+            ctypes.c_size_t(array.nbytes),
+            None,
+        )
+        old = self._bound.get(name)
+        self._bound[name] = (buffer, array)
+        self._arguments = None
+        if old is not None:
+            self._lib.destroy("LiteRtDestroyTensorBuffer", old[0])
+
+    def bind_new(self, name: str) -> NDArray[Any]:
+        """Bind a new zeroed array of the declared shape and return it."""
+        dtype = _ELEMENT_TYPES[(self._input_types | self._output_types)[name].element_type]
+        array = aligned_array(self.shape(name), dtype)
+        self.bind(name, array)
+        return array
+
+    def run(self) -> None:
+        """Run on the bound arrays. Raises RuntimeFailure if LiteRT fails, KeyError if one is not bound."""
+        if self._arguments is None:
+            self._arguments = self._handles(self._inputs), self._handles(self._outputs)
+        inputs, outputs = self._arguments
+        counts = ctypes.c_size_t(len(inputs)), ctypes.c_size_t(len(outputs))
+        self._lib.call(
+            "LiteRtRunCompiledModel", self._compiled, self._index, counts[0], inputs, counts[1], outputs
+        )
+
+    def _handles(self, names: list[str]) -> Any:
+        return (ctypes.c_void_p * len(names))(*(self._bound[name][0] for name in names))
