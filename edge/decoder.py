@@ -43,17 +43,23 @@ class Decoder:
         self._head = _Head(model.signatures["head"], self._decode.hidden)
         self._head_verify = _Head(model.signatures["head_verify"], self._verify.hidden)
         self._bind_caches()
-        self._pending = 0
+        self._pending: Sequence[int] = ()
+        self._tokens: list[int] = []
 
     @property
-    def length(self) -> int:
-        """Tokens in the KV cache."""
-        return self._cache.length
+    def tokens(self) -> Sequence[int]:
+        """Ids of the tokens in the KV cache."""
+        return self._tokens
 
-    def reset(self) -> None:
-        """Start a new conversation."""
-        self._cache.reset()
-        self._pending = 0
+    def rewind(self, ids: Sequence[int]) -> int:
+        """Keep the longest beginning of `ids` that the KV cache still can hold; returns its length."""
+        common = next((i for i, (a, b) in enumerate(zip(ids, self._tokens, strict=False)) if a != b), None)
+        length = min(len(ids), len(self._tokens)) if common is None else common
+        if not self._cache.truncate(length):
+            self._cache.length = length = 0
+        del self._tokens[length:]
+        self._pending = ()
+        return length
 
     def prefill(self, ids: Sequence[int], interrupted: Callable[[], str | None]) -> str | None:
         """Store K and V of `ids`. Asks `interrupted` before each chunk, and returns its answer if it has one.
@@ -69,7 +75,7 @@ class Decoder:
             run = self._prefill[self._prefill_width(len(ids) - done)]
             part = ids[done : done + run.width]
             self._advance(run, part)
-            self._cache.append(run.new_keys, run.new_values, len(part))
+            self._append(run, part)
             done += len(part)
         return None
 
@@ -77,7 +83,7 @@ class Decoder:
         """Run one token; `logits` then tells what may follow. Raises RequestError("too_long")."""
         self._reserve(1)
         self._advance(self._decode, [token])
-        self._cache.append(self._decode.new_keys, self._decode.new_values, 1)
+        self._append(self._decode, [token])
 
     def logits(self) -> Floats:
         """Logits [vocabulary] after the last `step`, before the softcap; valid until the next call."""
@@ -90,19 +96,19 @@ class Decoder:
         """
         self._reserve(len(tokens))
         self._advance(self._verify, tokens)
-        self._pending = len(tokens)
+        self._pending = tuple(tokens)
         return self._head_verify.run()[: len(tokens)]
 
     def commit(self, count: int) -> None:
         """Store the first `count` tokens of the last `verify`."""
-        if count > self._pending:
-            raise ValueError(f"{count} tokens to commit, {self._pending} were verified")
-        self._cache.append(self._verify.new_keys, self._verify.new_values, count)
-        self._pending = 0
+        if count > len(self._pending):
+            raise ValueError(f"{count} tokens to commit, {len(self._pending)} were verified")
+        self._append(self._verify, self._pending[:count])
+        self._pending = ()
 
     def logits_of(self, ids: Sequence[int]) -> Iterator[Floats]:
         """Logits, softcapped, after every token of a new conversation, in blocks [n, vocabulary]."""
-        self.reset()
+        self.rewind(())
         for start in range(0, len(ids), self.verify_width):
             block = ids[start : start + self.verify_width]
             logits = self.verify(block)
@@ -128,6 +134,10 @@ class Decoder:
     def _bind_caches(self) -> None:
         for run in (self._decode, self._verify, *self._prefill.values()):
             run.bind_cache(self._cache)
+
+    def _append(self, run: _Run, tokens: Sequence[int]) -> None:
+        self._cache.append(run.new_keys, run.new_values, len(tokens))
+        self._tokens += tokens
 
     def _advance(self, run: _Run, tokens: Sequence[int]) -> None:
         count = len(tokens)

@@ -37,9 +37,12 @@ class KVCache:
         """Rows allocated in the caches of an attention type."""
         return self.arch.sliding_window if attention == "sliding" else self.full_rows
 
-    def reset(self) -> None:
-        """Forget everything; the arrays stay."""
-        self.length = 0
+    def truncate(self, length: int) -> bool:
+        """Forget the tokens from `length` on. False, and nothing changed, if a ring lost what came before."""
+        if length != self.length and self.length > self.arch.sliding_window:
+            return False
+        self.length = length
+        return True
 
     def reserve(self, length: int) -> bool:
         """Make room for `length` tokens in all. True if the full-attention arrays were replaced."""
