@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from converters.checkpoints.text_files import read_bytes, read_json
 from edge.errors import CheckpointError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -75,6 +76,113 @@ def from_gguf(metadata: Mapping[str, Any], source: Path, vocabulary: int) -> byt
         for text, score, type_ in zip(tokens, scores, types, strict=True)
     )
     return _model(pieces, source, vocabulary)
+
+
+def from_tokenizer_json(path: Path, vocabulary: int) -> bytes:
+    """The model of a tokenizer.json (BPE with byte fallback, space to U+2581), cut to `vocabulary` pieces.
+
+    Raises CheckpointError if it is of another kind or its merges are not in the order of their results' ids.
+    """
+    data = read_json(path)
+    try:
+        model, normalizer = data["model"], data["normalizer"]
+        usual = model["type"] == "BPE" and model["byte_fallback"] is True
+        if not usual or (normalizer["pattern"], normalizer["content"]) != ({"String": " "}, _SPACE):
+            raise CheckpointError(
+                f"{path}: not a tokenizer of Gemma's kind (BPE, byte fallback, space to U+2581)"
+            )
+        ids: dict[str, int] = dict(model["vocab"])
+        kinds: dict[str, int] = {}
+        for token in data["added_tokens"]:
+            ids[token["content"]] = int(token["id"])
+            kinds[token["content"]] = CONTROL if token["special"] else USER_DEFINED
+        _require_merges_by_id(path, ids, model["merges"])
+        texts = {id_: text for text, id_ in ids.items()}
+        rows = range(min(vocabulary, max(texts) + 1))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path}: not a usable tokenizer.json ({error!r:.80}); fetch it again"
+        ) from error
+    hole = "<unused_row{}>".format
+    kinds |= {hole(id_): CONTROL for id_ in rows if id_ not in texts}
+    names = (texts.get(id_, hole(id_)) for id_ in rows)
+    pieces = (Piece(name, -float(id_), kinds.get(name, NORMAL)) for id_, name in enumerate(names))
+    return _model(pieces, path, vocabulary)
+
+
+def _require_merges_by_id(path: Path, ids: Mapping[str, int], merges: Iterable[Any]) -> None:
+    """Raise CheckpointError unless merges, but for those of runs, come in the order of their results' ids.
+
+    Then the id of a piece is its priority, and SentencePiece merges as the list says.
+    """
+    last = -1
+    for merge in merges:
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        result = ids[left + right]
+        if _RUN.fullmatch(left + right):
+            continue
+        if result < last:
+            raise CheckpointError(f"{path}: its merges are not in the order of their ids, as Gemma's are")
+        last = result
+
+
+def from_sentencepiece(path: Path, vocabulary: int) -> bytes:
+    """The model in a tokenizer.model, cut to `vocabulary` pieces, its special tokens made CONTROL.
+
+    Raises CheckpointError if it is damaged or not of Gemma's kind (BPE, byte fallback, text as it is).
+    """
+    pieces: list[Piece] = []
+    trainer: dict[int, Any] = {}
+    normalizer: dict[int, Any] = {}
+    try:
+        for number, value in _wire_fields(read_bytes(path)):
+            if number == 1:
+                fields = dict(_wire_fields(value))
+                score = struct.unpack("<f", fields.get(2, bytes(4)))[0]
+                pieces.append(Piece(fields[1].decode("utf-8"), score, fields.get(3, NORMAL)))
+            elif number in (2, 3):
+                (trainer if number == 2 else normalizer).update(_wire_fields(value))
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, struct.error) as error:
+        raise CheckpointError(f"{path}: not a SentencePiece model; fetch it again") from error
+    bpe = trainer.get(3, 1) == 2 and trainer.get(35, 0) == 1
+    as_is = not normalizer.get(2) and (normalizer.get(3, 1), normalizer.get(4, 1), normalizer.get(5, 1)) == (
+        0,
+        0,
+        1,
+    )
+    if not (bpe and as_is):
+        raise CheckpointError(f"{path}: not a tokenizer of Gemma's kind (BPE, byte fallback, text as it is)")
+    return _model(pieces, path, vocabulary)
+
+
+def _wire_fields(raw: bytes) -> Iterator[tuple[int, Any]]:
+    """Number and value (int for a varint, else bytes) of each field of a message; ValueError if cut short."""
+    at = 0
+    while at < len(raw):
+        key, at = _wire_varint(raw, at)
+        kind = key & 7
+        if kind == 0:
+            value, at = _wire_varint(raw, at)
+            yield key >> 3, value
+            continue
+        size = {1: 8, 5: 4}.get(kind, 0)
+        if kind == 2:
+            size, at = _wire_varint(raw, at)
+        elif not size:
+            raise ValueError(f"wire type {kind}")
+        if at + size > len(raw):
+            raise ValueError("cut short")
+        yield key >> 3, raw[at : at + size]
+        at += size
+
+
+def _wire_varint(raw: bytes, at: int) -> tuple[int, int]:
+    """The varint at `at` and the place behind it; IndexError if it is cut short."""
+    value = shift = 0
+    while raw[at] & 0x80:
+        value |= (raw[at] & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+    return value | raw[at] << shift, at + 1
 
 
 def _model(pieces: Iterable[Piece], source: Path, vocabulary: int) -> bytes:

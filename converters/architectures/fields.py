@@ -25,6 +25,10 @@ class Fields:
         """The raw value, or None."""
         return self._values.get(self._prefix + key)
 
+    def names(self) -> list[str]:
+        """All keys, without the prefix."""
+        return [key.removeprefix(self._prefix) for key in self._values if key.startswith(self._prefix)]
+
     def wrong(self, key: str, what: str) -> CheckpointError:
         """An error that names the file and the key."""
         return CheckpointError(f"{self._source}: {self._prefix}{key} {what}")

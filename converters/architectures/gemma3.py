@@ -15,7 +15,7 @@ HUGGINGFACE_NORM_ADDED = 1.0  # safetensors store w where the norm multiplies by
 
 _PERIOD = 6
 _BASE_SLIDING, _BASE_FULL = 1e4, 1e6
-_MAX_LAYERS = 512
+MAX_LAYERS = 512
 
 
 def from_config(config: Fields) -> Architecture:
@@ -29,7 +29,7 @@ def from_config(config: Fields) -> Architecture:
     full, sliding = rope.section("full_attention"), rope.section("sliding_attention")
     full.expect("rope_type", "default")
     sliding.expect("rope_type", "default")
-    count = config.integer("num_hidden_layers", maximum=_MAX_LAYERS)
+    count = config.integer("num_hidden_layers", maximum=MAX_LAYERS)
     scalar = config.number("query_pre_attn_scalar", 256.0)
     config.expect("tie_word_embeddings", True, False)
     return _architecture(
@@ -56,7 +56,7 @@ def from_metadata(metadata: Fields, vocabulary: int, tied_head: bool) -> Archite
     """The architecture that GGUF metadata (keys behind "gemma3.") describe; raises CheckpointError."""
     metadata.expect("rope.scaling.type", "none")
     metadata.expect("attn_logit_softcapping")
-    count = metadata.integer("block_count", maximum=_MAX_LAYERS)
+    count = metadata.integer("block_count", maximum=MAX_LAYERS)
     head_dim = metadata.integer("attention.key_length", 256)
     metadata.expect("attention.value_length", head_dim)
     return _architecture(
@@ -69,8 +69,8 @@ def from_metadata(metadata: Fields, vocabulary: int, tied_head: bool) -> Archite
         head_dim=head_dim,
         feed_forward=metadata.integer("feed_forward_length"),
         sliding_window=metadata.integer("attention.sliding_window"),
-        base_sliding=metadata.number("rope.freq_base_swa", _BASE_SLIDING),
-        base_full=metadata.number("rope.freq_base", _BASE_FULL),
+        base_sliding=round_float32(metadata.number("rope.freq_base_swa", _BASE_SLIDING)),
+        base_full=round_float32(metadata.number("rope.freq_base", _BASE_FULL)),
         attention_scale=head_dim**-0.5,
         rms_epsilon=round_float32(metadata.number("attention.layer_norm_rms_epsilon", 1e-6)),
         max_positions=metadata.integer("context_length"),

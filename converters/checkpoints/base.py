@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,10 +14,41 @@ from numpy.typing import NDArray
 from edge.architecture import Architecture
 
 
+@dataclass(frozen=True)
+class CodeRows:
+    """Some rows of a quantised tensor: value = code * scale of its group.
+
+    `codes` int8 [rows, width]; `scales` float32 [rows, width / group], finite and not negative; `exact` bool
+    [rows, width / group], false where a group can't be had with such codes and a scale that is not negative
+    (its codes are then the nearest, and the converter had better quantise the group anew).
+    """
+
+    codes: NDArray[np.int8]
+    scales: NDArray[np.float32]
+    exact: NDArray[np.bool_]
+
+
+class ExactCodes(ABC):
+    """The codes and scales that a tensor was stored with, to be carried over bit for bit.
+
+    `bits` is 2, 4 or 8 (codes from -2^(bits-1) to 2^(bits-1) - 1), `group` the number of values along a row
+    that share a scale (the row's width: per channel), `scale_type` the float type that holds every scale.
+    """
+
+    bits: int
+    group: int
+    scale_type: Literal["F16", "F32"]
+
+    @abstractmethod
+    def rows(self, start: int, stop: int) -> CodeRows:
+        """Codes and scales of rows `start` to `stop`; raises CheckpointError as `LazyTensor.rows` does."""
+
+
 class LazyTensor(ABC):
     """A tensor on disk, read a slice of rows at a time; nothing of it stays in memory.
 
-    `shape` is [out, in] for matrices and [n] for vectors. `source_type` names the stored type, e.g. "BF16".
+    `name` is the one in its file; `shape` is [out, in] for matrices and [n] for vectors; `source_type` names
+    the stored type, e.g. "BF16", "Q4_K" or "INT4".
     """
 
     name: str
@@ -34,6 +66,10 @@ class LazyTensor(ABC):
         """The whole tensor as float32. Only for tensors known to be small, or one at a time."""
         return self.rows(0, self.shape[0])
 
+    def codes(self) -> ExactCodes | None:
+        """The codes behind the values, if they are stored in a way that a bundle can keep; else None."""
+        return None
+
 
 @dataclass(frozen=True)
 class ChatInfo:
@@ -49,8 +85,13 @@ class ChatInfo:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint: tensors under the names of `edge.architecture.tensor_shapes`, all present and
-    of the right shape. `tokenizer_model` is a SentencePiece ModelProto, serialised.
+    """An opened checkpoint; what the architecture asks for is there, and of the right shape.
+
+    `tensors` has the names of `edge.architecture.tensor_shapes`; `tokenizer_model` is a SentencePiece
+    ModelProto, serialised; `licence` is one line, or "" if the checkpoint states none. `static_scales` are
+    the int8 activation scales of a statically quantised checkpoint: "layers.N.query.input" and
+    "layers.N.query.output" and so on for each matrix, "layers.N.key_cache", "layers.N.value_cache"; what was
+    not calibrated is absent.
     """
 
     path: Path
@@ -60,3 +101,4 @@ class Checkpoint:
     chat: ChatInfo
     source_files: tuple[Path, ...]
     licence: str
+    static_scales: Mapping[str, float] = field(default_factory=dict)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from converters.checkpoints.base import Checkpoint
 from converters.checkpoints.gguf_checkpoint import open_gguf
+from converters.checkpoints.huggingface import open_folder
 from edge.errors import CheckpointError
 
 
@@ -17,4 +18,6 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     if path.is_file():
         return open_gguf(path)
-    raise CheckpointError(f"{path}: no such file")
+    if path.is_dir():
+        return open_folder(path)
+    raise CheckpointError(f"{path}: no such file or folder; give a GGUF file or a Hugging Face folder")
