@@ -97,6 +97,18 @@ class Manifest:
             ) from None
 
 
+def read_manifest(directory: Path) -> Manifest:
+    """Read a bundle's manifest; the other files are not looked at. Raises BundleError that names the file."""
+    path = directory / MANIFEST
+    try:
+        return Manifest.from_json(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not text"
+        raise BundleError(f"{path}: can't be read: {reason}; is {directory} a bundle?") from None
+    except BundleError as error:
+        raise BundleError(f"{path} {error}") from None
+
+
 @dataclass(frozen=True)
 class Bundle:
     """An opened bundle whose files are all there and whole."""
@@ -116,16 +128,8 @@ class Bundle:
 
         Raises BundleError that names the file.
         """
-        path = directory / MANIFEST
-        try:
-            raw = path.read_bytes()
-            manifest = Manifest.from_json(raw.decode())
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not text"
-            raise BundleError(f"{path}: can't be read: {reason}; is {directory} a bundle?") from None
-        except BundleError as error:
-            raise BundleError(f"{path}: {error}") from None
-        bundle = cls(directory, manifest, hashlib.sha256(raw).hexdigest())
+        manifest = read_manifest(directory)
+        bundle = cls(directory, manifest, file_digest(directory / MANIFEST))
         bundle._verify_once(cache_directory)
         return bundle
 

@@ -1,8 +1,13 @@
 """The few exceptions of the project. Each message names the thing, what was wrong and what to do."""
 
+import click
 
-class EdgeError(Exception):
-    """Base of every error a person may see; its text is one line, and `exit_code` is for the shell."""
+
+class EdgeError(click.ClickException):
+    """Base of every error a person may see; its text is one line.
+
+    A click command shows it as `Error: ...` and exits with `exit_code`.
+    """
 
     exit_code = 1
 

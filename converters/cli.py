@@ -1,0 +1,229 @@
+"""The `edge-convert` command: convert (the default), inspect and verify."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from edge.bundle import Manifest, read_manifest
+from edge.errors import EdgeError
+
+DEFAULT_CONTEXT = 4096
+RECIPES = ("int8", "int4")
+
+_DIRECTORY = click.Path(path_type=Path)
+
+
+class _ConvertByDefault(click.Group):
+    """A group whose first argument may be a checkpoint instead of a command."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in self.commands:
+            args = ["convert", *args]
+        return super().resolve_command(ctx, args)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0].startswith("-") and args[0] not in ("--help", "--version"):
+            args = ["convert", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=_ConvertByDefault)
+@click.version_option(package_name="edge-gemma")
+def main() -> None:
+    """Turn a Gemma checkpoint into a bundle for edge-daemon, and look at bundles.
+
+    \b
+    Examples:
+      edge-convert gemma-3-270m.gguf -o pump-bundle --recipe int4
+      edge-convert ~/models/gemma-3-1b-it -o bundle --context 8192
+      edge-convert inspect bundle
+      edge-convert verify bundle --against gemma-3-270m.gguf
+
+    A checkpoint is a GGUF file or a Hugging Face folder (config.json, safetensors, tokenizer). Give
+    `edge-convert convert --help` for the options of a conversion; the word `convert` may be left out.
+    """
+    signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _interrupt(_signal: int, _frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+@main.command()
+@click.argument("checkpoint", type=_DIRECTORY)
+@click.option("-o", "--output", "target", type=_DIRECTORY, required=True, help="The bundle to write.")
+@click.option(
+    "--recipe",
+    type=click.Choice(RECIPES),
+    default="int8",
+    show_default=True,
+    help="int8: one scale per channel. int4: blocks of 32, the output head in int8.",
+)
+@click.option(
+    "--context",
+    type=click.IntRange(min=16),
+    default=DEFAULT_CONTEXT,
+    show_default=True,
+    help="The most tokens that a conversation may have.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as one line of JSON.")
+def convert(checkpoint: Path, target: Path, recipe: str, context: int, as_json: bool) -> None:
+    """Convert CHECKPOINT into the bundle given by -o.
+
+    Memory stays bounded: tensors are read, quantised and written a slice at a time. The same checkpoint,
+    recipe and version give the same bytes. If anything goes wrong, nothing is left behind.
+
+    \b
+    Examples:
+      edge-convert gemma-3-270m.gguf -o bundle
+      edge-convert ~/models/gemma-3-1b-it -o bundle --recipe int4 --context 8192
+    """
+    from converters.checkpoints.opening import open_checkpoint
+    from converters.convert import Progress
+    from converters.convert import convert as run
+
+    line = ProgressLine()
+
+    def report(progress: Progress) -> None:
+        line.show(progress.done, progress.total, progress.name)
+
+    started = time.monotonic()
+    result = run(open_checkpoint(checkpoint), target, recipe, context, report)
+    line.clear()
+    summary = {
+        "bundle": str(target),
+        "bytes": result.bytes,
+        "bytes_per_token": result.bytes_per_token,
+        "seconds": round(time.monotonic() - started, 1),
+        "peak_memory_bytes": _peak_memory(),
+        "errors": list(result.error_lines),
+    }
+    if as_json:
+        click.echo(json.dumps(summary))
+        return
+    click.echo("\n".join(result.error_lines))
+    click.echo(
+        f"{target}: {result.bytes / 1e6:,.1f} MB, {result.bytes_per_token / 1e6:,.1f} MB read per token; "
+        f"{summary['seconds']} s, peak memory {_peak_memory() / 1e6:,.0f} MB"
+    )
+
+
+@main.command()
+@click.argument("bundle", type=_DIRECTORY)
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest as it is.")
+def inspect(bundle: Path, as_json: bool) -> None:
+    """Print what is in BUNDLE."""
+    manifest = read_manifest(bundle)
+    click.echo(manifest.to_json() if as_json else _description(bundle, manifest), nl=not as_json)
+
+
+@main.command()
+@click.argument("bundle", type=_DIRECTORY)
+@click.option("--against", type=_DIRECTORY, required=True, help="The checkpoint that it was made from.")
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="A UTF-8 text file to run both over; without it, a built-in one of about 4,000 tokens.",
+)
+@click.option("--threads", type=click.IntRange(min=1), default=os.cpu_count(), show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the report as one line of JSON.")
+def verify(bundle: Path, against: Path, text: Path | None, threads: int, as_json: bool) -> None:
+    """Run BUNDLE and a float32 decoder of its checkpoint over a text, and report how they differ.
+
+    \b
+    Example:
+      edge-convert verify bundle --against gemma-3-270m.gguf --text field-notes.txt
+    """
+    from converters.verify import built_in_text, verify_bundle
+
+    line = ProgressLine()
+    report = verify_bundle(
+        bundle,
+        against,
+        built_in_text() if text is None else _read_text(text),
+        weight_cache_directory(),
+        threads,
+        lambda done, total: line.show(done, total, "tokens"),
+    )
+    line.clear()
+    click.echo(report.to_json() if as_json else str(report))
+
+
+def weight_cache_directory() -> Path:
+    """Where packed weights of bundles that are run on a laptop are kept: $XDG_CACHE_HOME/edge-gemma."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "edge-gemma")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except OSError as error:
+        raise EdgeError(f"{path}: can't be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise EdgeError(f"{path}: byte {error.start} is not UTF-8; save the text as UTF-8") from None
+
+
+def _peak_memory() -> int:
+    """Most resident bytes that this process has had, file pages included."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _description(bundle: Path, manifest: Manifest) -> str:
+    arch = manifest.architecture
+    full = sum(layer.attention == "full" for layer in arch.layers)
+    lines = [
+        f"{bundle}: {arch.family}, recipe {manifest.recipe}, context {manifest.context}, "
+        f"made by {manifest.made_by}",
+        f"  from {manifest.source['name']}; licence: {manifest.licence}",
+        f"  {len(arch.layers)} layers ({full} full, the others of window {arch.sliding_window}), "
+        f"hidden {arch.hidden}, {arch.query_heads} query and {arch.kv_heads} KV heads, "
+        f"vocabulary {arch.vocabulary:,}",
+        f"  prompt format {manifest.prompt_format}, begin {manifest.bos_id}, stop {list(manifest.stop_ids)}",
+        f"  {manifest.quantization['bytes_per_token'] / 1e6:,.1f} MB of weights read per token",
+    ]
+    lines += [f"    {group:<28} {kind}" for group, kind in manifest.quantization["groups"].items()]
+    lines += [f"  {entry.size:>13,} bytes  {entry.sha256[:16]}  {n}" for n, entry in manifest.files.items()]
+    return "\n".join(lines)
+
+
+class ProgressLine:
+    """One line on a terminal that is written over; silent where standard error is not a terminal."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._shown = 0.0
+        self._show: Callable[[str], None] = self._write if sys.stderr.isatty() else lambda _text: None
+
+    def show(self, done: int, total: int, name: str) -> None:
+        """Show the share done, what is in hand, and how long it may still take."""
+        now = time.monotonic()
+        if now - self._shown < 0.1 and done < total:
+            return
+        self._shown = now
+        left = (now - self._started) * (total - done) / max(done, 1)
+        self._show(f"{done / max(total, 1):4.0%}  {left:4.0f} s left  {name}")
+
+    def clear(self) -> None:
+        """Remove the line."""
+        self._show("")
+
+    @staticmethod
+    def _write(text: str) -> None:
+        sys.stderr.write(f"\r\x1b[K{text}")
+        sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    main()
