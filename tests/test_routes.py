@@ -1,0 +1,462 @@
+"""Routes: readings in, events at once, questions in their time, and bounded memory whatever comes."""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+import tracemalloc
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge.errors import ConfigError, EdgeError
+from edge.messages import Failure, Final, Timings, Usage, parse_request
+from edge.route_config import parse_routes
+from edge.route_replay import replay
+from edge.route_statistics import Window
+from edge.routes import Event, Ignored, Outcome, Question, Router, answer_payload
+from edge.topic_filter import TopicFilter
+
+FREEZER = """
+[[route]]
+name = "freezers"
+topics = ["sensors/+/temperature"]
+window = { readings = 10, seconds = 3600 }
+event_topic = "alarms/{sensor}"
+answer_topic = "explanations/{sensor}"
+
+[route.trigger]
+when = "last > `-15`"
+clear = "last < `-17`"
+min_interval_s = 300
+
+[route.ask]
+instructions = "You watch freezers."
+question = "Freezer {sensor}, {reason}: {statistics}. Latest: {readings}."
+max_tokens = 80
+
+[route.ask.schema]
+type = "object"
+properties = { cause = { type = "string" } }
+required = ["cause"]
+"""
+
+
+def router(toml: str, plain: bool = False) -> Router:
+    return Router(parse_routes(tomllib.loads(toml)["route"]), plain, wall_clock=lambda: 1_700_000_000.25)
+
+
+def variant(**changes: Any) -> str:
+    """One route of plain numbers; `changes` are TOML values of its trigger."""
+    trigger = "\n".join(f"{key} = {value}" for key, value in changes.items())
+    return f"""
+[[route]]
+name = "r"
+topics = ["s/#"]
+max_sensors = 4
+event_topic = "events"
+answer_topic = "answers"
+[route.trigger]
+{trigger}
+[route.ask]
+question = "{{reason}} {{last}}"
+"""
+
+
+def kinds(outcomes: Sequence[Outcome]) -> list[str]:
+    """Events by their name, questions as ?reason."""
+    shown = {Event: lambda o: json.loads(o.payload)["event"], Question: lambda o: "?" + o.reason}
+    return [shown[type(o)](o) if type(o) in shown else "ignored" for o in outcomes]
+
+
+def test_a_condition_speaks_at_once_and_asks_for_the_explanation() -> None:
+    freezers = router(FREEZER)
+    assert freezers.filters == ("sensors/+/temperature",)
+    assert freezers.reading("sensors/left/temperature", b"-20", 0.0) == []
+    event, question = freezers.reading("sensors/left/temperature", b"-12.5", 60.0)
+    assert isinstance(event, Event)
+    assert event.topic == "alarms/left"
+    said = json.loads(event.payload)
+    assert (said["event"], said["sensor"], said["at"]) == ("condition", "left", 1_700_000_000.25)
+    assert said["statistics"]["last"] == -12.5
+    assert isinstance(question, Question)
+    assert question.answer_topic == "explanations/left"
+    system, user = question.request.messages
+    assert (system.role, system.content) == ("system", "You watch freezers.")
+    assert user.content == (
+        "Freezer left, condition: 2 readings in 60 s, minimum -20, mean -16.25, maximum -12.5, last -12.5, "
+        "trend 450 per hour, 0 gaps (longest pause 60 s), last reading 0 s ago. "
+        "Latest: -20 (60 s ago), -12.5 (0 s ago)."
+    )
+    assert question.request.max_tokens == 80
+    assert question.request.response_format is not None
+    assert parse_request(question.request.to_json()) == question.request
+
+
+def test_instructions_come_first_in_a_plain_prompt() -> None:
+    (_, question) = router(FREEZER, plain=True).reading("sensors/a/temperature", b"1", 0.0)
+    assert isinstance(question, Question)
+    assert question.request.prompt is not None
+    assert question.request.prompt.startswith("You watch freezers.\n\nFreezer a, condition: ")
+
+
+def test_hysteresis_keeps_a_value_at_the_threshold_quiet() -> None:
+    freezers = router(FREEZER)
+    said = [
+        kinds(freezers.reading("sensors/a/temperature", str(value).encode(), 10.0 * step))
+        for step, value in enumerate([-14, -16, -14, -16, -18, -16, -14])
+    ]
+    assert said == [["condition", "?condition"], [], [], [], ["cleared"], [], ["condition"]]
+
+
+def test_without_clear_the_condition_ends_when_it_no_longer_holds() -> None:
+    one = router(variant(when="'last > `5`'", min_interval_s=0))
+    said = [
+        kinds(one.reading("s/a", value, float(step))) for step, value in enumerate([b"6", b"7", b"5", b"6"])
+    ]
+    assert said == [["condition", "?condition"], [], ["cleared"], ["condition", "?condition"]]
+
+
+def test_a_question_waits_for_the_minimum_interval_but_its_event_does_not() -> None:
+    one = router(variant(when="'last > `5`'", min_interval_s=100))
+    one.reading("s/a", b"6", 0.0)
+    one.reading("s/a", b"1", 10.0)
+    assert kinds(one.reading("s/a", b"7", 20.0)) == ["condition"]
+    one.reading("s/a", b"8.5", 30.0)
+    assert one.next_due() == 100.0
+    assert one.tick(99.0) == []
+    (question,) = one.tick(100.0)
+    assert isinstance(question, Question)
+    assert question.request.messages[-1].content == "condition 8.5"
+    assert one.tick(500.0) == []
+
+
+def test_regular_questions_come_at_their_interval_and_are_not_made_up_for() -> None:
+    one = router(variant(every_s=60, min_interval_s=0))
+    assert kinds(one.reading("s/a", b"1", 0.0)) == []
+    assert one.next_due() == 60.0
+    assert kinds(one.tick(60.0)) == ["?regular"]
+    assert one.next_due() == 120.0
+    one.reading("s/a", b"2", 305.0)
+    assert one.next_due() == 360.0
+
+
+def test_nothing_is_asked_regularly_about_an_empty_window() -> None:
+    one = router(variant(every_s=60).replace("max_sensors", "window = {seconds = 30}\nmax_sensors"))
+    one.reading("s/a", b"1", 0.0)
+    assert one.tick(60.0) == []
+
+
+def test_silence_is_said_once_and_its_end_too() -> None:
+    one = router(variant(silence_s=30, min_interval_s=0))
+    one.reading("s/a", b"1", 0.0)
+    assert one.next_due() == 30.0
+    assert one.tick(29.9) == []
+    assert kinds(one.tick(30.0)) == ["silence", "?silence"]
+    assert one.tick(1000.0) == []
+    assert kinds(one.reading("s/a", b"1", 1001.0)) == ["back"]
+    assert kinds(one.tick(1031.0)) == ["silence", "?silence"]
+
+
+def test_a_question_about_a_long_silence_says_that_there_are_no_readings() -> None:
+    one = router(variant(silence_s=7200).replace("{reason} {last}", "{statistics}; {last}; {age}"))
+    one.reading("s/a", b"1", 0.0)
+    question = one.tick(7200.0)[-1]
+    assert isinstance(question, Question)
+    assert question.request.messages[-1].content == "no readings for 7200 s; unknown; 7200"
+
+
+def test_a_postponed_question_is_asked_again_with_newer_statistics() -> None:
+    one = router(variant(when="'last > `5`'", min_interval_s=0))
+    question = one.reading("s/a", b"6", 0.0)[-1]
+    assert isinstance(question, Question)
+    one.postpone(question, until=5.0)
+    assert kinds(one.reading("s/a", b"9", 4.0)) == []
+    (again,) = one.tick(5.0)
+    assert isinstance(again, Question)
+    assert again.request.messages[-1].content == "condition 9"
+    assert again.request.id != question.request.id
+
+
+def test_json_payloads_are_read_and_judged_through_jmespath() -> None:
+    one = router(
+        """
+[[route]]
+name = "air"
+topics = ["air/+/state", "outside"]
+value = "co2.ppm"
+event_topic = "alarm"
+[route.trigger]
+when = "last > `1000` && payload.window == 'shut'"
+"""
+    )
+    shut = b'{"co2":{"ppm":1200},"window":"shut"}'
+    assert kinds(one.reading("air/room/state", b'{"co2":{"ppm":1200},"window":"open"}', 0.0)) == []
+    assert kinds(one.reading("air/room/state", shut, 1.0)) == ["condition"]
+    (event,) = one.reading("outside", shut, 2.0)
+    assert isinstance(event, Event)
+    assert json.loads(event.payload)["sensor"] == "outside"
+
+
+@pytest.mark.parametrize(
+    ("payload", "why"),
+    [
+        (b"", "not a number: ''"),
+        (b"12 C", "not a number: '12 C'"),
+        (b"nan", "value is a number, not a finite number"),
+        (b"1e999", "value is a number, not a finite number"),
+        (b"1_000", "not a number"),
+        (b"\xff\xfe", "not a number"),
+        (b"1" * 9000, "9000 bytes, at most 8192"),
+    ],
+)
+def test_a_payload_without_a_number_is_ignored_with_a_reason(payload: bytes, why: str) -> None:
+    (ignored,) = router(variant(every_s=60)).reading("s/a", payload, 0.0)
+    assert isinstance(ignored, Ignored)
+    assert ignored.why.startswith(why)
+
+
+@pytest.mark.parametrize(
+    "payload", [b"{}", b'{"v":"1"}', b'{"v":true}', b'{"v":null}', b'{"v":NaN}', b"[1]", b"{" * 5000]
+)
+def test_json_without_a_number_is_ignored(payload: bytes) -> None:
+    one = router(variant(every_s=60).replace("max_sensors", 'value = "v"\nmax_sensors'))
+    assert kinds(one.reading("s/a", payload, 0.0)) == ["ignored"]
+
+
+def test_a_condition_that_fails_on_a_payload_is_ignored_and_the_reading_kept() -> None:
+    one = router(variant(when="'length(topic) > `1` && abs(payload) > `3`'", min_interval_s=0))
+    assert kinds(one.reading("s/a", b"4", 0.0)) == ["condition", "?condition"]
+    bad = router(variant(when="'length(last) > `1`'", every_s=60, min_interval_s=0))
+    (ignored,) = bad.reading("s/a", b"4", 0.0)
+    assert isinstance(ignored, Ignored)
+    assert ignored.why.startswith("trigger: ")
+    assert kinds(bad.tick(60.0)) == ["?regular"]
+
+
+@pytest.mark.parametrize("topic", ["", "a/+", "a/#", "a\0b", "x" * 300])
+def test_topics_that_can_not_be_answered_are_refused(topic: str) -> None:
+    assert kinds(router(variant(every_s=60)).reading(topic, b"1", 0.0)) == ["ignored"]
+
+
+def test_a_flood_of_new_sensors_neither_grows_memory_nor_displaces_the_known_ones() -> None:
+    one = router(variant(when="'last > `5`'", min_interval_s=0))
+    for name in "abcd":
+        one.reading(f"s/{name}", b"1", 0.0)
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    for number in range(20_000):
+        assert kinds(one.reading(f"s/{number}", b"1", 1.0)) == ["ignored"]
+    grown = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    assert grown < 500_000
+    assert kinds(one.reading("s/a", b"6", 2.0)) == ["condition", "?condition"]
+
+
+def test_a_sensor_silent_for_a_day_makes_room() -> None:
+    one = router(variant(every_s=60))
+    for name in "abcd":
+        one.reading(f"s/{name}", b"1", 0.0)
+    assert kinds(one.reading("s/new", b"1", 80_000.0)) == ["ignored"]
+    assert kinds(one.reading("s/new", b"1", 86_400.0)) == []
+
+
+def test_one_reading_serves_every_route_that_wants_it() -> None:
+    two = FREEZER + FREEZER.replace('"freezers"', '"second"').replace("sensors/+/temperature", "sensors/#")
+    outcomes = router(two).reading("sensors/a/temperature", b"0", 0.0)
+    assert [o.route for o in outcomes] == ["freezers", "freezers", "second", "second"]
+    assert [o.topic for o in outcomes if isinstance(o, Event)] == ["alarms/a", "alarms/a/temperature"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('name = "freezers"', 'name = "a b"', "route[0].name is not valid"),
+        ('name = "freezers"\n', "", "route[0].name is missing"),
+        ('"sensors/+/temperature"', '"sensors/a+/x"', "route[0].topics[0] is 'sensors/a+/x'"),
+        ('"sensors/+/temperature"', '"#/x"', "route[0].topics[0] is '#/x'"),
+        ('"sensors/+/temperature"', "5", "route[0].topics[0] is a number; allowed: a string"),
+        ("readings = 10", "readings = 0", "route[0].window.readings is 0"),
+        ("readings = 10", "redings = 0", "route[0].window has the unknown key 'redings'"),
+        ("readings = 10", "readings = 9999", "route[0].max_sensors is 64 with a window of 9999"),
+        ('when = "last > `-15`"', 'when = "last > -15"', "route[0].trigger.when is not JMESPath"),
+        ('when = "last > `-15`"\n', "", "route[0].trigger never fires"),
+        ('when = "last > `-15`"', "silence_s = 9", "route[0].trigger.clear has nothing to end"),
+        ("min_interval_s = 300", "min_interval_s = -1", "route[0].trigger.min_interval_s is -1"),
+        ("{readings}", "{reading}", "route[0].ask.question has the unknown field 'reading'"),
+        ("{readings}", "{readings.__class__}", "route[0].ask.question has the unknown field"),
+        ("{readings}", "{readings:99999}", "route[0].ask.question has the unknown field"),
+        ("{readings}", "{readings", "route[0].ask.question: expected '}'"),
+        ("max_tokens = 80", "max_tokens = 0", "route[0].ask.max_tokens is 0"),
+        ('"alarms/{sensor}"', '"alarms/+"', "route[0].event_topic is 'alarms/+'"),
+        ('"alarms/{sensor}"', '"sensors/{sensor}/temperature"', "which route freezers reads"),
+        ('answer_topic = "explanations/{sensor}"\n', "", "route[0].ask and answer_topic belong together"),
+    ],
+)
+def test_a_wrong_key_is_named_with_what_is_allowed(old: str, new: str, said: str) -> None:
+    assert old in FREEZER
+    with pytest.raises(ConfigError) as caught:
+        router(FREEZER.replace(old, new))
+    assert said in str(caught.value)
+    assert str(caught.value).startswith("route[0]")
+    assert "\n" not in str(caught.value)
+
+
+def test_two_routes_of_one_name_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"route\[1\]\.name is 'freezers' again"):
+        router(FREEZER + FREEZER)
+
+
+def test_an_answer_is_published_with_its_question_s_names() -> None:
+    question = router(FREEZER).reading("sensors/a/temperature", b"0", 0.0)[-1]
+    assert isinstance(question, Question)
+    usage, timings = Usage(1, 0, 0, 1), Timings(0, 0, 0, 0)
+    final = Final(question.request.id, '{"cause":"door"}', "stop", usage, timings)
+    said = json.loads(answer_payload(question, final))
+    assert (said["sensor"], said["reason"], said["answer"]) == ("a", "condition", {"cause": "door"})
+    free = Final(question.request.id, "The door.", "length", usage, timings)
+    assert json.loads(answer_payload(question, free))["answer"] == "The door."
+    failed = Failure(question.request.id, "busy", "later")
+    assert json.loads(answer_payload(question, failed))["error"] == {"code": "busy", "message": "later"}
+
+
+def test_a_recording_shows_what_would_have_been_asked_and_when() -> None:
+    routes = parse_routes(tomllib.loads(variant(silence_s=30, every_s=100, min_interval_s=0))["route"])
+    recording = ["1000.5 s/a 1\n", "1010.5 s/a 2 C\n", "\n", "1200.5 s/b 3\n"]
+    shown = [(time, kinds([outcome])[0]) for time, outcome in replay(routes, recording, "x.txt")]
+    assert shown == [
+        (1010.5, "ignored"),
+        (1030.5, "silence"),
+        (1030.5, "?silence"),
+        (1100.5, "?regular"),
+    ]
+
+
+@pytest.mark.parametrize("line", ["abc s/a 1", "1000", "1000 s/a", "12 s/a 1"])
+def test_a_line_that_is_no_reading_is_named(line: str) -> None:
+    routes = parse_routes(tomllib.loads(variant(every_s=100))["route"])
+    with pytest.raises(EdgeError, match=r"^x\.txt:2: "):
+        list(replay(routes, ["500 s/a 1", line], "x.txt"))
+
+
+values = st.floats(allow_nan=False, allow_infinity=False)
+
+
+@given(
+    readings=st.lists(st.tuples(st.floats(0, 1000), values), max_size=60),
+    most=st.integers(1, 40),
+    seconds=st.floats(1, 5000),
+)
+def test_statistics_are_those_of_the_readings_in_the_window(
+    readings: list[tuple[float, float]], most: int, seconds: float
+) -> None:
+    window = Window(most, seconds)
+    now, kept = 0.0, []
+    for pause, value in readings:
+        now += pause
+        window.add(now, value)
+        kept.append((now, value))
+    kept = [(t, v) for t, v in kept[-most:] if t >= now - seconds]
+    found = window.statistics(now)
+    if not kept:
+        assert found is None
+        return
+    assert found is not None
+    numbers = [v for _, v in kept]
+    assert (found.count, found.minimum, found.maximum) == (len(kept), min(numbers), max(numbers))
+    assert (found.last, found.age_s, found.span_s) == (numbers[-1], 0.0, kept[-1][0] - kept[0][0])
+    assert found.minimum <= found.mean <= found.maximum
+    assert found.mean == pytest.approx(
+        math.fsum(v / len(numbers) for v in numbers), rel=1e-9, abs=1e-9 * max(map(abs, numbers))
+    )
+    assert window.latest(5) == kept[-5:]
+
+
+@given(st.floats(-1e6, 1e6), st.floats(-100, 100), st.integers(2, 50), st.floats(0.5, 600))
+def test_the_trend_of_a_straight_line_is_its_slope(
+    start: float, slope: float, count: int, step: float
+) -> None:
+    window = Window(100, 1e6)
+    for index in range(count):
+        window.add(index * step, start + slope * index * step / 3600)
+    found = window.statistics(count * step)
+    assert found is not None
+    assert found.trend == pytest.approx(slope, rel=1e-6, abs=1e-9 * abs(start) * 3600 / step + 1e-9)
+
+
+def test_gaps_are_pauses_of_more_than_three_times_the_usual_interval() -> None:
+    window = Window(100, 1e6)
+    for time in [0, 10, 20, 30, 61, 70, 80, 180, 190]:
+        window.add(time, 1.0)
+    found = window.statistics(200.0)
+    assert found is not None
+    assert (found.gaps, found.longest_pause_s, found.age_s) == (2, 100.0, 10.0)
+
+
+def test_a_window_holds_32_bytes_a_reading_at_most() -> None:
+    window = Window(1000, 1e9)
+    for index in range(50_000):
+        window.add(float(index), 1.0)
+    assert len(window) == 1000
+    buffers = [value for value in vars(window).values() if isinstance(value, np.ndarray)]
+    assert sum(buffer.nbytes for buffer in buffers) <= 32_000
+
+
+@pytest.mark.parametrize(
+    ("text", "topic", "wild"),
+    [
+        ("a/b", "a/b", ()),
+        ("a/b", "a/b/c", None),
+        ("a/+", "a/", ("",)),
+        ("+/+", "/finance", ("", "finance")),
+        ("+", "/finance", None),
+        ("a/#", "a", ()),
+        ("a/#", "a/b/c", ("b/c",)),
+        ("a/#", "ab", None),
+        ("#", "a/b", ("a/b",)),
+        ("#", "$SYS/x", None),
+        ("+/x", "$SYS/x", None),
+        ("$SYS/#", "$SYS/x", ("x",)),
+        ("a.c/+/d", "abc/x/d", None),
+        ("a/+/c/#", "a/b/c", ("b",)),
+    ],
+)
+def test_topic_filters_match_as_mqtt_says(text: str, topic: str, wild: tuple[str, ...] | None) -> None:
+    assert TopicFilter(text).match(topic) == wild
+
+
+@settings(max_examples=300)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["s/a", "s/b", "s/c", "s/d", "s/e", "t"]),
+            st.one_of(values.map(lambda v: repr(v).encode()), st.binary(max_size=12)),
+            st.floats(0, 4000),
+            st.booleans(),
+        ),
+        max_size=40,
+    )
+)
+def test_whatever_comes_questions_keep_their_distance_and_everything_is_valid(
+    messages: list[tuple[str, bytes, float, bool]],
+) -> None:
+    one = router(variant(when="'last > `5` || trend < `-1`'", every_s=700, silence_s=900, min_interval_s=250))
+    now = 0.0
+    asked: dict[str, float] = {}
+    for topic, payload, pause, tick in messages:
+        now += pause
+        outcomes = one.reading(topic, payload, now) + (one.tick(now) if tick else [])
+        for outcome in outcomes:
+            if isinstance(outcome, Question):
+                assert now - asked.get(outcome.topic, -math.inf) >= 250
+                asked[outcome.topic] = now
+                assert parse_request(outcome.request.to_json()) == outcome.request
+            elif isinstance(outcome, Event):
+                json.loads(outcome.payload)
+        if tick:
+            assert one.next_due() > now
