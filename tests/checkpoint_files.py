@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from safetensors import TensorSpec, serialize_file
 from sentencepiece import SentencePieceProcessor
 
-from converters.architectures.names import gguf_name
+from converters.architectures.names import gguf_name, huggingface_name
 from converters.checkpoints.base import Checkpoint
 from converters.checkpoints.opening import open_checkpoint
+from converters.checkpoints.safetensors_file import read_safetensors
 from edge.architecture import Architecture
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -58,6 +59,16 @@ def write_safetensors(path: Path, arrays: Arrays) -> None:
         for name, array in kept.items()
     }
     serialize_file(specs, path)
+
+
+def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """The tensors of a safetensors file, bfloat16 as its bits: what `write_safetensors` takes."""
+    raw, kinds = path.read_bytes(), {"BF16": np.uint16, "F32": np.float32, "U8": np.uint8, "I8": np.int8}
+    arrays: dict[str, NDArray[Any]] = {}
+    for name, entry in read_safetensors(path).items():
+        part = raw[entry.offset : entry.offset + entry.size]
+        arrays[name] = np.frombuffer(part, kinds[entry.dtype]).reshape(entry.shape)
+    return arrays
 
 
 def copy_fixture(name: str, folder: Path, edit: Callable[[dict[str, Any]], object] | None = None) -> Path:
@@ -188,3 +199,66 @@ def _add(writer: GGUFWriter, key: str, value: Any) -> None:
         writer.add_float32(key, value)
     elif value is not None:
         writer.add_string(key, value)
+
+
+def write_packed_release(folder: Path) -> dict[str, tuple[NDArray[np.int8], NDArray[np.float32]]]:
+    """Write a folder of the mobile format (`quant_method` "gemma") with random codes, else as `GEMMA4`.
+
+    Returns codes int8 [out, in] and scales float32 [out, groups] by our names of the tensors.
+    """
+    source = open_checkpoint(FIXTURES / GEMMA4)
+    copy_fixture(GEMMA4, folder, _packed_config)
+    draw = np.random.default_rng(0)
+    stored: dict[str, NDArray[Any]] = {}
+    written = {}
+    shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
+    for name, shape in (shapes | {"head": shapes["embedding"]}).items():
+        stem = "lm_head" if name == "head" else "model.language_model." + huggingface_name(name)
+        stem = stem.removesuffix(".weight")
+        bits = _packed_bits(name, source.architecture)
+        if bits is None:
+            stored[source.tensors[name].name] = bfloat16(source.tensors[name].array())
+            continue
+        codes = draw.integers(-(1 << bits - 1), 1 << bits - 1, shape).astype(np.int8)
+        groups = len(source.architecture.layers) if name == "per_layer_embedding" else 1
+        scales = draw.uniform(0.001, 0.01, (shape[0], groups)).astype(np.float32)
+        embedding = "embedding" in name
+        stored[stem + (".embedding_quantized" if embedding else ".weight")] = pack(codes, bits)
+        stored[stem + (".embedding_scale" if embedding else ".weight_scale")] = scales
+        if not embedding:
+            stored[f"{stem}.input_activation_scale"] = np.array(0.25, np.float32)
+            stored[f"{stem}.output_activation_scale"] = np.array(0, np.float32)  # not calibrated
+        written[name] = codes, scales
+    for index in range(len(source.architecture.layers)):
+        attention = f"model.language_model.layers.{index}.self_attn"
+        stored[f"{attention}.k_cache_scale"] = np.array(0.5, np.float32)
+        stored[f"{attention}.v_cache_scale"] = np.array(0.125, np.float32)
+    write_safetensors(folder / "model.safetensors", stored)
+    return written
+
+
+def pack(codes: NDArray[np.int8], bits: int) -> NDArray[Any]:
+    """Pack signed codes [out, in] as the mobile format does: offset, and the first in the lowest bits."""
+    if bits == 8:
+        return codes
+    count = 8 // bits
+    raw = codes.astype(np.int64) + (1 << bits - 1)
+    places = (1 << bits * np.arange(count)).astype(np.int64)
+    packed: NDArray[Any] = (raw.reshape(len(raw), -1, count) * places).sum(axis=-1).astype(np.uint8)
+    return packed
+
+
+def _packed_config(config: dict[str, Any]) -> None:
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = False
+    config["quantization_config"] = {"quant_method": "gemma", "num_bits": 4, "quantize_embeddings": True}
+
+
+def _packed_bits(name: str, arch: Architecture) -> int | None:
+    """The width that the mobile release of E2B gives a tensor; None where it stays a float."""
+    part = name.rpartition(".")[2]
+    if part in ("embedding", "head"):
+        return 2
+    if part in ("gate", "up", "down"):
+        return 4 if arch.owns_kv(int(name.split(".")[1])) else 2
+    widths = dict.fromkeys(("query", "key", "value", "output", "per_layer_embedding"), 4)
+    return (widths | {"per_layer_gate": 8, "per_layer_projection": 8}).get(part)

@@ -43,8 +43,8 @@ def folder_template(path: Path) -> str:
     for name in ("chat_template.json", "tokenizer_config.json"):
         if (path / name).exists():
             template = read_json(path / name).get("chat_template")
-            if isinstance(template, list):  # several, by name
-                template = next((item.get("template") for item in template if isinstance(item, dict)), None)
+            if isinstance(template, list):  # several, by name; they share the turn markers
+                template = "\n".join(str(item.get("template")) for item in template if isinstance(item, dict))
             if isinstance(template, str):
                 return template
     return ""
