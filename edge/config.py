@@ -34,21 +34,33 @@ _MISSING = object()
 
 
 @dataclass(frozen=True)
+class Broker:
+    """How to reach a broker. `keepalive_s` is MQTT's keepalive, in seconds."""
+
+    host: str = "127.0.0.1"
+    port: int = 1883
+    tls: bool = False
+    ca_file: Path | None = None
+    certificate_file: Path | None = None
+    key_file: Path | None = None
+    username: str | None = None
+    password: str | None = field(default=None, repr=False)
+    keepalive_s: int = 30
+
+    @property
+    def address(self) -> str:
+        """Host and port, for messages."""
+        return f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True)
 class MqttConfig:
-    """The broker and what may be answered. Times in seconds.
+    """The broker, how long it keeps the session of an absent daemon (seconds), and what may be answered.
 
     A response topic must begin with one of `reply_prefixes` or with the node's own `edge/v1/<node>/reply/`.
     """
 
-    host: str
-    port: int
-    tls: bool
-    ca_file: Path | None
-    certificate_file: Path | None
-    key_file: Path | None
-    username: str | None
-    password: str | None = field(repr=False)
-    keepalive_s: int
+    broker: Broker
     session_expiry_s: int
     reply_prefixes: tuple[str, ...]
 
@@ -141,7 +153,9 @@ class _Reader:
         secret = values.pop("password_file")
         if secret is not None and values["username"] is None:
             raise self._error("mqtt.password_file", "mqtt.password_file needs mqtt.username")
-        return MqttConfig(password=None if secret is None else self._secret(secret), **values)
+        expiry, prefixes = values.pop("session_expiry_s"), values.pop("reply_prefixes")
+        password = None if secret is None else self._secret(secret)
+        return MqttConfig(Broker(password=password, **values), expiry, prefixes)
 
     def _serial(self, index: int, table: Mapping[str, Any]) -> SerialConfig:
         return SerialConfig(**self._section(f"serial[{index}]", table, _SERIAL))

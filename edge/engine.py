@@ -16,13 +16,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from edge.errors import EdgeError, RequestError
+from edge.generation import Completion, Delta
 from edge.messages import Answer, Failure, Final, Partial, Request, Timings, Usage
-
-if TYPE_CHECKING:
-    from edge.generation import Completion, Delta
 
 log = logging.getLogger(__name__)
 
@@ -216,7 +214,7 @@ class Engine:
         batch = _Batch(job, self._partial_interval_s)
         for item in self._generator.generate(job.request, lambda: self._interrupted(job)):
             self.progress += 1
-            if not hasattr(item, "finish_reason"):
+            if isinstance(item, Delta):
                 for partial in batch.add(item):
                     self._deliver(job, partial)
                 continue

@@ -21,7 +21,6 @@ from edge.request_fields import (
     ToolCall,
     message_to_dict,
     read_tool_calls,
-    request_id,
     tool_call_to_dict,
 )
 from edge.strict_json import StrictJsonError, dumps, printable
@@ -39,7 +38,7 @@ __all__ = [
     "Usage",
     "parse_answer",
     "parse_request",
-    "salvage_id",
+    "salvage",
 ]
 
 MAX_ANSWER_BYTES = 4 * 1024 * 1024
@@ -173,12 +172,19 @@ def parse_request(raw: bytes | str) -> Request:
         raise RequestError("bad_request", f"request: {error}") from None
 
 
-def salvage_id(raw: bytes | str) -> str | None:
-    """Read the id of a request that `parse_request` refused, if that much of it is valid."""
+def salvage(raw: bytes | str) -> tuple[str | None, str | None]:
+    """Read `id` and `reply_to` of a request that `parse_request` refused; each is None if it is not valid."""
     try:
-        return request_id("id", strict_json.loads(raw, MAX_REQUEST_BYTES).get("id"))
-    except (StrictJsonError, FieldError):
-        return None
+        data = strict_json.loads(raw, MAX_REQUEST_BYTES)
+    except StrictJsonError:
+        return None, None
+    found: list[str | None] = []
+    for key in ("id", "reply_to"):
+        try:
+            found.append(CHECKS[key](key, data.get(key)))
+        except FieldError:
+            found.append(None)
+    return found[0], found[1]
 
 
 def parse_answer(raw: bytes | str) -> Answer:

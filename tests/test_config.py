@@ -75,14 +75,19 @@ def test_every_key_is_read(tmp_path: Path) -> None:
     assert config.cache_directory == Path("/var/cache/edge")
     assert config.state_directory == tmp_path / "state"
     assert config.mqtt is not None
-    assert (config.mqtt.host, config.mqtt.port, config.mqtt.username, config.mqtt.password) == (
+    assert (
+        config.mqtt.broker.host,
+        config.mqtt.broker.port,
+        config.mqtt.broker.username,
+        config.mqtt.broker.password,
+    ) == (
         "broker.lan",
         8883,
         "edge",
         "s3cret",
     )
-    assert config.mqtt.ca_file == tmp_path / "ca.pem"
-    assert config.mqtt.key_file == Path("/etc/edge/node.key")
+    assert config.mqtt.broker.ca_file == tmp_path / "ca.pem"
+    assert config.mqtt.broker.key_file == Path("/etc/edge/node.key")
     assert config.mqtt.reply_prefixes == ("sensors/", "ha/")
     assert [(port.port, port.baud, port.flow_control, port.lenient) for port in config.serial] == [
         ("/dev/ttyUSB0", 115_200, "none", False),
@@ -93,7 +98,11 @@ def test_every_key_is_read(tmp_path: Path) -> None:
 def test_a_bundle_and_a_transport_are_enough(tmp_path: Path) -> None:
     config = read(tmp_path, SMALLEST)
     assert config.mqtt is not None
-    assert (config.mqtt.host, config.mqtt.port, config.mqtt.password) == ("127.0.0.1", 1883, None)
+    assert (config.mqtt.broker.host, config.mqtt.broker.port, config.mqtt.broker.password) == (
+        "127.0.0.1",
+        1883,
+        None,
+    )
     assert config.node
     assert config.cache_directory == tmp_path / "cache" / "edge-gemma"
     assert config.state_directory == tmp_path / "home" / ".local/state" / "edge-gemma"
@@ -117,11 +126,11 @@ def test_a_systemd_credential_comes_before_a_file(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path / "credentials"))
     config = read(tmp_path, text)
     assert config.mqtt is not None
-    assert config.mqtt.password == "from the file"
+    assert config.mqtt.broker.password == "from the file"
     (tmp_path / "credentials" / "secret").write_text("from systemd\n")
     config = read(tmp_path, text)
     assert config.mqtt is not None
-    assert config.mqtt.password == "from systemd"
+    assert config.mqtt.broker.password == "from systemd"
 
 
 def test_a_password_is_not_shown(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from edge.messages import (
     Usage,
     parse_answer,
     parse_request,
-    salvage_id,
+    salvage,
 )
 
 unicode_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
@@ -95,7 +95,7 @@ def test_noise_is_refused_in_one_line_with_the_code_bad_request(raw: bytes | str
         parse_request(raw)
     assert caught.value.code == "bad_request"
     assert str(caught.value).isprintable()
-    salvage_id(raw)
+    salvage(raw)
 
 
 @given(requests, st.sampled_from([*sorted(settings), "prompt", "messages"]), json_values)
@@ -230,10 +230,11 @@ def test_the_text_format_means_no_constraint() -> None:
     assert parse_request('{"id":"a","prompt":"x","response_format":{"type":"text"}}').response_format is None
 
 
-def test_the_id_of_a_refused_request_is_known_where_it_is_valid() -> None:
-    assert salvage_id('{"id":"a1","nonsense":true}') == "a1"
-    assert salvage_id('{"id":"a b"}') is None
-    assert salvage_id("{") is None
+def test_where_to_answer_a_refused_request_is_known_where_that_is_valid() -> None:
+    assert salvage('{"id":"a1","nonsense":true}') == ("a1", None)
+    assert salvage('{"id":"a b","reply_to":"a/b"}') == (None, "a/b")
+    assert salvage('{"id":"a1","reply_to":"a/#"}') == ("a1", None)
+    assert salvage("{") == (None, None)
 
 
 tenths = st.integers(0, 10**6).map(lambda n: n / 10)

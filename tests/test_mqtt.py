@@ -1,0 +1,393 @@
+"""The MQTT transport against a real mosquitto: each request answered once, whatever the network does."""
+
+import json
+import queue
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from counterparts import WAIT_S, Mosquitto, wait_for
+from paho.mqtt.client import Client, MQTTMessage, MQTTv5, MQTTv311
+from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from speller import Speller
+
+from edge.config import Broker, MqttConfig
+from edge.engine import Engine
+from edge.errors import TransportError
+from edge.messages import MAX_REQUEST_BYTES, Answer, Failure, Final, Partial, Request, parse_answer
+from edge.transports.mqtt import MqttTransport
+
+REPLY = "edge/v1/pump/reply/sensor"
+REQUEST = "edge/v1/pump/request"
+CANCEL = "edge/v1/pump/cancel"
+
+
+@dataclass
+class Sensor:
+    """A client as a sensor's author would write it with paho."""
+
+    client: Client
+    messages: "queue.Queue[MQTTMessage]" = field(default_factory=queue.Queue)
+
+    def ask(self, payload: str | bytes, topic: str = REQUEST, **properties: Any) -> None:
+        self.client.publish(topic, payload, qos=1, properties=_properties(properties)).wait_for_publish(
+            WAIT_S
+        )
+
+    def hear(self) -> tuple[str, Answer]:
+        message = self.messages.get(timeout=WAIT_S)
+        return message.topic, parse_answer(bytes(message.payload))
+
+    def last(self) -> Answer:
+        """The next answer that is no Partial."""
+        while isinstance(answer := self.hear()[1], Partial):
+            pass
+        return answer
+
+    def final(self) -> Final:
+        answer = self.last()
+        assert isinstance(answer, Final), answer
+        return answer
+
+    def failure(self) -> Failure:
+        answer = self.last()
+        assert isinstance(answer, Failure), answer
+        return answer
+
+
+def _properties(values: dict[str, Any]) -> Properties | None:
+    if not values:
+        return None
+    properties: Properties = PROPERTIES(PacketTypes.PUBLISH)
+    for name, value in values.items():
+        setattr(properties, name, value)
+    return properties
+
+
+PROPERTIES: Any = Properties  # paho leaves its constructor untyped
+Connect = Callable[..., Sensor]
+
+
+@pytest.fixture
+def connect() -> Iterator[Connect]:
+    """Make clients of a broker that hear some topics."""
+    clients = []
+
+    def make(broker: Mosquitto, *topics: str, protocol: MQTTProtocolVersion = MQTTv5) -> Sensor:
+        sensor = Sensor(Client(CallbackAPIVersion.VERSION2, protocol=protocol))
+        ready: queue.Queue[bool] = queue.Queue()
+        sensor.client.on_message = lambda _client, _data, message: sensor.messages.put(message)
+        sensor.client.on_subscribe = lambda *_: ready.put(True)
+        sensor.client.connect("127.0.0.1", broker.port)
+        sensor.client.loop_start()
+        clients.append(sensor.client)
+        for topic in topics:
+            sensor.client.subscribe(topic, 1)
+            assert ready.get(timeout=WAIT_S)
+        return sensor
+
+    yield make
+    for client in clients:
+        client.disconnect()
+        client.loop_stop()
+
+
+@pytest.fixture
+def sensor(connect: Connect, mosquitto: Mosquitto) -> Sensor:
+    """A client that hears answers at REPLY."""
+    return connect(mosquitto, REPLY)
+
+
+@dataclass
+class Node:
+    """A transport with an engine and a Speller behind it."""
+
+    speller: Speller
+    engine: Engine
+    transport: MqttTransport
+
+    @classmethod
+    def start(cls, broker: Broker, prefixes: tuple[str, ...] = (), session_expiry_s: int = 60) -> "Node":
+        speller = Speller()
+        engine = Engine(speller, queue_length=3, partial_interval_s=0)
+        transport = MqttTransport(
+            MqttConfig(broker, session_expiry_s, prefixes),
+            "pump",
+            engine,
+            {"version": "1"},
+            lambda: {"queue": engine.waiting},
+        )
+        engine.start()
+        transport.start()
+        return cls(speller, engine, transport)
+
+    def stop(self) -> None:
+        self.speller.gate.set()
+        self.engine.stop(WAIT_S)
+        self.transport.stop(WAIT_S)
+        assert not self.transport.connection.alive
+
+
+@pytest.fixture
+def node(mosquitto: Mosquitto) -> Iterator[Node]:
+    """A node that is online."""
+    node = Node.start(mosquitto.broker, ("sensors/", "edge/"))
+    wait_for(lambda: node.transport.online)
+    yield node
+    node.stop()
+
+
+def request(name: str, prompt: str = "abc def", **fields: Any) -> str:
+    return Request(name, prompt, **fields).to_json()
+
+
+def test_a_request_gets_parts_and_one_final_with_its_correlation_data(node: Node, sensor: Sensor) -> None:
+    sensor.ask(request("a"), ResponseTopic=REPLY, CorrelationData=b"\x00\x07")
+    messages = [sensor.messages.get(timeout=WAIT_S) for _ in range(3)]
+    answers = [parse_answer(bytes(message.payload)) for message in messages]
+    assert answers[:2] == [Partial("a", 0, "cba "), Partial("a", 1, "fed ")]
+    assert isinstance(answers[2], Final)
+    assert answers[2].text == "cba fed "
+    assert [message.qos for message in messages] == [0, 0, 1]
+    assert {message.properties.CorrelationData for message in messages} == {b"\x00\x07"}  # type: ignore[union-attr]
+
+
+def test_a_3_1_1_client_names_reply_to_in_the_request(
+    node: Node, connect: Connect, mosquitto: Mosquitto
+) -> None:
+    sensor = connect(mosquitto, "sensors/7/answer", protocol=MQTTv311)
+    sensor.ask(request("a", reply_to="sensors/7/answer"))
+    assert sensor.final().text == "cba fed "
+    sensor.ask('{"id":"b","reply_to":"sensors/7/answer"}')
+    assert sensor.failure().code == "bad_request"
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [b"{", b"\xff\xfe", '{"id":"a","prompt":"x","max_token":1}', request("a", "x" * MAX_REQUEST_BYTES)],
+)
+def test_a_malformed_or_oversized_request_is_answered_with_bad_request(
+    node: Node, sensor: Sensor, payload: str | bytes
+) -> None:
+    sensor.ask(payload, ResponseTopic=REPLY)
+    sensor.ask(payload, ResponseTopic=REPLY)
+    assert [sensor.failure().code, sensor.failure().code] == ["bad_request", "bad_request"]
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "elsewhere/x",
+        "edge/v1/other/request",
+        REQUEST,
+        CANCEL,
+        "edge/v1/pump/status",
+        "edge/v1/other/reply/x",
+        "$x",
+    ],
+)
+def test_a_response_topic_off_the_allow_list_is_not_written_to(
+    node: Node, connect: Connect, mosquitto: Mosquitto, reply: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    sensor = connect(mosquitto, "elsewhere/#", "edge/v1/other/#", REPLY)
+    sensor.ask(request("a"), ResponseTopic=reply)
+    sensor.ask(request("b"), ResponseTopic=REPLY)
+    assert sensor.final().id == "b"
+    assert sensor.messages.empty()
+    assert node.speller.asked == ["b"]
+    assert "allowed are edge/v1/pump/reply/#, sensors/#" in caplog.text
+
+
+def test_a_request_without_a_response_topic_is_dropped_and_does_not_come_back(
+    node: Node, sensor: Sensor, mosquitto: Mosquitto
+) -> None:
+    sensor.ask(request("a"))
+    sensor.ask(request("b"), ResponseTopic=REPLY)
+    assert sensor.final().id == "b"
+    assert node.speller.asked == ["b"]
+
+
+def test_a_retained_request_is_ignored(mosquitto: Mosquitto, sensor: Sensor) -> None:
+    sensor.client.publish(
+        REQUEST, request("old"), qos=1, retain=True, properties=_properties({"ResponseTopic": REPLY})
+    ).wait_for_publish(WAIT_S)
+    node = Node.start(mosquitto.broker)
+    wait_for(lambda: node.transport.online)
+    sensor.ask(request("new"), ResponseTopic=REPLY)
+    assert sensor.final().id == "new"
+    assert node.speller.asked == ["new"]
+    node.stop()
+
+
+def test_message_expiry_is_a_deadline(node: Node, sensor: Sensor) -> None:
+    node.speller.gate.clear()
+    sensor.ask(request("a"), ResponseTopic=REPLY, MessageExpiryInterval=1)
+    assert sensor.final().finish_reason == "deadline"
+
+
+def test_a_full_queue_answers_busy_at_once(node: Node, sensor: Sensor) -> None:
+    node.speller.gate.clear()
+    sensor.ask(request("held"), ResponseTopic=REPLY)
+    node.speller.wait_until_held()
+    for name in ("a", "b", "c", "d"):
+        sensor.ask(request(name), ResponseTopic=REPLY)
+    failure = sensor.failure()
+    assert (failure.id, failure.code) == ("d", "busy")
+    node.speller.gate.set()
+    assert [sensor.final().id for _ in range(4)] == ["held", "a", "b", "c"]
+
+
+def test_a_request_is_cancelled_by_who_asked_it_and_nobody_else(node: Node, sensor: Sensor) -> None:
+    node.speller.gate.clear()
+    sensor.ask(request("a"), ResponseTopic=REPLY)
+    node.speller.wait_until_held()
+    sensor.ask('{"id":"a"}', CANCEL, ResponseTopic="sensors/other")
+    sensor.ask('{"id":"a"}', CANCEL)
+    sensor.ask("nonsense", CANCEL, ResponseTopic=REPLY)
+    sensor.ask(request("b"), ResponseTopic=REPLY)
+    wait_for(lambda: node.engine.waiting == 1)
+    sensor.ask('{"id":"b"}', CANCEL, ResponseTopic=REPLY)
+    assert (sensor.final().id, node.engine.working) == ("b", True)
+    sensor.ask('{"id":"a","reply_to":"%s"}' % REPLY, CANCEL)  # noqa: UP031 (braces)
+    final = sensor.final()
+    assert (final.id, final.finish_reason) == ("a", "cancelled")
+
+
+def test_status_is_retained_and_the_last_will_says_offline(mosquitto: Mosquitto, connect: Connect) -> None:
+    node = Node.start(mosquitto.broker)
+    wait_for(lambda: node.transport.online)
+    watcher = connect(mosquitto, "edge/v1/pump/status", "edge/v1/pump/health")
+    seen: dict[str, Any] = {}
+    while len(seen) < 2:
+        message = watcher.messages.get(timeout=WAIT_S)
+        seen[message.topic] = (json.loads(message.payload), message.retain)
+    assert seen["edge/v1/pump/status"] == ({"state": "online", "version": "1"}, True)
+    assert seen["edge/v1/pump/health"][0] == {"queue": 0}
+    node.stop()
+    while (message := watcher.messages.get(timeout=WAIT_S)).topic != "edge/v1/pump/status":
+        pass
+    assert json.loads(message.payload)["state"] == "offline"
+
+
+def test_a_request_sent_while_the_node_is_away_is_answered_when_it_is_back(
+    mosquitto: Mosquitto, sensor: Sensor
+) -> None:
+    first = Node.start(mosquitto.broker)
+    wait_for(lambda: first.transport.online)
+    first.stop()
+    sensor.ask(request("a"), ResponseTopic=REPLY)
+    second = Node.start(mosquitto.broker)
+    assert sensor.final().id == "a"
+    second.stop()
+
+
+@pytest.mark.parametrize("kill", [False, True])
+def test_a_broker_that_goes_and_comes_back_costs_no_answer_and_gives_none_twice(
+    node: Node, mosquitto: Mosquitto, connect: Connect, kill: bool
+) -> None:
+    sensor = connect(mosquitto)
+    node.speller.gate.clear()
+    for name in ("a", "b"):
+        sensor.ask(request(name, stream=False), ResponseTopic=REPLY)
+    node.speller.wait_until_held()
+    time.sleep(1.5)  # until the broker has saved its sessions, as configured
+    mosquitto.stop(kill)
+    node.speller.gate.set()
+    wait_for(lambda: node.engine.answered == 2)
+    mosquitto.start()
+    wait_for(lambda: node.transport.online)
+    again = connect(mosquitto, REPLY)
+    again.ask(request("c", stream=False), ResponseTopic=REPLY)
+    heard = []
+    while "c" not in heard:
+        heard.append(again.final().id)
+    assert len(heard) == len(set(heard))
+    assert node.speller.asked == ["a", "b", "c"]
+
+
+def test_a_lost_connection_does_not_make_the_broker_ask_twice(
+    node: Node, sensor: Sensor, mosquitto: Mosquitto
+) -> None:
+    node.speller.gate.clear()
+    sensor.ask(request("a"), ResponseTopic=REPLY)
+    node.speller.wait_until_held()
+    for _ in range(2):
+        cut_connection(node)
+        wait_for(lambda: node.transport.online)
+    node.speller.gate.set()
+    assert sensor.final().id == "a"
+    wait_for(lambda: node.transport.unconfirmed == 0)
+    cut_connection(node)
+    wait_for(lambda: node.transport.online)
+    sensor.ask(request("b"), ResponseTopic=REPLY)
+    assert sensor.final().id == "b"
+    assert sensor.messages.empty()
+    assert node.speller.asked == ["a", "b"]
+
+
+def cut_connection(node: Node) -> None:
+    """Shut the transport's socket as a network would."""
+    connection: Any = node.transport.connection._client.socket()
+    connection.shutdown(socket.SHUT_RDWR)
+    wait_for(lambda: not node.transport.online)
+
+
+def test_an_exception_while_a_request_is_taken_on_is_answered_and_ends_no_thread(
+    node: Node, sensor: Sensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(node.engine, "submit", lambda *_: 1 // 0)
+        sensor.ask(request("a"), ResponseTopic=REPLY)
+        assert sensor.failure().code == "internal"
+    sensor.ask(request("b"), ResponseTopic=REPLY)
+    assert sensor.final().id == "b"
+
+
+def test_a_broker_that_is_not_there_is_named_once_and_tried_again(
+    mosquitto: Mosquitto, caplog: pytest.LogCaptureFixture
+) -> None:
+    mosquitto.stop()
+    node = Node.start(mosquitto.broker)
+    wait_for(lambda: node.transport.connection.problem)
+    time.sleep(1.5)  # at least one more try
+    assert caplog.text.count(f"broker 127.0.0.1:{mosquitto.port}: can't be reached") == 1
+    mosquitto.start()
+    wait_for(lambda: node.transport.online)
+    node.stop()
+
+
+def test_a_broker_that_refuses_the_password_says_so(
+    tmp_path: Path, start_mosquitto: Callable[..., Mosquitto]
+) -> None:
+    (tmp_path / "passwords").touch(mode=0o600)
+    broker = start_mosquitto("allow_anonymous false", f"password_file {tmp_path / 'passwords'}").broker
+    node = Node.start(broker)
+    wait_for(lambda: node.transport.connection.refused)
+    said = f"broker {broker.address}: it refuses the connection: Not authorized; check user name, password"
+    assert str(node.transport.connection.refused).startswith(said)
+    node.stop()
+
+
+def test_a_tls_file_that_is_not_there_is_named() -> None:
+    with pytest.raises(
+        TransportError, match=r"broker 127\.0\.0\.1:8883: a TLS file can't be used: .*No such file"
+    ):
+        Node.start(Broker(port=8883, tls=True, ca_file=Path("/nowhere/ca.pem")))
+
+
+def test_a_final_too_large_for_the_broker_becomes_a_typed_error(
+    start_mosquitto: Callable[..., Mosquitto], connect: Connect
+) -> None:
+    broker = start_mosquitto("allow_anonymous true", "max_packet_size 2000")
+    node = Node.start(broker.broker)
+    wait_for(lambda: node.transport.online)
+    sensor = connect(broker, REPLY)
+    sensor.ask(request("a", "x" * 1700, stream=False), ResponseTopic=REPLY)
+    assert sensor.failure().code == "too_long"
+    node.stop()
