@@ -154,11 +154,12 @@ def gguf_attentions(metadata: Fields, count: int) -> list[Attention]:
     return ["sliding" if flag else "full" for flag in pattern]
 
 
-def require_heads(fields: Fields, query_heads: int, kv_heads: int, head_dim: int) -> None:
-    """Refuse head counts that don't divide, and an odd head width (RoPE turns pairs)."""
-    if query_heads % kv_heads or head_dim % 2:
+def require_heads(fields: Fields, query_heads: int, kv_heads: int, *head_dims: int) -> None:
+    """Refuse head counts that don't divide, and odd head widths (RoPE turns pairs)."""
+    if query_heads % kv_heads or any(head_dim % 2 for head_dim in head_dims):
         raise fields.wrong(
-            "attention heads", f"do not fit: {query_heads} query heads, {kv_heads} KV heads, width {head_dim}"
+            "attention heads",
+            f"do not fit: {query_heads} query heads, {kv_heads} KV heads, width {head_dims}",
         )
 
 

@@ -11,6 +11,7 @@ from converters.architectures.gemma3 import (
     config_layer_types,
     gguf_attentions,
     periodic,
+    require_heads,
     round_float32,
 )
 from edge.architecture import Architecture, Attention, Layer, Rope
@@ -32,7 +33,7 @@ def from_config(config: Fields) -> Architecture:
     config.expect("hidden_activation", "gelu_pytorch_tanh")
     config.expect("tie_word_embeddings", True, False)
     config.expect("use_double_wide_mlp", True, False)
-    kv_heads = config.integer("num_key_value_heads")
+    query_heads, kv_heads = config.integer("num_attention_heads"), config.integer("num_key_value_heads")
     config.expect("num_global_key_value_heads", kv_heads)
     count = config.integer("num_hidden_layers", maximum=MAX_LAYERS)
     attentions = _config_attentions(config, count)
@@ -42,12 +43,13 @@ def from_config(config: Fields) -> Architecture:
         widths = [width * 2 if index >= count - shared else width for index, width in enumerate(widths)]
     sliding_dim = config.integer("head_dim", 256)
     head_dims = {"sliding": sliding_dim, "full": _full_head_dim(config, attentions, sliding_dim)}
+    require_heads(config, query_heads, kv_heads, *head_dims.values())
     rope_sliding, rope_full = _config_rope(config)
     return Architecture(
         family=FAMILY,
         vocabulary=config.integer("vocab_size"),
         hidden=config.integer("hidden_size"),
-        query_heads=config.integer("num_attention_heads"),
+        query_heads=query_heads,
         kv_heads=kv_heads,
         sliding_window=config.integer("sliding_window"),
         rope_sliding=rope_sliding,
@@ -79,6 +81,8 @@ def from_metadata(metadata: Fields, vocabulary: int, tied_head: bool, rotated_sh
         "sliding": metadata.integer("attention.key_length_swa"),
         "full": metadata.integer("attention.key_length"),
     }
+    query_heads = metadata.integer("attention.head_count")
+    require_heads(metadata, query_heads, kv_heads[0], *head_dims.values())
     metadata.expect("attention.value_length", head_dims["full"])
     metadata.expect("attention.value_length_swa", head_dims["sliding"])
     metadata.expect("rope.dimension_count", head_dims["full"])
@@ -89,7 +93,7 @@ def from_metadata(metadata: Fields, vocabulary: int, tied_head: bool, rotated_sh
         family=FAMILY,
         vocabulary=vocabulary,
         hidden=metadata.integer("embedding_length"),
-        query_heads=metadata.integer("attention.head_count"),
+        query_heads=query_heads,
         kv_heads=kv_heads[0],
         sliding_window=metadata.integer("attention.sliding_window"),
         rope_sliding=Rope(round_float32(metadata.number("rope.freq_base_swa", _BASE_SLIDING))),
