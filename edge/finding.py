@@ -1,0 +1,18 @@
+"""The outcome of one of the doctor's checks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+State = Literal["ok", "warning", "problem", "unknown"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The outcome of one check; `mend` is a command or a deed, None if there is nothing to do."""
+
+    check: str
+    state: State
+    said: str
+    mend: str | None = None
