@@ -77,16 +77,9 @@ def from_metadata(metadata: Fields, vocabulary: int, tied_head: bool, rotated_sh
     kv_heads = metadata.integers("attention.head_count_kv", count)
     if len(set(kv_heads)) != 1:
         raise metadata.wrong("attention.head_count_kv", "differs between layers, which is not supported")
-    head_dims = {
-        "sliding": metadata.integer("attention.key_length_swa"),
-        "full": metadata.integer("attention.key_length"),
-    }
+    head_dims = _metadata_head_dims(metadata)
     query_heads = metadata.integer("attention.head_count")
     require_heads(metadata, query_heads, kv_heads[0], *head_dims.values())
-    metadata.expect("attention.value_length", head_dims["full"])
-    metadata.expect("attention.value_length_swa", head_dims["sliding"])
-    metadata.expect("rope.dimension_count", head_dims["full"])
-    metadata.expect("rope.dimension_count_swa", head_dims["sliding"])
     shared = metadata.integer("attention.shared_kv_layers", 0, minimum=0, maximum=count - 1)
     widths = metadata.integers("feed_forward_length", count)
     return Architecture(
@@ -108,6 +101,16 @@ def from_metadata(metadata: Fields, vocabulary: int, tied_head: bool, rotated_sh
         logit_softcap=metadata.optional_number("final_logit_softcapping"),
         tied_head=tied_head,
     )
+
+
+def _metadata_head_dims(metadata: Fields) -> dict[str, int]:
+    """Head widths by attention type; keys, values and RoPE must agree on them."""
+    head_dims = {}
+    for kind, suffix in (("sliding", "_swa"), ("full", "")):
+        head_dims[kind] = metadata.integer(f"attention.key_length{suffix}")
+        metadata.expect(f"attention.value_length{suffix}", head_dims[kind])
+        metadata.expect(f"rope.dimension_count{suffix}", head_dims[kind])
+    return head_dims
 
 
 def _layers(
