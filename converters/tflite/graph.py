@@ -3,7 +3,7 @@
 A weight is a `Region`: a name and a byte count. Its bytes never pass through here; `writer` appends them
 to the file and tells `Model.pack` where they stand. Every subgraph that names a region shares it.
 Shapes are checked as far as the builder needs them; LiteRT checks the rest when it loads the file.
-Schema: tensorflow/compiler/mlir/lite/schema/schema.fbs, through the classes that ai-edge-litert generates.
+Schema: schema.fbs of TensorFlow Lite, through the classes that `converters.tflite.schema` loads.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import ai_edge_litert.schema_py_generated as schema
 import flatbuffers
 import numpy as np
 from numpy.typing import NDArray
+
+from converters.tflite.schema import schema
 
 DYNAMIC = -1
 """A dimension that the runtime sets by the buffer it binds."""
