@@ -296,7 +296,7 @@ _MQTT = {
 
 _SERIAL = {
     "port": _Key(_not_empty),
-    "baud": _Key(integer(300, 4_000_000), 115_200),
+    "baud": _Key(integer(1200, 4_000_000), 115_200),
     "flow_control": _Key(one_of("none", "xonxoff", "rtscts"), "none"),
     "lenient": _Key(flag, False),
 }

@@ -157,7 +157,7 @@ def test_a_password_is_not_shown(tmp_path: Path) -> None:
         ('bundle = "b"\n[[serial]]\nport = "a"\n[[serial]]\nbaud = 9600\n', ":4: serial[1].port is missing"),
         (
             'bundle = "b"\n[[serial]]\nport = "a"\n[[serial]]\nport = "b"\nbaud = 9\n',
-            ":6: serial[1].baud is 9; allowed: an integer from 300",
+            ":6: serial[1].baud is 9; allowed: an integer from 1200",
         ),
         (
             'bundle = "b"\n[[serial]]\nport = "a"\nflow_control = "x"\n',

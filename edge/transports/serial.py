@@ -1,0 +1,94 @@
+"""Requests and answers over a serial port, one frame each (`edge.framing`).
+
+From the sensor: a request; `{"type": "cancel", "id": ...}`; `{"type": "hello"}`. To the sensor: `hello` with
+the protocol's version, when the port is opened and when it is asked for; `ack` with the id of a request that
+arrived whole; `nak` for a line that noise has spoilt, which is to be sent again; `partial`, `final`, `error`.
+
+Who gets neither `ack` nor `nak` sends the request again with the same id: while it is being answered a repeat
+is acknowledged and changes nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from edge.checks import FieldError, mapping, one_of
+from edge.config import SerialConfig
+from edge.engine import RequestHandler
+from edge.errors import RequestError
+from edge.framing import Damaged
+from edge.messages import Answer, Failure, Partial, parse_request, salvage
+from edge.request_fields import request_id
+from edge.strict_json import StrictJsonError, dumps, loads
+from edge.transports.serial_port import SerialPort
+
+log = logging.getLogger(__name__)
+
+PROTOCOL = 1
+MAX_LINE_BYTES = 16 * 1024  # of a request; answers are as long as they are
+NOISE = ("crc", "no_crc")  # damage that another try may not have
+
+
+class SerialTransport:
+    """Serves one node on one port."""
+
+    def __init__(self, config: SerialConfig, node: str, handler: RequestHandler) -> None:
+        self._client = f"serial:{config.port}"
+        self._handler = handler
+        self._hello = dumps({"type": "hello", "protocol": PROTOCOL, "node": node})
+        self.port = SerialPort(config, MAX_LINE_BYTES, self._greet, self._received)
+
+    def start(self) -> None:
+        """Start the port's thread."""
+        self.port.start()
+
+    def stop(self, timeout_s: float) -> None:
+        """Write the answers that wait and close the port."""
+        self.port.stop(timeout_s)
+
+    def _greet(self) -> None:
+        self.port.send(self._hello)
+
+    def _received(self, item: str | Damaged) -> None:
+        """Take a line, in the port's thread."""
+        if isinstance(item, Damaged) and item.reason in NOISE:
+            log.info("%s: %s", self._client, item)
+            self.port.send(dumps({"type": "nak", "reason": item.reason}))
+        elif isinstance(item, Damaged):
+            self._answer(Failure(None, "bad_request", str(item)))
+        elif not self._control(item):
+            self._request(item)
+
+    def _control(self, text: str) -> bool:
+        """Do what a frame with a `type` says; False if it has none, which makes it a request."""
+        try:
+            data = loads(text, MAX_LINE_BYTES)
+            if "type" not in data:
+                return False
+            if one_of("cancel", "hello")("type", data["type"]) == "hello":
+                self._greet()
+            else:
+                mapping("cancel", data, ("type", "id"), ("id",))
+                self._handler.cancel(self._client, request_id("id", data["id"]))
+        except StrictJsonError:
+            return False
+        except FieldError as error:
+            self._answer(Failure(salvage(text)[0], "bad_request", str(error)))
+        return True
+
+    def _request(self, text: str) -> None:
+        try:
+            request = parse_request(text)
+        except RequestError as error:
+            self._answer(Failure(salvage(text)[0], error.code, str(error)))
+            return
+        self.port.send(dumps({"type": "ack", "id": request.id}))
+        try:
+            self._handler.submit(self._client, request, self._answer)
+        except Exception:
+            log.exception("request %s could not be taken on", request.id)
+            self._answer(Failure(request.id, "internal", "the daemon failed; its log says why"))
+
+    def _answer(self, answer: Answer) -> None:
+        """Send an answer, from any thread."""
+        self.port.send(answer.to_json(), droppable=isinstance(answer, Partial))

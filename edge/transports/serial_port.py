@@ -1,0 +1,181 @@
+"""One serial port behind one thread: frames out, frames in, open again when it was unplugged.
+
+Whoever sends never waits for the port: frames queue up, and what may be lost (parts of an answer) is dropped
+first. A frame that was not written completely when the port went away is written again when it is back. The
+port is opened exclusively, an advisory lock between well-behaved programs.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import serial
+
+from edge.config import SerialConfig
+from edge.framing import Damaged, FrameDecoder, encode
+from edge.strict_json import printable
+
+log = logging.getLogger(__name__)
+
+TICK_S = 1.0  # the thread shows that it lives at least this often
+REOPEN_S = 0.5  # between two tries to open the port
+CHUNK_BYTES = 256  # written between two looks at what came in
+WRITE_S = 5.0  # a port that takes nothing for so long (flow control) is opened anew
+MAX_WAITING = 64  # frames that wait for the port
+
+
+class SerialPort:
+    """A port and its thread. `progress` grows while that lives; `problem` says why the port is not open.
+
+    `opened` is called in the thread whenever the port was opened, `received` with each frame or damaged line.
+    """
+
+    def __init__(
+        self,
+        config: SerialConfig,
+        max_line_bytes: int,
+        opened: Callable[[], None],
+        received: Callable[[str | Damaged], None],
+    ) -> None:
+        self.progress = 0
+        self.problem: str | None = None
+        self._config = config
+        self._max_line_bytes = max_line_bytes
+        self._opened = opened
+        self._received = received
+        self._stopping = False
+        self._lock = threading.Lock()
+        self._port: Any = None
+        self._waiting: deque[tuple[bytes, bool]] = deque()
+        self._rest = b""  # of the frame at the head of the queue
+        self._idle = threading.Event()
+        self._idle.set()
+        self._thread = threading.Thread(target=self._run, name=f"serial {config.port}", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread; the port is opened when it is there."""
+        self._thread.start()
+
+    def stop(self, timeout_s: float) -> None:
+        """Write what waits, if the port takes it in time, then close the port and end the thread."""
+        if self.is_open:
+            self._idle.wait(timeout_s)
+        self._stopping = True
+        self._wake()
+        self._thread.join(timeout_s)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the port is open."""
+        return self._port is not None
+
+    def send(self, text: str, droppable: bool = False) -> None:
+        """Queue a frame, from any thread. Raises ValueError if `text` is not printable ASCII."""
+        frame = encode(text)
+        with self._lock:
+            if droppable and (self._port is None or len(self._waiting) >= MAX_WAITING):
+                return
+            if len(self._waiting) >= MAX_WAITING:
+                log.warning("port %s: too many frames wait; one is dropped", self._config.port)
+                del self._waiting[1]  # the first may be half written
+            self._waiting.append((frame, droppable))
+            self._idle.clear()
+            if len(self._waiting) > 1:
+                return
+        self._wake()
+
+    def _wake(self) -> None:
+        with self._lock:
+            if self._port is not None:
+                self._port.cancel_read()
+
+    def _run(self) -> None:
+        while not self._stopping:
+            try:
+                self._serve()
+            except (OSError, serial.SerialException) as error:
+                self._trouble(error)
+            except Exception:
+                log.exception("port %s: its thread failed", self._config.port)
+            self._close()
+            self.progress += 1
+            if not self._stopping:
+                time.sleep(REOPEN_S)
+
+    def _serve(self) -> None:
+        """Open the port and exchange frames until it goes away."""
+        config = self._config
+        port = serial.Serial(
+            config.port,
+            config.baud,
+            timeout=TICK_S,
+            write_timeout=WRITE_S,
+            xonxoff=config.flow_control == "xonxoff",
+            rtscts=config.flow_control == "rtscts",
+            exclusive=True,
+        )
+        with self._lock:
+            self._port = port
+        self.problem = None
+        log.info("port %s: open at %d baud", config.port, config.baud)
+        decoder = FrameDecoder(self._max_line_bytes, config.lenient)
+        port.write(b"\n")  # ends whatever half line the other side holds
+        self._opened()
+        while not self._stopping:
+            self.progress += 1
+            writing = self._write_some(port)
+            count = port.in_waiting
+            data = port.read(count if writing or count else 1)
+            for item in decoder.feed(data):
+                self._received(item)
+
+    def _write_some(self, port: Any) -> bool:
+        """Write the next chunk of the frame at the head of the queue; False if none waits."""
+        if not self._rest:
+            with self._lock:
+                if not self._waiting:
+                    self._idle.set()
+                    return False
+                self._rest = self._waiting[0][0]
+        port.write(self._rest[:CHUNK_BYTES])
+        self._rest = self._rest[CHUNK_BYTES:]
+        if not self._rest:
+            with self._lock:
+                self._waiting.popleft()
+        return True
+
+    def _close(self) -> None:
+        with self._lock:
+            port, self._port, self._rest = self._port, None, b""
+            self._waiting = deque(item for item in self._waiting if not item[1])
+        if port is not None:
+            port.close()
+
+    def _trouble(self, error: Exception) -> None:
+        """Log what is wrong with the port, once as long as it stays the same."""
+        said = f"port {self._config.port}: {_reason(error)}"
+        if said != self.problem:
+            log.warning("%s Trying again.", said)
+        self.problem = said
+
+
+def _reason(error: Exception) -> str:
+    number = getattr(error, "errno", None)
+    if number == errno.ENOENT:
+        return "it is not there; plug it in, or check its name with `ls /dev/serial/by-id`."
+    if number in (errno.EACCES, errno.EPERM):
+        return "permission denied; add the user to the group dialout."
+    if number in (errno.EAGAIN, errno.EBUSY) or "exclusively lock" in str(error):
+        return "another program uses it; stop that first."
+    return f"it failed: {printable(str(error), 200)}."
