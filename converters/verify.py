@@ -142,7 +142,7 @@ def compare(
 
 
 class _Sums:
-    """Running sums over all positions, in float64."""
+    """Running sums over all positions. Terms are float32, sums float64."""
 
     def __init__(self) -> None:
         self.tokens = self.values = self.agreed = self.scored = 0
@@ -153,20 +153,23 @@ class _Sums:
 
         Positions from `scored_from` on count for the perplexity if an id came after them.
         """
-        error = candidate.astype(np.float64) - reference
+        error = candidate - reference
         largest = float(np.abs(error).max())
         if not math.isfinite(largest):
             raise EdgeError(f"logits are not finite at position {self.tokens} or soon after it")
         self.maximum = max(self.maximum, largest)
-        self.squares += float(np.square(error).sum())
+        self.squares += float(np.square(error, out=error).sum(dtype=np.float64))
         self.values += error.size
         self.agreed += int((reference.argmax(-1) == candidate.argmax(-1)).sum())
-        expected, found = _log_softmax(reference), _log_softmax(candidate)
-        self.divergence += float((np.exp(expected) * (expected - found)).sum())
+        expected, weights, expected_total = _exponentials(reference)
+        found, _, found_total = _exponentials(candidate)
+        np.multiply(weights, expected - found, out=weights)
+        divergence = weights.sum(axis=-1, dtype=np.float64) / expected_total
+        self.divergence += float((divergence - np.log(expected_total / found_total)).sum())
         rows = np.arange(scored_from, len(following))
         targets = np.asarray(following, np.int64)[rows]
-        self.reference_loss -= float(expected[rows, targets].sum())
-        self.candidate_loss -= float(found[rows, targets].sum())
+        self.reference_loss += float((np.log(expected_total[rows]) - expected[rows, targets]).sum())
+        self.candidate_loss += float((np.log(found_total[rows]) - found[rows, targets]).sum())
         self.scored += len(rows)
         self.tokens += len(reference)
 
@@ -184,8 +187,8 @@ class _Sums:
         )
 
 
-def _log_softmax(logits: Floats) -> NDArray[np.float64]:
-    """Log-probabilities of each row."""
-    shifted = logits - logits.max(axis=-1, keepdims=True).astype(np.float64)
-    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return result
+def _exponentials(logits: Floats) -> tuple[Floats, Floats, NDArray[np.float64]]:
+    """Logits less their row's largest, `exp` of that, and the sums of the latter: a softmax taken apart."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    powers: Floats = np.exp(shifted)
+    return shifted, powers, powers.sum(axis=-1, dtype=np.float64)
