@@ -345,7 +345,6 @@ def chat_template(gemma4: bool) -> str:
     )
 
 
-@torch.no_grad()
 def reference(fixture: Fixture, folder: Path) -> dict[str, np.ndarray]:
     """What transformers computes from the folder; also checks its cached decoding against the full pass."""
     model = model_class(fixture).from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
@@ -402,6 +401,7 @@ def main() -> None:
     """Write all fixtures, or those that are named."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", default=list(FIXTURES_BY_NAME), metavar="NAME")
+    torch.set_grad_enabled(False)
     for name in parser.parse_args().names:
         write(name, FIXTURES_BY_NAME[name])
 
