@@ -106,13 +106,22 @@ def _gemma4(request: Request, messages: Sequence[Message]) -> Iterator[Segment]:
         for tool in request.tools:
             yield from (TOOL, *tool_syntax.declaration(tool), TOOL_END)
         yield from (TURN_END, "\n")
-    turns = [message for message in messages[first:] if message.role != "tool"]
     yield from _gemma4_turns(messages[first:])
-    last = turns[-1]
-    if last.role == "user" or _without_thoughts(last.content):
-        yield from (TURN, "model\n")
-    elif request.reasoning:
+    if begins_in_thought(request):
         yield from (CHANNEL, "thought\n")
+    elif not _is_open(messages):
+        yield from (TURN, "model\n")
+
+
+def begins_in_thought(request: Request) -> bool:
+    """Whether a Gemma 4's prompt ends in an open channel, so that the output begins with thoughts."""
+    return request.reasoning and _is_open(request.messages)
+
+
+def _is_open(messages: Sequence[Message]) -> bool:
+    """Whether the model's turn goes on after a tool's result."""
+    last = next((message for message in reversed(messages) if message.role != "tool"), None)
+    return last is not None and last.role == "assistant" and not _without_thoughts(last.content)
 
 
 def _check_gemma4(messages: Sequence[Message]) -> None:

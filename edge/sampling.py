@@ -45,6 +45,11 @@ class Sampler:
         """Whether the most probable token is always taken."""
         return self._sampling.temperature == 0
 
+    @property
+    def candidates(self) -> int:
+        """How many of the largest logits can matter."""
+        return 1 if self.greedy else self._sampling.top_k
+
     def sample(self, logits: NDArray[np.float32], ids: NDArray[np.int32] | None = None) -> int:
         """Choose a token from logits [n]; logit i is of token `ids[i]` (ascending), or of token i.
 
@@ -66,7 +71,7 @@ class Sampler:
 
         top-p keeps the fewest tokens whose probabilities reach `top_p`. Arguments and errors as in `sample`.
         """
-        chosen = _largest(logits, 1 if self.greedy else self._sampling.top_k)
+        chosen = largest(logits, self.candidates)
         values = logits[chosen].astype(np.float64)
         tokens = chosen if ids is None else ids[chosen].astype(np.int64)
         if self.greedy:
@@ -89,7 +94,7 @@ def _check(largest: np.float32) -> None:
         )
 
 
-def _largest(logits: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+def largest(logits: NDArray[np.float32], count: int) -> NDArray[np.int64]:
     """Indices of the `count` largest finite logits, largest first; of equal ones the lower index first.
 
     At least `count` logits reach the `count`-th largest of the blocks' maxima, so the others need no sorting.

@@ -10,7 +10,7 @@ The library keeps the vocabulary (about 46 MB for 262,144 pieces); nothing of it
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import sentencepiece
 
@@ -18,6 +18,9 @@ from edge.errors import BundleError, RequestError
 
 SPACE_MARK = "\u2581"
 """How a vocabulary spells a space. In text it is an ordinary character, which no piece can hold."""
+
+_UNKNOWN = "<unk>"
+_CHUNK = 4096
 
 
 class Tokenizer:
@@ -62,12 +65,14 @@ class Tokenizer:
         Raises IndexError if `token` is not in the vocabulary.
         """
         pieces = self._pieces
-        if pieces.is_control(token) or pieces.is_unknown(token):
-            return b""
-        piece: str = pieces.id_to_piece(token)
-        if pieces.is_byte(token):
-            return bytes([int(piece[3:5], 16)])
-        return piece.replace(SPACE_MARK, " ").encode()
+        return _bytes(pieces.id_to_piece(token), pieces.is_byte(token), pieces.is_control(token))
+
+    def all_piece_bytes(self) -> Iterator[bytes]:
+        """Yield `piece_bytes` of every id in turn, several times as fast."""
+        pieces = self._pieces
+        for start in range(0, self.vocabulary_size, _CHUNK):
+            ids = list(range(start, min(start + _CHUNK, self.vocabulary_size)))
+            yield from map(_bytes, pieces.id_to_piece(ids), pieces.is_byte(ids), pieces.is_control(ids))
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Return the text of `tokens`; control ids vanish, bytes that are not UTF-8 become U+FFFD."""
@@ -97,6 +102,12 @@ class Tokenizer:
                 f"tokenizer.model: no byte piece <0x{byte:02X}>; a vocabulary with byte fallback is needed"
             )
         return token
+
+
+def _bytes(piece: str, is_byte: bool, is_control: bool) -> bytes:
+    if is_control or piece == _UNKNOWN:
+        return b""
+    return bytes([int(piece[3:5], 16)]) if is_byte else piece.replace(SPACE_MARK, " ").encode()
 
 
 class TextStream:

@@ -80,7 +80,7 @@ def value(item: Any, quoted_keys: bool = False) -> Iterator[Segment]:
     elif isinstance(item, Mapping):
         members = [
             [*(value(key) if quoted_keys else [key]), ":", *value(child, quoted_keys)]
-            for key, child in _sorted(item)
+            for key, child in by_key(item)
         ]
         yield from ("{", *_joined(members), "}")
     elif isinstance(item, Sequence):
@@ -91,7 +91,8 @@ def value(item: Any, quoted_keys: bool = False) -> Iterator[Segment]:
         yield str(item)
 
 
-def _sorted(mapping: Mapping[str, Any]) -> list[tuple[str, Any]]:
+def by_key(mapping: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """List members by key without regard to case, as the templates do."""
     return sorted(mapping.items(), key=lambda member: member[0].lower())
 
 
@@ -105,7 +106,7 @@ def _joined(members: Iterable[Iterable[Segment]]) -> Iterator[Segment]:
 def _properties(properties: Mapping[str, Any]) -> Iterator[Segment]:
     yield from _joined(
         [f"{name}:{{", *_joined(_schema(schema)), "}"]
-        for name, schema in _sorted(properties)
+        for name, schema in by_key(properties)
         if isinstance(schema, Mapping)
     )
 
@@ -138,7 +139,7 @@ def _schema(schema: Mapping[str, Any]) -> list[list[Segment]]:
 
 
 def _items(schema: Mapping[str, Any]) -> Iterator[list[Segment]]:
-    for key, child in _sorted(schema):
+    for key, child in by_key(schema):
         if child is None:
             continue
         if key == "properties":

@@ -61,6 +61,7 @@ def test_every_piece_has_bytes_or_is_a_control_token(gemma3: Tokenizer) -> None:
     assert gemma3.piece_bytes(238 + 0xE2) == b"\xe2"
     assert gemma3.piece_bytes(138) == b"  "
     assert gemma3.piece_bytes(105) == b""
+    assert list(gemma3.all_piece_bytes()) == list(map(gemma3.piece_bytes, range(gemma3.vocabulary_size)))
     with pytest.raises(IndexError):
         gemma3.piece_bytes(gemma3.vocabulary_size)
 

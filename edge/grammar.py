@@ -1,0 +1,272 @@
+"""Answers that are valid by construction: which tokens a request's format allows, forces, and still needs.
+
+llguidance does the parsing. Its view of the vocabulary is built on the first request that needs it (about
+30 MB, without the lexer's tables for free text, which would take 70 MB more). Instead of a mask over the
+vocabulary, which takes milliseconds inside a string, tokens are drawn and then checked, in microseconds.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from llguidance import LLMatcher, LLTokenizer
+from numpy.typing import NDArray
+
+from edge.closing import Closings, allowed_tokens
+from edge.errors import BundleError, RequestError
+from edge.grammar_source import grammar_source
+from edge.messages import Request
+from edge.prompt import CHANNEL_END
+from edge.sampling import Sampler, largest
+from edge.tokenizer import Tokenizer
+from edge.tool_syntax import QUOTE
+
+CACHED_GRAMMARS = 32
+FEW_TOKENS = 1024
+"""Up to so many allowed tokens are listed, so that their logits alone can be computed."""
+
+_MARGIN = 64  # a token after which no closing is known is refused when fewer tokens than about this remain
+
+
+class GrammarCompiler:
+    """Compiles the formats of requests, and keeps the last `CACHED_GRAMMARS`. Not thread-safe.
+
+    `stop_ids` end an answer where the grammar lets it end.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._stop_ids = tuple(stop_ids)
+        self._engine: LLTokenizer | None = None
+        self._closings: Closings | None = None
+        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+
+    def prepare(self) -> None:
+        """Build the engine's view of the vocabulary now (about a second), if that is not done yet."""
+        if self._engine is None:
+            vocabulary: Any = _Vocabulary(self._tokenizer, self._stop_ids)
+            self._engine = LLTokenizer(vocabulary, eos_token=list(self._stop_ids), slices=[])
+            self._closings = Closings(self._tokenizer, _string_ends(self._tokenizer))
+            _return_free_memory()
+
+    def compile(self, request: Request) -> Grammar | None:
+        """Return the grammar of `request`'s answers; None if it allows any text.
+
+        Raises RequestError("bad_request"), naming what can't be followed.
+        """
+        source = grammar_source(request, self._tokenizer)
+        if source is None:
+            return None
+        matcher = self._compiled.pop(source, None) or self._matcher(source, request)
+        self._compiled[source] = matcher
+        if len(self._compiled) > CACHED_GRAMMARS:
+            self._compiled.popitem(last=False)
+        assert self._closings is not None  # built with the engine
+        return Grammar(matcher, self._closings, self._stop_ids)
+
+    def _matcher(self, source: str, request: Request) -> LLMatcher:
+        self.prepare()
+        assert self._engine is not None
+        matcher = LLMatcher(self._engine, source, log_level=0)
+        if matcher.is_error():
+            raise _refusal(matcher, request)
+        return matcher
+
+
+class Grammar:
+    """A compiled format; any number of answers can be made with it."""
+
+    def __init__(self, matcher: LLMatcher, closings: Closings, stop_ids: tuple[int, ...]) -> None:
+        self._matcher, self._closings, self._stop_ids = matcher, closings, stop_ids
+
+    def constrain(self, max_tokens: int) -> Constraint:
+        """Begin an answer of at most `max_tokens` tokens."""
+        return Constraint(self._matcher.deep_copy(), self._closings, self._stop_ids, max_tokens)
+
+
+class Constraint:
+    """Where one answer stands in its grammar.
+
+    `remaining` counts the tokens that may still be accepted. As long as a way to complete the answer within
+    them is known, `choose` leaves it only for tokens that have one too: such an answer ends complete. There
+    is one from the start unless `max_tokens` is too small, or a regular expression hides it.
+    """
+
+    def __init__(
+        self, matcher: LLMatcher, closings: Closings, stop_ids: tuple[int, ...], max_tokens: int
+    ) -> None:
+        self._matcher, self._closings, self._stop_ids = matcher, closings, stop_ids
+        self.remaining = max_tokens
+        self._closing: list[int] | None = None
+        self._closing_known = False
+        self._hint: list[int] = []
+        self._after: tuple[int, list[int] | None] | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether the answer is complete and nothing may follow."""
+        return self._matcher.is_stopped() and not self._matcher.is_error()
+
+    @property
+    def accepting(self) -> bool:
+        """Whether the answer may end here."""
+        return self._matcher.is_accepting()
+
+    def forced(self) -> list[int]:
+        """Return the tokens that must come next, as the text would be tokenised; often none."""
+        return self._matcher.compute_ff_tokens()[: self.remaining]
+
+    def allowed(self) -> NDArray[np.int32] | None:
+        """Return the ids that may come next, ascending, if they are few; None if they are not."""
+        if self._closings.in_free_text(self._matcher):
+            return None
+        tokens = allowed_tokens(self._matcher)
+        self._check()
+        return tokens if len(tokens) <= FEW_TOKENS else None
+
+    def mask(self, logits: NDArray[np.float32]) -> None:
+        """Set the logits of tokens that may not come next to -inf, in place."""
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        self._check()
+        logits[np.unpackbits(bits, count=len(logits), bitorder="little") == 0] = -np.inf
+
+    def validate(self, tokens: Sequence[int]) -> int:
+        """Return how many of `tokens` could be accepted one after the other."""
+        return self._matcher.validate_tokens(list(tokens))
+
+    def accept(self, token: int) -> None:
+        """Go on by one token. Raises RequestError("internal") if it is not allowed; all is over then."""
+        if not self._matcher.consume_token(token):
+            raise RequestError("internal", f"grammar: token {token} is not allowed here")
+        self.remaining -= 1
+        self._closing_known = self._after is not None and self._after[0] == token
+        if self._after is not None and self._closing_known:
+            self._remember(self._after[1])
+        self._after = None
+
+    def rollback(self, count: int) -> None:
+        """Take back the last `count` tokens."""
+        if count and not self._matcher.rollback(count):
+            raise RequestError("internal", f"grammar: {self._matcher.get_error()[:200]}")
+        self.remaining += count
+        self._closing_known, self._after = False, None
+
+    def closing(self) -> list[int] | None:
+        """Return tokens that complete the answer, [] if it is complete; None if no way is known."""
+        if not self._closing_known:
+            self._remember(self._closings.path(self._matcher, self._hint))
+            self._closing_known = True
+        return self._closing
+
+    def choose(
+        self, sampler: Sampler, logits: NDArray[np.float32], ids: NDArray[np.int32] | None = None
+    ) -> int:
+        """Choose an allowed token, distributed as if all others were masked first; it may be a stop id.
+
+        `ids` are what `allowed` returned, if the logits are theirs. `logits` may be changed. Near the end of
+        `remaining` a token that would leave too few is replaced by the first one of `closing`.
+        """
+        token = self._draw(sampler, logits, ids)
+        path = self.closing()
+        if path is None or len(path) > self.remaining or token in self._stop_ids:
+            return token
+        if path[:1] == [token]:
+            after: list[int] | None = path[1:]
+        else:
+            moved = self._matcher.deep_copy()
+            moved.consume_token(token)
+            after = self._closings.path(moved, path)
+        needed = 2 * len(path) + _MARGIN if after is None else len(after)
+        if needed >= self.remaining:
+            token, after = (path[0], path[1:]) if path else (self._stop_ids[0], [])
+        self._after = (token, after)
+        return token
+
+    def _remember(self, closing: list[int] | None) -> None:
+        self._closing = closing
+        self._hint = self._hint if closing is None else closing
+
+    def _draw(self, sampler: Sampler, logits: NDArray[np.float32], ids: NDArray[np.int32] | None) -> int:
+        if ids is not None:
+            return sampler.sample(logits, ids)
+        if sampler.greedy and self._matcher.validate_tokens([token := sampler.sample(logits)]):
+            return token
+        best = np.sort(largest(logits, 4 * sampler.candidates))
+        valid = [token for token in best.tolist() if self._matcher.validate_tokens([token])]
+        if len(valid) >= sampler.candidates:  # whatever is beyond `best` is out of the top-k anyway
+            return sampler.sample(logits[valid], np.array(valid, np.int32))
+        self.mask(logits)
+        return sampler.sample(logits)
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise RequestError("bad_request", f"response_format: {_one_line(self._matcher.get_error())}")
+
+
+class _Vocabulary:
+    """What llguidance asks of a tokenizer; `tokens` is iterated over once, and never held as a list here."""
+
+    is_tokenizer_wrapper = True
+
+    def __init__(self, tokenizer: Tokenizer, stop_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self.eos_token_id = stop_ids[0]
+        self.bos_token_id = None
+        self.special_token_ids = [i for i in range(tokenizer.vocabulary_size) if tokenizer.is_control(i)]
+        self.tokens = _Pieces(tokenizer)
+
+    def __call__(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text)
+
+
+class _Pieces(Sequence[bytes]):
+    """The bytes of all pieces, made when asked for."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def __len__(self) -> int:
+        return self._tokenizer.vocabulary_size
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._tokenizer.piece_bytes(index)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self._tokenizer.all_piece_bytes()
+
+
+def _string_ends(tokenizer: Tokenizer) -> list[int]:
+    """Control tokens that end a free text: Gemma 4's string quote and channel end, where there are such."""
+    found = []
+    for control in (QUOTE, CHANNEL_END):
+        try:
+            found.append(tokenizer.control_id(control.piece))
+        except BundleError:
+            continue
+    return found
+
+
+def _refusal(matcher: LLMatcher, request: Request) -> RequestError:
+    where = " or ".join(name for name in ("response_format", "tools") if getattr(request, name))
+    if request.response_format is not None:
+        where = where.replace("response_format", f"response_format.{request.response_format['type']}")
+    reason = _one_line(matcher.get_error())
+    return RequestError("bad_request", f"{where}: {reason}; leave it out or describe it otherwise")
+
+
+def _one_line(error: str) -> str:
+    """The engine's reason, without the drawing around it."""
+    lines = [line.strip() for line in error.splitlines() if line.strip()] or ["unknown"]
+    reason = next((line for line in lines if line.startswith("error:")), lines[0])
+    return reason.removeprefix("error:").strip()[:200]
+
+
+def _return_free_memory() -> None:
+    """Give the heap's free pages back (glibc): building leaves some 15 MB of them."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
