@@ -267,12 +267,19 @@ def _directory(variable: str, xdg: str, home: str) -> Callable[[], str]:
     return default
 
 
+def default_threads() -> int:
+    """Give one thread a core, up to four: decoding is bound by memory, not by cores."""
+    return min(os.cpu_count() or 1, 4)
+
+
+default_cache_directory = _directory("CACHE_DIRECTORY", "XDG_CACHE_HOME", ".cache")
+
 _TOP = {
     "node": _Key(_node, _host_name),
     "bundle": _Key(_not_empty),
-    "cache_directory": _Key(_not_empty, _directory("CACHE_DIRECTORY", "XDG_CACHE_HOME", ".cache")),
+    "cache_directory": _Key(_not_empty, default_cache_directory),
     "state_directory": _Key(_not_empty, _directory("STATE_DIRECTORY", "XDG_STATE_HOME", ".local/state")),
-    "threads": _Key(integer(1, 64), lambda: min(os.cpu_count() or 1, 4)),
+    "threads": _Key(integer(1, 64), default_threads),
     "context": _Key(integer(16, 131_072), None),
     "queue": _Key(integer(1, 1024), 8),
     "drain_s": _Key(number(0, 600), 20.0),

@@ -43,6 +43,7 @@ class SerialPort:
         opened: Callable[[], None],
         received: Callable[[str | Damaged], None],
     ) -> None:
+        self.name = config.port
         self.progress = 0
         self.problem: str | None = None
         self._config = config
@@ -87,7 +88,7 @@ class SerialPort:
             if droppable and (self._port is None or len(self._waiting) >= MAX_WAITING):
                 return
             if len(self._waiting) >= MAX_WAITING:
-                log.warning("port %s: too many frames wait; one is dropped", self._config.port)
+                log.warning("port %s: too many frames wait; one is dropped", self.name)
                 del self._waiting[1]  # the first may be half written
             self._waiting.append((frame, droppable))
             self._idle.clear()
@@ -107,7 +108,7 @@ class SerialPort:
             except (OSError, serial.SerialException) as error:
                 self._trouble(error)
             except Exception:
-                log.exception("port %s: its thread failed", self._config.port)
+                log.exception("port %s: its thread failed", self.name)
             self._close()
             self.progress += 1
             if not self._stopping:
@@ -164,7 +165,7 @@ class SerialPort:
 
     def _trouble(self, error: Exception) -> None:
         """Log what is wrong with the port, once as long as it stays the same."""
-        said = f"port {self._config.port}: {_reason(error)}"
+        said = f"port {self.name}: {_reason(error)}"
         if said != self.problem:
             log.warning("%s Trying again.", said)
         self.problem = said

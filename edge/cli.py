@@ -1,0 +1,192 @@
+"""The commands `edge-daemon` and `edge-ask`: options in, exit codes out. Errors are one line."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import click
+
+from edge.errors import EdgeError
+
+if TYPE_CHECKING:
+    from edge.links import Link
+    from edge.messages import Request
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+FILE = click.Path(path_type=Path)
+
+ASK_EPILOG = """
+\b
+Examples:
+  edge-ask "Why would a pump's pressure fall at night?"
+  edge-ask --host broker.lan --node pump-house --schema answer.json "12 bar, is that normal?"
+  journalctl -u pump -n 50 | edge-ask --system "Summarise this log in one sentence."
+  edge-ask --serial /dev/ttyUSB0 --json "Hello" | jq -r .text
+  edge-ask --bundle ./gemma-270m --max-tokens 40 "The capital of France is"
+
+\b
+Exit codes:
+  0    the answer is complete, or as long as --max-tokens lets it be
+  2    the command line is wrong
+  3    the bundle can't be used           6   broker, node or port can't be reached
+  7    LiteRT failed                      8   the request was refused: wrong or too long
+  9    busy or stopping, try again later  10  the --timeout passed
+  11   the daemon failed, see its log     130 cancelled (Ctrl-C; twice: at once)
+"""
+
+
+def _one_line(function: Callable[P, R]) -> Callable[P, R]:
+    """Show an EdgeError as one line, with its exit code."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except EdgeError as error:
+            click.echo(f"{click.get_current_context().command_path}: {error}", err=True)
+            raise SystemExit(error.exit_code) from None
+
+    return wrapped
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="edge-gemma")
+def daemon() -> None:
+    """Answer field sensors with a small language model, over MQTT and serial."""
+
+
+@daemon.command()
+@click.option("--config", "path", type=FILE, required=True, help="The configuration, a TOML file.")
+@_one_line
+def run(path: Path) -> None:
+    """Serve in the foreground until SIGTERM or Ctrl-C.
+
+    \b
+    Exit codes: 0 stopped by a signal, 2 wrong command line, 3 the bundle can't be used,
+    5 wrong configuration, 6 the broker refuses, 7 LiteRT failed.
+    """
+    from edge.config import load
+
+    config = load(path)
+    from edge.daemon import Daemon
+    from edge.systemd import log_to_stderr
+
+    log_to_stderr()
+    Daemon(config).run()
+
+
+@click.command(epilog=ASK_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("prompt", required=False)
+@click.option("--host", default="127.0.0.1", show_default=True, envvar="EDGE_HOST", help="The MQTT broker.")
+@click.option("--port", type=click.IntRange(1, 65535), help="Its port.  [default: 1883, with --tls 8883]")
+@click.option("--node", envvar="EDGE_NODE", help="The node to ask.  [default: the only one online]")
+@click.option("--username", envvar="EDGE_USERNAME", help="The name to log in to the broker with.")
+@click.option("--password-file", type=FILE, help="A file with the password.")
+@click.option("--tls", is_flag=True, help="Talk TLS to the broker.")
+@click.option("--ca-file", type=FILE, help="Certificates to trust, with --tls.  [default: the system's]")
+@click.option("--serial", metavar="PORT", help="Ask over a serial port instead.")
+@click.option("--baud", default=115_200, show_default=True, help="Its speed.")
+@click.option("--bundle", type=FILE, metavar="DIR", help="Ask a bundle in this process instead.")
+@click.option("--system", help="Instructions for the model.")
+@click.option("--max-tokens", type=int, help="Longest answer.  [default: 256]")
+@click.option("--temperature", type=float, help="0 is deterministic.  [default: 0]")
+@click.option("--top-k", type=int, help="Sample from that many tokens.  [default: 64]")
+@click.option("--top-p", type=float, help="Sample from that much probability.  [default: 0.95]")
+@click.option("--seed", type=int, help="Make sampling repeatable.")
+@click.option("--stop", multiple=True, help="Text that ends the answer; may be given again.")
+@click.option("--schema", type=FILE, help="A file with the JSON schema that the answer must follow.")
+@click.option("--reasoning", is_flag=True, help="Let the model think first (Gemma 4).")
+@click.option("--timeout", type=click.FloatRange(0.001, 86_400), help="Give up after so many seconds.")
+@click.option("--json", "as_json", is_flag=True, help="Print the whole answer as one line of JSON.")
+@click.option("--stats", is_flag=True, help="Print token counts and times to stderr.")
+@_one_line
+def ask(prompt: str | None, as_json: bool, stats: bool, **options: Any) -> None:
+    """Ask a model on the edge. Without PROMPT, or with -, it is read from stdin."""
+    ways = [name for name in ("serial", "bundle") if options[name] is not None]
+    if len(ways) == 2:
+        raise click.UsageError("--serial and --bundle exclude each other")
+    if prompt in (None, "-"):
+        prompt = sys.stdin.read()
+    request = _request(prompt or "", as_json, options)
+    from edge import ask as asking
+
+    link = _link(options)
+    try:
+        code = asking.ask(link, request, as_json, stats)
+    except KeyboardInterrupt:
+        code = asking.EXIT_CODES["cancelled"]
+    finally:
+        link.close()
+    sys.exit(code)
+
+
+def _request(prompt: str, as_json: bool, options: dict[str, Any]) -> Request:
+    """Put a request together and check it as a daemon would. Raises RequestError."""
+    from edge import strict_json
+    from edge.messages import parse_request
+
+    names = ("max_tokens", "temperature", "top_k", "top_p", "seed")
+    data: dict[str, Any] = {name: options[name] for name in names if options[name] is not None}
+    data |= {"id": uuid.uuid4().hex[:16], "stream": not as_json and sys.stdout.isatty()}
+    data |= {"stop": list(options["stop"]), "reasoning": options["reasoning"]}
+    if options["timeout"] is not None:
+        data["deadline_ms"] = max(1, round(options["timeout"] * 1000))
+    if options["schema"] is not None:
+        schema = {"name": "answer", "schema": _schema(options["schema"])}
+        data["response_format"] = {"type": "json_schema", "json_schema": schema}
+    if options["system"] is None:
+        data["prompt"] = prompt
+    else:
+        data["messages"] = [
+            {"role": "system", "content": options["system"]},
+            {"role": "user", "content": prompt},
+        ]
+    return parse_request(strict_json.dumps(data))
+
+
+def _schema(path: Path) -> dict[str, Any]:
+    from edge.strict_json import StrictJsonError, loads
+
+    try:
+        return loads(path.read_bytes(), 256 * 1024)
+    except OSError as error:
+        raise click.BadParameter(f"{path}: {error.strerror}", param_hint="--schema") from None
+    except StrictJsonError as error:
+        raise click.BadParameter(f"{path}: {error}", param_hint="--schema") from None
+
+
+def _link(options: dict[str, Any]) -> Link:
+    from edge.config import Broker, SerialConfig
+    from edge.links import BundleLink, MqttLink, SerialLink
+
+    if options["bundle"] is not None:
+        return BundleLink(options["bundle"])
+    if options["serial"] is not None:
+        return SerialLink(SerialConfig(options["serial"], options["baud"], "none", lenient=False))
+    tls: bool = options["tls"]
+    broker = Broker(
+        options["host"],
+        options["port"] or (8883 if tls else 1883),
+        tls,
+        options["ca_file"],
+        username=options["username"],
+        password=_password(options["password_file"]),
+    )
+    return MqttLink(broker, options["node"])
+
+
+def _password(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return path.read_text(encoding="utf-8").rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        said = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise click.BadParameter(f"{path}: {said}", param_hint="--password-file") from None

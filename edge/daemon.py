@@ -1,0 +1,141 @@
+"""The daemon: a generator, an engine, the transports of the configuration, and systemd told about it all.
+
+SIGTERM and SIGINT drain: new requests are refused, those there are get their answers for up to `drain_s`
+seconds, the rest a typed error; a second signal ends the process at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from edge.config import Config
+from edge.engine import Engine
+from edge.errors import EdgeError, TransportError
+from edge.generation import Generator
+from edge.systemd import Watchdog, notify, watchdog_s
+from edge.transports.mqtt import MqttTransport
+from edge.transports.serial import SerialTransport
+
+log = logging.getLogger(__name__)
+
+CHECK_S = 5.0  # between two looks at the threads; each ticks once a second
+CLOSE_S = 5.0  # for a transport to send what it has
+
+
+class Daemon:
+    """All the parts of a running daemon."""
+
+    def __init__(self, config: Config) -> None:
+        """Open the bundle and prepare the rest.
+
+        Raises BundleError, RuntimeFailure or TransportError (a TLS file that can't be used).
+        """
+        self._config = config
+        self._started = time.monotonic()
+        self._stop = threading.Event()
+        self._generator = Generator.open(
+            config.bundle, config.cache_directory, config.threads, config.context
+        )
+        self._engine = Engine(self._generator, config.queue)
+        self._mqtt: MqttTransport | None = None
+        if config.mqtt is not None:
+            self._mqtt = MqttTransport(config.mqtt, config.node, self._engine, self._status(), self._health)
+        self._ports = [SerialTransport(port, config.node, self._engine) for port in config.serial]
+        self._watchdog = Watchdog({name: part[0] for name, part in self._parts().items()})
+
+    def run(self) -> None:
+        """Serve until a signal comes. Raises EdgeError if a part has ended that must not."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        self._engine.start()
+        for transport in self._transports():
+            transport.start()
+        log.info("node %s answers with %s", self._config.node, self._config.bundle)
+        notify("READY=1", f"STATUS=Answering as {self._config.node}")
+        try:
+            self._supervise(self._stop)
+        finally:
+            self._drain()
+
+    def _on_signal(self, number: int, _frame: Any) -> None:
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_DFL)
+        log.info("%s: stopping", signal.Signals(number).name)
+        self._stop.set()
+
+    def _supervise(self, until: threading.Event) -> None:
+        """Watch the threads until the event is set."""
+        while True:
+            for name, (_, alive) in self._parts().items():
+                if not alive():
+                    raise EdgeError(f"{name}: its thread has ended; the log above says why")
+            if self._mqtt is not None and self._mqtt.connection.refused:
+                raise TransportError(self._mqtt.connection.refused)
+            self._watchdog.check()
+            if until.wait(min(CHECK_S, (watchdog_s() or CHECK_S * 4) / 4)):
+                return
+
+    def _drain(self) -> None:
+        waiting = self._engine.waiting + self._engine.working
+        notify("STOPPING=1", f"STATUS=Stopping, {waiting} requests to answer")
+        done = threading.Event()
+        drainer = threading.Thread(target=self._stop_parts, args=(done,), name="drain")
+        drainer.start()
+        while not done.wait(CHECK_S):
+            self._watchdog.check()
+        drainer.join()
+        log.info("stopped")
+
+    def _stop_parts(self, done: threading.Event) -> None:
+        try:
+            self._engine.stop(self._config.drain_s)
+            for transport in self._transports():
+                transport.stop(CLOSE_S)
+        finally:
+            done.set()
+
+    def _transports(self) -> list[MqttTransport | SerialTransport]:
+        return [*([self._mqtt] if self._mqtt else []), *self._ports]
+
+    def _parts(self) -> dict[str, tuple[Any, Any]]:
+        """By name: a function for the progress of each thread, and one for whether it runs."""
+        engine, mqtt = self._engine, self._mqtt
+        parts: dict[str, tuple[Any, Any]] = {"decoder": (lambda: engine.progress, lambda: engine.alive)}
+        if mqtt is not None:
+            parts["mqtt"] = (lambda: mqtt.connection.progress, lambda: mqtt.connection.alive)
+        for transport in self._ports:
+            port = transport.port
+            parts[f"port {port.name}"] = (lambda p=port: p.progress, lambda p=port: p.alive)
+        return parts
+
+    def _status(self) -> Mapping[str, Any]:
+        bundle = self._generator.bundle
+        return {
+            "version": _version(),
+            "model": bundle.manifest.architecture.family,
+            "bundle": bundle.digest[:12],
+            "context": self._generator.context,
+        }
+
+    def _health(self) -> Mapping[str, Any]:
+        engine = self._engine
+        return {
+            "queue": engine.waiting,
+            "working": engine.working,
+            "answered": engine.answered,
+            "failed": engine.failed,
+            "last_error": engine.last_error,
+        }
+
+
+def _version() -> str:
+    try:
+        return version("edge-gemma")
+    except PackageNotFoundError:
+        return "unknown"

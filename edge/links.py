@@ -1,0 +1,288 @@
+"""Three ways from a client to a model: over MQTT, over a serial port, or to a bundle in this process.
+
+Each is a Link: `ask` sends a request and yields its answers until the last one; `cancel`, from another
+thread, makes that one come soon. `ask` raises TransportError if the way is blocked, or if `patience_s` seconds
+have passed.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from edge.config import Broker, SerialConfig, default_cache_directory, default_threads
+from edge.errors import TransportError
+from edge.framing import Damaged
+from edge.messages import Answer, Partial, Request, parse_answer
+from edge.strict_json import StrictJsonError, dumps, loads
+from edge.transports.mqtt_connection import MqttConnection, Outgoing, Received
+from edge.transports.serial_port import SerialPort
+
+CONNECT_S = 10.0  # for a broker or a port to be there
+STATUS_S = 2.0  # for retained statuses to arrive
+LOST_S = 30.0  # for a lost broker to come back
+POLL_S = 0.5  # between two looks at the state of a connection
+ACK_S = (0.4, 0.8, 1.6, 3.2, 3.2)  # for an acknowledgement on a serial line, try by try, as EZSP's ASH has it
+MAX_LINE_BYTES = 1024 * 1024  # of an answer
+
+T = TypeVar("T")
+
+
+class Link(Protocol):
+    """A way to a model."""
+
+    def ask(self, request: Request, patience_s: float | None) -> Iterator[Answer]:
+        """Send `request`; yield Partials and then its Final or Failure."""
+
+    def cancel(self, request_id: str) -> None:
+        """Ask for the request to be cancelled."""
+
+    def close(self) -> None:
+        """Release the connection, the port or the model."""
+
+
+def _next(events: queue.Queue[T], until: float) -> T | None:
+    """Wait POLL_S for an event. Raises TransportError if it is later than `until` (monotonic seconds)."""
+    if time.monotonic() > until:
+        raise TransportError("no answer came in time; the daemon may be busy or stuck, look at its log")
+    try:
+        return events.get(timeout=POLL_S)
+    except queue.Empty:
+        return None
+
+
+def _until(patience_s: float | None) -> float:
+    return float("inf") if patience_s is None else time.monotonic() + patience_s
+
+
+class MqttLink:
+    """A client of a broker. `node` None means the only one that is online there."""
+
+    def __init__(self, broker: Broker, node: str | None) -> None:
+        """Prepare a connection. Raises TransportError if a TLS file can't be used."""
+        self._broker, self._node = broker, node
+        self._events: queue.Queue[str | Received] = queue.Queue()
+        self._reply = ""
+        self._connection = MqttConnection(
+            broker, f"edge-ask-{uuid.uuid4().hex[:12]}", self, session_expiry_s=0
+        )
+        self._connection.start()
+
+    def ask(self, request: Request, patience_s: float | None = None) -> Iterator[Answer]:
+        """Send `request` to the node, again after each new connection, and yield what it answers."""
+        until = _until(patience_s)
+        node = self._find_node()
+        self._reply = f"edge/v1/{node}/reply/{uuid.uuid4().hex[:12]}"
+        self._connection.post(lambda: self._connection.subscribe(self._reply))
+        self._publish(f"edge/v1/{node}/request", request.to_json())
+        heard = time.monotonic()
+        while True:
+            event = _next(self._events, until)
+            if event is not None or self._connection.connected:
+                heard = time.monotonic()
+            problem = self._connection.problem
+            if problem and (self._connection.connected or time.monotonic() - heard > LOST_S):
+                raise TransportError(problem)
+            if event == "back":
+                self._publish(f"edge/v1/{node}/request", request.to_json())
+            elif isinstance(event, Received) and event.topic == self._reply:
+                answer = parse_answer(event.payload)
+                yield answer
+                if not isinstance(answer, Partial):
+                    return
+            elif isinstance(event, Received) and _state(event) == (node, "offline"):
+                raise TransportError(f"node {node} went offline; ask again when it is back")
+
+    def cancel(self, request_id: str) -> None:
+        """Publish a cancellation."""
+        if self._reply:
+            self._publish(f"edge/v1/{self._reply.split('/')[2]}/cancel", dumps({"id": request_id}))
+
+    def close(self) -> None:
+        """Disconnect."""
+        self._connection.stop(CONNECT_S)
+
+    def _publish(self, topic: str, payload: str) -> None:
+        message = Outgoing(topic, payload, response_topic=self._reply)
+        self._connection.post(lambda: self._handle(message))
+
+    def _handle(self, message: Outgoing) -> None:
+        self._connection.publish(message)
+
+    def _find_node(self) -> str:
+        """Wait for the connection and for the node's status. Raises TransportError."""
+        until = time.monotonic() + CONNECT_S
+        states: dict[str, str] = {}
+        while time.monotonic() < until:
+            problem = self._connection.problem
+            if problem:
+                raise TransportError(problem)
+            try:
+                event = self._events.get(timeout=0.05)
+            except queue.Empty:
+                continue
+            if event == "subscribed":
+                until = min(until, time.monotonic() + STATUS_S)
+            elif isinstance(event, Received):
+                states.update([_state(event)])
+                if self._node is not None and states.get(self._node) == "online":
+                    return self._node
+        return self._choose(states)
+
+    def _choose(self, states: dict[str, str]) -> str:
+        """Give the node that was not named, or say why there is none. Raises TransportError."""
+        online = sorted(name for name, state in states.items() if state == "online")
+        if self._node is None and len(online) == 1:
+            return online[0]
+        at = f"at broker {self._broker.address}"
+        known = f"online are {', '.join(online)}" if online else "none is online"
+        if not self._connection.connected:
+            raise TransportError(f"broker {self._broker.address}: no answer in {CONNECT_S:.0f} s")
+        if self._node is None:
+            raise TransportError(f"which node {at}? {known}; name one with --node, or start edge-daemon")
+        raise TransportError(f"node {self._node} {at} is {states.get(self._node, 'not known')}; {known}")
+
+    # The listener of the connection, in its thread.
+
+    def connected(self) -> None:
+        """Subscribe to what tells which nodes there are, and to the answers."""
+        self._connection.subscribe("edge/v1/+/status", *([self._reply] if self._reply else []), retained=True)
+        if self._reply:
+            self._events.put("back")
+
+    def subscribed(self) -> None:
+        """Pass it on."""
+        self._events.put("subscribed")
+
+    def disconnected(self) -> None:
+        """Do nothing: the connection comes back."""
+
+    def received(self, message: Received) -> None:
+        """Pass it on."""
+        self._events.put(message)
+        self._connection.acknowledge(message.token)
+
+    def published(self, mid: int, refused: str | None) -> None:
+        """Do nothing: an answer is the sign that it has arrived."""
+
+    def tick(self) -> None:
+        """Do nothing."""
+
+
+def _state(message: Received) -> tuple[str, str]:
+    """Name and state of the node that a status message is about."""
+    try:
+        return message.topic.split("/")[2], str(loads(message.payload, 65536).get("state"))
+    except (StrictJsonError, IndexError):
+        return "", ""
+
+
+class SerialLink:
+    """A client at the other end of a serial line."""
+
+    def __init__(self, config: SerialConfig) -> None:
+        """Open the port. Raises TransportError."""
+        self._lines: queue.Queue[str | Damaged] = queue.Queue()
+        self._port = SerialPort(config, MAX_LINE_BYTES, lambda: None, self._lines.put)
+        self._port.start()
+        until = time.monotonic() + CONNECT_S
+        while not self._port.is_open:
+            if self._port.problem or time.monotonic() > until:
+                self._port.stop(1)
+                raise TransportError(
+                    (self._port.problem or f"port {config.port}: can't be opened").rstrip(".")
+                )
+            time.sleep(0.01)
+
+    def ask(self, request: Request, patience_s: float | None = None) -> Iterator[Answer]:
+        """Send `request` until it is acknowledged, and yield what is answered."""
+        until = _until(patience_s)
+        self._send_until_acknowledged(request)
+        while True:
+            line = _next(self._lines, until)
+            if isinstance(line, Damaged) or _kind(line) == "hello":
+                self._port.send(request.to_json())  # what was lost may have been the answer
+            elif (answer := _answer(line, request.id)) is not None:
+                yield answer
+                if not isinstance(answer, Partial):
+                    return
+
+    def cancel(self, request_id: str) -> None:
+        """Send a cancellation."""
+        self._port.send(dumps({"type": "cancel", "id": request_id}))
+
+    def close(self) -> None:
+        """Close the port."""
+        self._port.stop(1)
+
+    def _send_until_acknowledged(self, request: Request) -> None:
+        """Send, and send again on `nak` or silence. Raises TransportError."""
+        for wait_s in ACK_S:
+            self._port.send(request.to_json())
+            until = time.monotonic() + wait_s
+            while (left := until - time.monotonic()) > 0:
+                try:
+                    line = self._lines.get(timeout=left)
+                except queue.Empty:
+                    break
+                if isinstance(line, Damaged) or _kind(line) == "nak":
+                    break
+                if _kind(line) in ("ack", "error"):
+                    if _kind(line) == "error":
+                        self._lines.put(line)
+                    return
+        name = self._port.name
+        raise TransportError(f"port {name}: no acknowledgement; is edge-daemon there, at the same baud rate?")
+
+
+def _kind(line: str | Damaged | None) -> str:
+    try:
+        return str(loads(line, MAX_LINE_BYTES).get("type")) if isinstance(line, str) else ""
+    except StrictJsonError:
+        return ""
+
+
+def _answer(line: str | Damaged | None, request_id: str) -> Answer | None:
+    """Read the answer in a line if it is one to this request."""
+    if not isinstance(line, str) or _kind(line) not in ("partial", "final", "error"):
+        return None
+    answer = parse_answer(line)
+    return answer if answer.id in (request_id, None) else None
+
+
+class BundleLink:
+    """A bundle in this process, without a daemon."""
+
+    def __init__(self, directory: Path, threads: int | None = None) -> None:
+        """Open the bundle. Raises BundleError or RuntimeFailure."""
+        from edge.engine import Engine  # the model's libraries take longer to load than a client needs to ask
+        from edge.generation import Generator
+
+        cache = Path(default_cache_directory())
+        self._answers: queue.Queue[Answer] = queue.Queue()
+        generator = Generator.open(directory, cache, threads or default_threads(), None)
+        self._engine = Engine(generator, queue_length=1, partial_interval_s=0)
+        self._engine.start()
+
+    def ask(self, request: Request, patience_s: float | None = None) -> Iterator[Answer]:
+        """Answer `request`."""
+        until = _until(patience_s)
+        self._engine.submit("", request, self._answers.put)
+        while True:
+            answer = _next(self._answers, until)
+            if answer is not None:
+                yield answer
+                if not isinstance(answer, Partial):
+                    return
+
+    def cancel(self, request_id: str) -> None:
+        """Cancel at the next step."""
+        self._engine.cancel("", request_id)
+
+    def close(self) -> None:
+        """Stop the engine."""
+        self._engine.stop(0)
