@@ -1,6 +1,6 @@
 """A decoder's layers as TFLite signatures that share every weight.
 
-Signatures (T is a number of tokens, S the rows of a full-attention cache, W the sliding window):
+Signatures (T is a number of tokens):
 
     decode, verify   embeddings, rotary tables, masks, caches -> hidden [1,T,D] and new K, V rows
     prefill_T        the same inputs, the layers that own KV only -> new K, V rows
@@ -8,8 +8,9 @@ Signatures (T is a number of tokens, S the rows of a full-attention cache, W the
 
 Inputs: `embeddings` [1,T,D] (scaled), `cos_A`, `sin_A` [1,T,1,head_dim] and `mask_A` [1,1,T,rows+T] per
 attention type A (0 where visible, very negative elsewhere), `key_i`, `value_i` [1,kv,rows,head_dim] per
-layer i that owns KV, `per_layer` [1,T,layers*width] (scaled rows of the per-layer table). Rows are W or S;
-S is dynamic. Outputs: `hidden` after the final norm, `new_key_i`, `new_value_i` [1,kv,T,head_dim].
+layer i that owns KV, `per_layer` [1,T,layers*width] (scaled rows of the per-layer table). The number
+of rows is dynamic, one for each attention type. Outputs: `hidden` after the final norm, `new_key_i`,
+`new_value_i` [1,kv,T,head_dim].
 The caller stores new rows: no cache is copied or written in the graph.
 
 Matrices that read the same input are one weight (`qkv`, `gate_up`), rows stacked in that order.
@@ -209,25 +210,20 @@ class _Decoder:
     def _constant(self, name: str) -> Tensor:
         return self.g.constant(self.vector(name))
 
-    def _rows(self, attention: Attention) -> int:
-        return self.arch.sliding_window if attention == "sliding" else DYNAMIC
-
     def _table(self, attention: Attention) -> tuple[Tensor, Tensor, Tensor]:
         if attention not in self.tables:
             rotary = (1, self.width, 1, self.arch.head_dim(attention))
-            rows = self._rows(attention)
-            columns = DYNAMIC if rows == DYNAMIC else rows + self.width
             self.tables[attention] = (
                 self.g.input(f"cos_{attention}", rotary),
                 self.g.input(f"sin_{attention}", rotary),
-                self.g.input(f"mask_{attention}", (1, 1, self.width, columns)),
+                self.g.input(f"mask_{attention}", (1, 1, self.width, DYNAMIC)),
             )
         return self.tables[attention]
 
     def _cache(self, owner: int) -> tuple[Tensor, Tensor]:
         if owner not in self.caches:
             layer = self.arch.layers[owner]
-            shape = (1, self.arch.kv_heads, self._rows(layer.attention), layer.head_dim)
+            shape = (1, self.arch.kv_heads, DYNAMIC, layer.head_dim)
             self.caches[owner] = (
                 self.g.input(f"key_{owner}", shape),
                 self.g.input(f"value_{owner}", shape),

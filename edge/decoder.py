@@ -194,7 +194,7 @@ class _Run:
                     self.signature.bind(name, array)
         for a in _ATTENTIONS:
             if f"mask_{a}" in self.signature.inputs:
-                shape = (1, 1, self.width, cache.rows(a) + self.width)
+                shape = (1, 1, self.width, cache.rows[a] + self.width)
                 if a not in self._masks or self._masks[a].shape != shape:
                     self._masks[a] = aligned_array(shape)
                     self.signature.bind(f"mask_{a}", self._masks[a])

@@ -1,8 +1,8 @@
 """The KV cache: numpy arrays that the graph reads in place, and the masks that say which rows hold what.
 
-Sliding-attention layers are rings of `sliding_window` rows: position p lies in row p % window. Caches of
-full-attention layers start small and double, up to the context, so a short conversation does not pay for a
-long one. Rows are float32 [1, kv_heads, rows, head_dim], aligned for LiteRT.
+Position p lies in row p, on sliding-attention layers in row p % window. Caches start small and double, up to
+the window (from then on they are rings) or the context, so a short conversation does not pay for a long one.
+Rows are float32 [1, kv_heads, rows, head_dim], aligned for LiteRT.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ Floats = NDArray[np.float32]
 HIDDEN_FROM_VIEW = np.float32(-1e9)
 """What a mask adds to the score of a row that a query must not see."""
 
-_FIRST_ROWS = 512
+_FIRST_ROWS = 128
 
 
 class KVCache:
-    """K and V of the layers that own them, for `length` tokens of one conversation."""
+    """K and V of the layers that own them, for `length` tokens of one conversation.
+
+    `rows` says how many rows the caches of each attention type have at present.
+    """
 
     def __init__(self, arch: Architecture, context: int) -> None:
-        self.arch, self.context = arch, context
+        self.arch = arch
         self.length = 0
-        self.full_rows = min(_FIRST_ROWS, context)
+        self._most: dict[Attention, int] = {"sliding": arch.sliding_window, "full": context}
+        self.rows = {attention: min(_FIRST_ROWS, most) for attention, most in self._most.items()}
         self.keys: dict[int, Floats] = {}
         self.values: dict[int, Floats] = {}
         for i in arch.owners:
-            self._allocate(i, self.rows(arch.layers[i].attention))
-
-    def rows(self, attention: Attention) -> int:
-        """Rows allocated in the caches of an attention type."""
-        return self.arch.sliding_window if attention == "sliding" else self.full_rows
+            self._allocate(i)
 
     def truncate(self, length: int) -> bool:
         """Forget the tokens from `length` on. False, and nothing changed, if a ring lost what came before."""
@@ -45,18 +45,19 @@ class KVCache:
         return True
 
     def reserve(self, length: int) -> bool:
-        """Make room for `length` tokens in all. True if the full-attention arrays were replaced."""
-        if length <= self.full_rows:
-            return False
-        while self.full_rows < length:
-            self.full_rows = min(2 * self.full_rows, self.context)
+        """Make room for `length` tokens in all. True if arrays were replaced by larger ones."""
+        grown = set[Attention]()
+        for attention, most in self._most.items():
+            while self.rows[attention] < min(length, most):
+                self.rows[attention] = min(2 * self.rows[attention], most)
+                grown.add(attention)
         for i in self.arch.owners:
-            if self.arch.layers[i].attention == "full":
-                old = self.keys[i], self.values[i]
-                self._allocate(i, self.full_rows)
-                self.keys[i][:, :, : self.length] = old[0][:, :, : self.length]
-                self.values[i][:, :, : self.length] = old[1][:, :, : self.length]
-        return True
+            if self.arch.layers[i].attention in grown:
+                old, stored = (self.keys[i], self.values[i]), min(self.length, self.keys[i].shape[2])
+                self._allocate(i)
+                self.keys[i][:, :, :stored] = old[0][:, :, :stored]
+                self.values[i][:, :, :stored] = old[1][:, :, :stored]
+        return bool(grown)
 
     def append(self, keys: dict[int, Floats], values: dict[int, Floats], count: int) -> None:
         """Store the first `count` rows of each owner's new K and V [1, kv_heads, T, head_dim]."""
@@ -92,8 +93,9 @@ class KVCache:
             return self.length - 1 - (self.length - 1 - slots) % rows
         return np.where(slots < self.length, slots, -1)
 
-    def _allocate(self, owner: int, rows: int) -> None:
-        shape = (1, self.arch.kv_heads, rows, self.arch.layers[owner].head_dim)
+    def _allocate(self, owner: int) -> None:
+        layer = self.arch.layers[owner]
+        shape = (1, self.arch.kv_heads, self.rows[layer.attention], layer.head_dim)
         self.keys[owner], self.values[owner] = aligned_array(shape), aligned_array(shape)
 
 

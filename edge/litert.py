@@ -22,7 +22,7 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,33 @@ def aligned_array(shape: tuple[int, ...], dtype: type[np.generic] = np.float32) 
     raw = np.zeros(size + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT
     return raw[start : start + size].view(dtype).reshape(shape)
+
+
+@contextlib.contextmanager
+def _native_messages() -> Iterator[Callable[[], str]]:
+    """Keep what the library writes to standard error; yields a function that gives its first error line.
+
+    TFLite logs there below LiteRT's own log level, with no way to turn it off. What is neither an error nor
+    an INFO line is passed on.
+    """
+    with tempfile.TemporaryFile() as kept:
+        saved = os.dup(2)
+        os.dup2(kept.fileno(), 2)
+
+        def lines() -> list[str]:
+            kept.seek(0)
+            return kept.read().decode(errors="replace").splitlines()
+
+        try:
+            yield lambda: next(
+                (line for line in lines() if line.startswith("ERROR: ")), "ERROR: no reason given"
+            )
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            for line in lines():
+                if not line.startswith(("INFO: ", "ERROR: ")):
+                    sys.stderr.write(f"{line}\n")
 
 
 def _library_path() -> Path:
@@ -197,7 +224,12 @@ class CompiledModel:
         self._payload = ctypes.create_string_buffer(payload.encode())
         opaque = lib.handle_of("LiteRtCreateOpaqueOptions", b"xnnpack", self._payload, _keep_payload)
         lib.call("LiteRtAddOpaqueOptions", options, opaque)
-        return lib.handle_of("LiteRtCreateCompiledModel", self._environment, self._model, options)
+        with _native_messages() as first_error:
+            try:
+                return lib.handle_of("LiteRtCreateCompiledModel", self._environment, self._model, options)
+            except RuntimeFailure:
+                reason = first_error().removeprefix("ERROR: ")
+                raise RuntimeFailure(f"{self._path}: LiteRT can't run it: {reason}") from None
 
     def _find_signatures(self) -> Iterator[Signature]:
         for index in range(self._lib.count("LiteRtGetNumModelSignatures", self._model)):
