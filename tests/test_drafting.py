@@ -1,0 +1,78 @@
+"""Prompt lookup: what it guesses, and when it keeps quiet."""
+
+from __future__ import annotations
+
+import random
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge.drafting import Payoff, PromptLookup
+
+few_tokens = st.lists(st.integers(0, 4), max_size=60)
+
+
+def test_what_followed_the_last_tokens_before_is_guessed() -> None:
+    lookup = PromptLookup([[1, 2, 3, 4, 5, 6, 9, 2, 3]])
+    assert lookup.guess(3) == [4, 5, 6]
+    lookup.extend([4, 5])
+    assert lookup.guess(2) == [6, 9]
+    lookup.extend([7])
+    assert lookup.guess(2) == []
+
+
+def test_the_longest_match_wins_and_then_the_latest() -> None:
+    assert PromptLookup([[8, 1, 2, 3, 30, 7, 2, 3, 40, 8, 1, 2, 3]]).guess(1) == [30]
+    assert PromptLookup([[9, 1, 2, 50, 9, 1, 2, 60, 9, 1, 2]]).guess(1) == [60]
+
+
+def test_earlier_answers_are_looked_up_but_never_run_over_their_end() -> None:
+    answer = [10, 11, 12, 13]
+    assert PromptLookup([answer, [5, 10, 11]]).guess(8) == [12, 13]
+    assert PromptLookup([answer, [5, 12, 13]]).guess(8) == []
+    assert PromptLookup([[1], [2]]).guess(8) == []
+    assert PromptLookup([]).guess(8) == []
+
+
+@given(history=st.lists(few_tokens, max_size=4), grown=few_tokens, count=st.integers(1, 8))
+def test_a_guess_is_a_continuation_that_was_there(
+    history: list[list[int]], grown: list[int], count: int
+) -> None:
+    lookup = PromptLookup(history)
+    lookup.extend(grown)
+    texts = [*history[:-1], (history[-1] if history else []) + grown]
+    guessed = lookup.guess(count)
+    assert len(guessed) <= count
+    if guessed:
+        seen = texts[-1][-2:] + guessed
+        assert any(text[i : i + len(seen)] == seen for text in texts for i in range(len(text)))
+
+
+def drafted_share(payoff: Payoff, accepted: list[int]) -> float:
+    """Of so many opportunities, how many were used."""
+    used = 0
+    for count in accepted:
+        if payoff.allows():
+            payoff.observe(count)
+            used += 1
+    return used / len(accepted)
+
+
+def test_drafting_that_is_accepted_goes_on() -> None:
+    assert drafted_share(Payoff(cost=2.0), [3] * 200) == 1
+
+
+def test_drafting_that_is_never_accepted_stops_but_is_tried_again() -> None:
+    payoff = Payoff(cost=2.0)
+    assert 0 < drafted_share(payoff, [0] * 2000) < 0.02
+    assert not payoff.pays
+    assert drafted_share(payoff, [7] * 4000) > 0.8
+    assert payoff.pays
+
+
+def test_drafting_at_a_loss_costs_little_and_at_a_gain_is_used() -> None:
+    chance = random.Random(1)
+    loss = [chance.choice([0, 0, 0, 0, 2]) for _ in range(3000)]
+    gain = [chance.choice([0, 2, 4, 7]) for _ in range(3000)]
+    assert drafted_share(Payoff(cost=2.0), loss) < 0.1
+    assert drafted_share(Payoff(cost=2.0), gain) > 0.9
