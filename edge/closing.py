@@ -7,7 +7,6 @@ the one that forces least is tried. A path that is found is real, though not alw
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -16,9 +15,10 @@ from numpy.typing import NDArray
 
 from edge.tokenizer import Tokenizer
 
-LONGEST = 4096
+LONGEST = 1024
 """Tokens of the longest path that is searched for."""
 
+_MASKS = 32  # states of a search at which it may ask for all allowed tokens, which is slow
 _FEW = 256
 _FILLERS = 64  # tokens of padding in a row, 31 spaces each, after which a text seems to have no end
 
@@ -34,24 +34,25 @@ class Closings:
 
     def __init__(self, tokenizer: Tokenizer, string_ends: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        marks = ["".join(c) for n in (3, 2, 1) for c in itertools.product('"}],:{[', repeat=n)]
-        closers = [text for text in marks if "}" in text or "]" in text]
-        ranked = sorted(closers, key=lambda text: -text.count("}") - text.count("]")) + marks
-        structure = [text for text in ranked if not text.startswith('"') or text.startswith('""')]
-        self._ends = self._single([*structure, "0", "null", "true", *"123456789", '"'])
-        self._text_ends = [
-            *string_ends,
-            *self._single(text for text in ranked[: len(closers)] if text.startswith('"')),
-        ]
-        self._quotes = self._single(text for text in marks if text.startswith('"'))
+        pieces = enumerate(tokenizer.all_piece_bytes())
+        marks = {token: text for token, text in pieces if text and not text.strip(b'"}],:{[')}
+        self._marks = sorted(marks.items(), key=lambda mark: (-_closed(mark[1]), -len(mark[1]), mark))
+        ends = [mark for mark in self._marks if _closed(mark[1]) > 0 and b"," not in mark[1]]
+        self._text_ends = [*string_ends, *(token for token, text in ends if text.startswith(b'"'))]
+        self._ends = [token for token, text in ends if text[:1] != b'"' or text.startswith(b'""')]
+        self._ends += [token for token, text in self._marks if text[0] in b",:"]
+        self._ends += self._single(["[]", "{}", '""', "0", "null", "true", *"123456789"])
+        self._ends += [token for token, text in self._marks if text[0] in b"[{"]
+        self._ends += self._single('"')
         self._fillers = self._single(" " * count for count in range(31, 0, -1))
         self._probes = self._single("aZ7 ")
         self._characters = self._single(map(chr, range(32, 127)))
 
-    def path(self, matcher: LLMatcher, hint: Sequence[int] = ()) -> list[int] | None:
-        """Find tokens that complete the answer from `matcher`'s state, [] if it is complete; None if none is.
+    def path(self, matcher: LLMatcher, hint: Sequence[int] = (), longest: int = LONGEST) -> list[int] | None:
+        """Find tokens that complete the answer from `matcher`'s state, [] if it is complete.
 
-        `hint` is the path of an earlier state: mostly some end of it still serves, which is quickly seen.
+        None if no way of at most `longest` tokens is found. `hint` is the path of an earlier state: mostly
+        some end of it still serves, which is quickly seen.
         """
         if matcher.is_accepting():
             return []
@@ -59,7 +60,7 @@ class Closings:
             rest = list(hint[start:])
             if matcher.validate_tokens(rest) == len(rest) and _completes(matcher, rest):
                 return rest
-        return self._search(matcher.deep_copy())
+        return self._search(matcher.deep_copy(), min(longest, LONGEST))
 
     def in_free_text(self, matcher: LLMatcher) -> bool:
         """Whether nearly any token may come next, found without computing which."""
@@ -70,25 +71,56 @@ class Closings:
         encoded = map(self._tokenizer.encode, texts)
         return [ids[0] for ids in encoded if len(ids) == 1]
 
-    def _search(self, matcher: LLMatcher) -> list[int] | None:
+    def _search(self, matcher: LLMatcher, longest: int) -> list[int] | None:
         path: list[int] = []
-        fillers = 0
+        fillers = masks = 0
         while not matcher.is_accepting():
             tokens = matcher.compute_ff_tokens() or self._step(matcher)
+            if not tokens:
+                masks += 1
+                tokens = self._choice(matcher)
             fillers = fillers + 1 if tokens[:1] == self._fillers[:1] else 0
-            if not tokens or fillers > _FILLERS or len(path) > LONGEST or not matcher.consume_tokens(tokens):
-                return None
             path += tokens
+            if not tokens or len(path) > longest or fillers > _FILLERS or masks > _MASKS:
+                return None
+            matcher.consume_tokens(tokens)
         return path
 
     def _step(self, matcher: LLMatcher) -> list[int]:
-        """Return one token towards the end, in a list; empty if there is none."""
-        free = self.in_free_text(matcher)
-        found = self._first(matcher, self._text_ends if free else self._ends)
-        if free:
-            found = found or self._quote(matcher) or self._first(matcher, self._fillers)
-        if found:
-            return found
+        """Return one of the usual tokens towards the end, in a list; empty if none will do."""
+        if self.in_free_text(matcher):
+            return (
+                self._first(matcher, self._text_ends)
+                or self._along(matcher, b'"')
+                or self._first(matcher, self._fillers)
+            )
+        sure = matcher.compute_ff_bytes()
+        return self._along(matcher, sure) if sure else self._first(matcher, self._ends)
+
+    def _along(self, matcher: LLMatcher, sure: bytes) -> list[int]:
+        """Return the punctuation token that begins with `sure` and gets furthest, in a list; or nothing.
+
+        It opens no string that it does not end, and goes on to a next member only if there must be one.
+        """
+        for token, text in self._marks:
+            rest = text[len(sure) :]
+            if not text.startswith(sure) or (sure[-1:] == b'"' and rest[:1] not in (b"", b'"', b",", b":")):
+                continue
+            if matcher.validate_tokens([token]) and self._must_go_on(matcher, text):
+                return [token]
+        return []
+
+    def _must_go_on(self, matcher: LLMatcher, text: bytes) -> bool:
+        """Whether a comma in `text`, if there is one, is forced by what stands before it."""
+        before, comma, _ = text.partition(b",")
+        if not comma:
+            return True
+        after = matcher.deep_copy()
+        after.consume_tokens(self._tokenizer.encode(before.decode()))
+        return after.compute_ff_bytes().startswith(b",")
+
+    def _choice(self, matcher: LLMatcher) -> list[int]:
+        """Return the best of all allowed tokens, in a list; empty if there is none."""
         tokens = allowed_tokens(matcher).tolist()
         if len(tokens) > _FEW:
             longest = sorted(tokens, key=lambda token: -len(self._tokenizer.piece_bytes(token)))[:8]
@@ -99,16 +131,6 @@ class Closings:
 
     def _first(self, matcher: LLMatcher, tokens: list[int]) -> list[int]:
         return next(([token] for token in tokens if matcher.validate_tokens([token])), [])
-
-    def _quote(self, matcher: LLMatcher) -> list[int]:
-        """Return a token that ends a string here and goes on only as it must."""
-        quote = self._quotes[-1]
-        if not matcher.validate_tokens([quote]):
-            return []
-        after = matcher.deep_copy()
-        after.consume_token(quote)
-        sure = b'"' + after.compute_ff_bytes()
-        return next([token] for token in self._quotes if sure.startswith(self._tokenizer.piece_bytes(token)))
 
     def _whole(self, tokens: list[int]) -> list[int]:
         """Pick those of `tokens` that are not the beginning of another one of them."""
@@ -125,6 +147,11 @@ class Closings:
         forced = after.compute_ff_tokens()
         size = len(self._tokenizer.piece_bytes(token))
         return (not after.is_accepting(), not forced, len(forced), -size)
+
+
+def _closed(text: bytes) -> int:
+    """How many more brackets `text` closes than it opens."""
+    return sum(text.count(mark) for mark in (b"}", b"]")) - sum(text.count(mark) for mark in (b"{", b"["))
 
 
 def _completes(matcher: LLMatcher, tokens: list[int]) -> bool:

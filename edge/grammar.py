@@ -8,12 +8,14 @@ vocabulary, which takes milliseconds inside a string, tokens are drawn and then 
 from __future__ import annotations
 
 import ctypes
+import itertools
+import re
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from numpy.typing import NDArray
 
 from edge.closing import Closings, allowed_tokens
@@ -29,6 +31,10 @@ CACHED_GRAMMARS = 32
 FEW_TOKENS = 1024
 """Up to so many allowed tokens are listed, so that their logits alone can be computed."""
 
+# Enough for 15,000 choices; a hostile pattern is refused after about 20 MB and 0.2 s.
+_LIMITS = LLParserLimits(
+    initial_lexer_fuel=200_000, step_lexer_fuel=100_000, max_lexer_states=5_000, verbose_errors=False
+)
 _MARGIN = 64  # a token after which no closing is known is refused when fewer tokens than about this remain
 
 
@@ -71,7 +77,7 @@ class GrammarCompiler:
     def _matcher(self, source: str, request: Request) -> LLMatcher:
         self.prepare()
         assert self._engine is not None
-        matcher = LLMatcher(self._engine, source, log_level=0)
+        matcher = LLMatcher(self._engine, source, log_level=0, limits=_LIMITS)
         if matcher.is_error():
             raise _refusal(matcher, request)
         return matcher
@@ -104,6 +110,7 @@ class Constraint:
         self._closing: list[int] | None = None
         self._closing_known = False
         self._hint: list[int] = []
+        self._patience, self._next_search = 1, max_tokens
         self._after: tuple[int, list[int] | None] | None = None
 
     @property
@@ -139,28 +146,34 @@ class Constraint:
         return self._matcher.validate_tokens(list(tokens))
 
     def accept(self, token: int) -> None:
-        """Go on by one token. Raises RequestError("internal") if it is not allowed; all is over then."""
-        if not self._matcher.consume_token(token):
-            raise RequestError("internal", f"grammar: token {token} is not allowed here")
+        """Go on by one token, which must be allowed.
+
+        Raises RequestError("bad_request") if the format turns out to be too complex, and ValueError for a
+        token that is not allowed.
+        """
+        if self._matcher.validate_tokens([token]) == 0 and not self._matcher.is_error():
+            raise ValueError(f"token {token} is not allowed here")
+        self._matcher.consume_token(token)
+        self._check()
         self.remaining -= 1
-        self._closing_known = self._after is not None and self._after[0] == token
-        if self._after is not None and self._closing_known:
+        self._closing_known = False
+        if self._after is not None and self._after[0] == token:
             self._remember(self._after[1])
         self._after = None
 
     def rollback(self, count: int) -> None:
         """Take back the last `count` tokens."""
-        if count and not self._matcher.rollback(count):
-            raise RequestError("internal", f"grammar: {self._matcher.get_error()[:200]}")
+        self._matcher.rollback(count)
+        self._check()
         self.remaining += count
         self._closing_known, self._after = False, None
+        self._patience, self._next_search = 1, self.remaining
 
     def closing(self) -> list[int] | None:
         """Return tokens that complete the answer, [] if it is complete; None if no way is known."""
-        if not self._closing_known:
-            self._remember(self._closings.path(self._matcher, self._hint))
-            self._closing_known = True
-        return self._closing
+        if not self._closing_known and self.remaining <= self._next_search:
+            self._remember(self._closings.path(self._matcher, self._hint, self.remaining))
+        return self._closing if self._closing_known else None
 
     def choose(
         self, sampler: Sampler, logits: NDArray[np.float32], ids: NDArray[np.int32] | None = None
@@ -179,7 +192,7 @@ class Constraint:
         else:
             moved = self._matcher.deep_copy()
             moved.consume_token(token)
-            after = self._closings.path(moved, path)
+            after = self._closings.path(moved, path, self.remaining)
         needed = 2 * len(path) + _MARGIN if after is None else len(after)
         if needed >= self.remaining:
             token, after = (path[0], path[1:]) if path else (self._stop_ids[0], [])
@@ -187,18 +200,25 @@ class Constraint:
         return token
 
     def _remember(self, closing: list[int] | None) -> None:
-        self._closing = closing
-        self._hint = self._hint if closing is None else closing
+        """Note what a search found; after one without result, wait twice as long as the last time."""
+        self._closing, self._closing_known = closing, True
+        if closing is not None:
+            self._hint, self._patience = closing, 1
+        else:
+            self._patience *= 2
+        self._next_search = self.remaining - self._patience
 
     def _draw(self, sampler: Sampler, logits: NDArray[np.float32], ids: NDArray[np.int32] | None) -> int:
         if ids is not None:
             return sampler.sample(logits, ids)
         if sampler.greedy and self._matcher.validate_tokens([token := sampler.sample(logits)]):
             return token
-        best = np.sort(largest(logits, 4 * sampler.candidates))
-        valid = [token for token in best.tolist() if self._matcher.validate_tokens([token])]
-        if len(valid) >= sampler.candidates:  # whatever is beyond `best` is out of the top-k anyway
-            return sampler.sample(logits[valid], np.array(valid, np.int32))
+        if sampler.candidates <= FEW_TOKENS:
+            best = largest(logits, 4 * sampler.candidates).tolist()
+            valid = filter(lambda token: self._matcher.validate_tokens([token]), best)
+            ids = np.sort(np.fromiter(itertools.islice(valid, sampler.candidates), np.int32))
+            if len(ids) == sampler.candidates:  # the other tokens are out of the top-k
+                return sampler.sample(logits[ids], ids)
         self.mask(logits)
         return sampler.sample(logits)
 
@@ -216,7 +236,7 @@ class _Vocabulary:
         self._tokenizer = tokenizer
         self.eos_token_id = stop_ids[0]
         self.bos_token_id = None
-        self.special_token_ids = [i for i in range(tokenizer.vocabulary_size) if tokenizer.is_control(i)]
+        self.special_token_ids = [i for i, text in enumerate(tokenizer.all_piece_bytes()) if not text]
         self.tokens = _Pieces(tokenizer)
 
     def __call__(self, text: str) -> list[int]:
@@ -224,7 +244,10 @@ class _Vocabulary:
 
 
 class _Pieces(Sequence[bytes]):
-    """The bytes of all pieces, made when asked for."""
+    """The bytes of all pieces, made when asked for; a control token, which has none, is called by its number.
+
+    Without a name all control tokens look like the beginning of each other to the engine's masks.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -233,10 +256,11 @@ class _Pieces(Sequence[bytes]):
         return self._tokenizer.vocabulary_size
 
     def __getitem__(self, index: Any) -> Any:
-        return self._tokenizer.piece_bytes(index)
+        return self._tokenizer.piece_bytes(index) or b"<%d>" % index
 
     def __iter__(self) -> Iterator[bytes]:
-        return self._tokenizer.all_piece_bytes()
+        for index, text in enumerate(self._tokenizer.all_piece_bytes()):
+            yield text or b"<%d>" % index
 
 
 def _string_ends(tokenizer: Tokenizer) -> list[int]:
@@ -262,7 +286,8 @@ def _one_line(error: str) -> str:
     """The engine's reason, without the drawing around it."""
     lines = [line.strip() for line in error.splitlines() if line.strip()] or ["unknown"]
     reason = next((line for line in lines if line.startswith("error:")), lines[0])
-    return reason.removeprefix("error:").strip()[:200]
+    reason = re.sub(r"^(error: *|at \d+\(\d+\): *|failed to compile JSON schema: *)+", "", reason)
+    return "no answer can follow it" if reason.startswith("NoExtension") else reason[:200]
 
 
 def _return_free_memory() -> None:

@@ -38,7 +38,7 @@ _KINDS: dict[str, tuple[str, ...]] = {
 
 def quoted(text: str) -> str:
     """Write `text` as a string literal of Lark; its escapes are JSON's."""
-    return json.dumps(text, ensure_ascii=False)
+    return json.dumps(text)
 
 
 class ToolRules:
@@ -61,7 +61,10 @@ class ToolRules:
         for index, tool in enumerate(tools):
             function = tool["function"]
             self._tool = f"tools[{index}].function.parameters"
-            self._root = {"type": "object", **function.get("parameters", {})}
+            self._root = function.get("parameters") or {"properties": {}}
+            self._root = {"type": "object", **self._root}
+            if self._root["type"] != "object":
+                self._refuse(self._tool, "parameters that are not an object can't be written")
             calls.append(f"{quoted('call:' + function['name'])} {self._schema(self._root, self._tool)}")
         call = f"call: {self.control(CALL)} ({' | '.join(calls)}) {self.control(CALL_END)}"
         return [call, *self._rules]
@@ -70,12 +73,14 @@ class ToolRules:
         """Write texts and control tokens; adjacent texts become one literal, so they are tokenised as one."""
         parts: list[str] = []
         text = ""
-        for segment in [*segments, Control("")]:
+        for segment in segments:
             if isinstance(segment, str):
                 text += segment
-                continue
-            parts += [quoted(text)] * bool(text) + [self.control(segment)] * bool(segment.piece)
-            text = ""
+            else:
+                parts += [quoted(text), self.control(segment)] if text else [self.control(segment)]
+                text = ""
+        if text:
+            parts.append(quoted(text))
         return " ".join(parts)
 
     def _rule(self, body: str, prefix: str = "v") -> str:
@@ -105,11 +110,16 @@ class ToolRules:
         return self._rule(" | ".join(options))
 
     def _options(self, schema: Mapping[str, Any], path: str) -> list[str]:
-        """Alternatives for a schema without $ref, const or enum."""
+        """Write the alternatives of a schema without $ref, const and enum."""
         if "anyOf" in schema:
             self._only(schema, ("anyOf",), path)
-            return [self._schema(item, f"{path}.anyOf[{i}]") for i, item in enumerate(schema["anyOf"])]
-        kinds = schema.get("type", list(_KINDS) if not (set(schema) - _ANNOTATIONS) else None)
+            choices = schema["anyOf"]
+            if not isinstance(choices, list) or not choices:
+                self._refuse(path, "an anyOf without schemas can't be followed")
+            return [self._schema(item, f"{path}.anyOf[{i}]") for i, item in enumerate(choices)]
+        self._only(schema, ("type", *(key for keys in _KINDS.values() for key in keys)), path)
+        implied = [kind for kind, keys in _KINDS.items() if not set(keys).isdisjoint(schema)]
+        kinds = schema.get("type", implied or list(_KINDS))
         kinds = [kinds] if isinstance(kinds, str) else kinds
         if not isinstance(kinds, list) or not kinds or any(kind not in _KINDS for kind in kinds):
             self._refuse(path, f"type {kinds!r:.60} can't be followed")
@@ -187,11 +197,12 @@ class ToolRules:
 
     def _object(self, schema: Mapping[str, Any], path: str) -> str:
         """Members sorted by key as the model writes them; what is not listed is not written."""
-        properties, required = schema.get("properties"), schema.get("required", [])
-        if not isinstance(properties, Mapping):
-            if required:
-                self._refuse(path, "required without properties can't be followed")
+        required = schema.get("required", [])
+        if "properties" not in schema and not required:
             return self._map(schema.get("additionalProperties", True), path)
+        properties = schema.get("properties", {})
+        if not isinstance(properties, Mapping):
+            self._refuse(path, "properties that are not an object can't be followed")
         if not isinstance(required, list) or any(name not in properties for name in required):
             self._refuse(path, "required names that are not in properties can't be followed")
         first, more = '"}"', '"}"'
@@ -212,7 +223,7 @@ class ToolRules:
         if values is False:
             return '"{}"'
         item = self._any() if values is True else self._schema(values, f"{path}.additionalProperties")
-        key = "/[A-Za-z0-9_.-]+/"
+        key = "/[A-Za-z0-9_.-]{1,64}/"
         return f'"{{" ({key} ":" {item} ("," {key} ":" {item})*)? "}}"'
 
     def _any(self) -> str:
