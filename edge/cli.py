@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import logging
 import sys
 import uuid
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -117,14 +119,12 @@ def ask(prompt: str | None, as_json: bool, stats: bool, **options: Any) -> None:
     request = _request(prompt or "", as_json, options)
     from edge import ask as asking
 
-    link = _link(options)
+    logging.getLogger("edge").addHandler(logging.NullHandler())  # what matters is said by exceptions
     try:
-        code = asking.ask(link, request, as_json, stats)
+        with closing(_link(options)) as link:
+            sys.exit(asking.ask(link, request, as_json, stats))
     except KeyboardInterrupt:
-        code = asking.EXIT_CODES["cancelled"]
-    finally:
-        link.close()
-    sys.exit(code)
+        sys.exit(asking.EXIT_CODES["cancelled"])
 
 
 def _request(prompt: str, as_json: bool, options: dict[str, Any]) -> Request:

@@ -24,7 +24,8 @@ from edge.transports.serial import SerialTransport
 
 log = logging.getLogger(__name__)
 
-CHECK_S = 5.0  # between two looks at the threads; each ticks once a second
+CHECK_S = 0.5  # between two looks at whether a thread has ended
+WATCH_S = 5.0  # between two looks at their progress; each ticks about once a second
 CLOSE_S = 5.0  # for a transport to send what it has
 
 
@@ -37,7 +38,8 @@ class Daemon:
         Raises BundleError, RuntimeFailure or TransportError (a TLS file that can't be used).
         """
         self._config = config
-        self._started = time.monotonic()
+        self._watched = time.monotonic()
+        self._watch_s = min(WATCH_S, (watchdog_s() or 4 * WATCH_S) / 4)
         self._stop = threading.Event()
         self._generator = Generator.open(
             config.bundle, config.cache_directory, config.threads, config.context
@@ -71,15 +73,19 @@ class Daemon:
 
     def _supervise(self, until: threading.Event) -> None:
         """Watch the threads until the event is set."""
-        while True:
+        while not until.wait(CHECK_S):
             for name, (_, alive) in self._parts().items():
                 if not alive():
                     raise EdgeError(f"{name}: its thread has ended; the log above says why")
             if self._mqtt is not None and self._mqtt.connection.refused:
                 raise TransportError(self._mqtt.connection.refused)
+            self._watch()
+
+    def _watch(self) -> None:
+        """Look at the progress of all parts, several times before systemd's patience ends."""
+        if time.monotonic() - self._watched >= self._watch_s:
+            self._watched = time.monotonic()
             self._watchdog.check()
-            if until.wait(min(CHECK_S, (watchdog_s() or CHECK_S * 4) / 4)):
-                return
 
     def _drain(self) -> None:
         waiting = self._engine.waiting + self._engine.working
@@ -88,7 +94,7 @@ class Daemon:
         drainer = threading.Thread(target=self._stop_parts, args=(done,), name="drain")
         drainer.start()
         while not done.wait(CHECK_S):
-            self._watchdog.check()
+            self._watch()
         drainer.join()
         log.info("stopped")
 

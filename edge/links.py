@@ -1,8 +1,8 @@
 """Three ways from a client to a model: over MQTT, over a serial port, or to a bundle in this process.
 
 Each is a Link: `ask` sends a request and yields its answers until the last one; `cancel`, from another
-thread, makes that one come soon. `ask` raises TransportError if the way is blocked, or if `patience_s` seconds
-have passed.
+thread, makes that one come soon. `ask` raises TransportError if the way is blocked, or if `patience_s`
+seconds have passed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from edge.transports.mqtt_connection import MqttConnection, Outgoing, Received
 from edge.transports.serial_port import SerialPort
 
 CONNECT_S = 10.0  # for a broker or a port to be there
-STATUS_S = 2.0  # for retained statuses to arrive
+STATUS_S = 2.0  # for the retained status of a node to arrive
+OTHERS_S = 0.3  # after the first one's, for those of other nodes
 LOST_S = 30.0  # for a lost broker to come back
 POLL_S = 0.5  # between two looks at the state of a connection
 ACK_S = (0.4, 0.8, 1.6, 3.2, 3.2)  # for an acknowledgement on a serial line, try by try, as EZSP's ASH has it
@@ -129,6 +130,7 @@ class MqttLink:
                 until = min(until, time.monotonic() + STATUS_S)
             elif isinstance(event, Received):
                 states.update([_state(event)])
+                until = min(until, time.monotonic() + OTHERS_S) if self._node is None else until
                 if self._node is not None and states.get(self._node) == "online":
                     return self._node
         return self._choose(states)

@@ -1,10 +1,12 @@
 """Fixtures of the transports' tests."""
 
+import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from counterparts import Mosquitto, PtyPair
+from counterparts import DaemonProcess, Mosquitto, PtyPair
 
 
 @pytest.fixture
@@ -37,3 +39,35 @@ def ptys(tmp_path: Path) -> Iterator[PtyPair]:
     pair.plug()
     yield pair
     pair.unplug()
+
+
+@dataclass
+class Field:
+    """A daemon with a small model, on a broker and a serial port."""
+
+    daemon: DaemonProcess
+    mosquitto: Mosquitto
+    ptys: PtyPair
+    bundle: Path
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Field]:
+    """A running daemon, one for all tests of a module."""
+    import bundles  # here, so that tests without a model need no converter
+
+    directory = tmp_path_factory.mktemp("field")
+    bundle = bundles.small_bundle("gemma4-two-kv-heads", "int8", context=2048)
+    mosquitto = Mosquitto(directory, ("allow_anonymous true",))
+    ptys = PtyPair(directory / "near", directory / "far")
+    config = f'queue = 4\n[mqtt]\nport = {mosquitto.port}\n[[serial]]\nport = "{ptys.near}"\n'
+    daemon = DaemonProcess(directory, bundle, config)
+    with contextlib.ExitStack() as stack:
+        mosquitto.start()
+        stack.callback(mosquitto.stop)
+        ptys.plug()
+        stack.callback(ptys.unplug)
+        stack.callback(daemon.close)
+        daemon.start()
+        yield Field(daemon, mosquitto, ptys, bundle)
+        assert daemon.stop() == 0

@@ -1,9 +1,10 @@
-"""Real counterparts for tests: a private mosquitto, and pairs of ptys that socat wires."""
+"""Real counterparts for tests: a private mosquitto, wired pairs of ptys, the daemon as a process."""
 
 import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -98,3 +99,72 @@ class PtyPair:
             self.process.terminate()
             self.process.wait(WAIT_S)
             self.process = None
+
+
+def edge_command(name: str, *arguments: str) -> list[str]:
+    """The command line of `edge-daemon` or `edge-ask` in this interpreter."""
+    return [sys.executable, "-c", f"from edge.cli import {name}; {name}(prog_name='edge-{name}')", *arguments]
+
+
+class DaemonProcess:
+    """`edge-daemon run`, with us in systemd's place. `config` is TOML after the directories."""
+
+    def __init__(self, directory: Path, bundle: Path, config: str, **environment: str) -> None:
+        self.directory = directory
+        self.log = directory / "daemon.log"
+        self._file = directory / "edge.toml"
+        self._file.write_text(
+            f'node = "pump"\nbundle = "{bundle}"\ncache_directory = "{directory}/cache"\n'
+            f'state_directory = "{directory}/state"\nthreads = 2\n{config}'
+        )
+        self._notices = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._notices.bind(str(directory / "notify"))
+        self._notices.settimeout(0.2)
+        self._environment = {**os.environ, "NOTIFY_SOCKET": str(directory / "notify"), **environment}
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self, wait: bool = True) -> None:
+        """Start the daemon, and wait until it is ready."""
+        with self.log.open("ab") as log:
+            command = edge_command("daemon", "run", "--config", str(self._file))
+            self.process = subprocess.Popen(command, stderr=log, env=self._environment)
+        if wait:
+            self.notice("READY=1")
+
+    def notice(self, state: str) -> str:
+        """Wait for a notification with this state; returns all of it."""
+        until = time.monotonic() + WAIT_S
+        while time.monotonic() < until:
+            try:
+                notice = self._notices.recv(4096).decode()
+            except TimeoutError:
+                assert self.process is not None
+                assert self.process.poll() is None, self.log.read_text()
+                continue
+            if state in notice.split("\n"):
+                return notice
+        raise AssertionError(f"no {state} came")
+
+    def end(self) -> int:
+        """Wait until the daemon has ended; returns its exit status."""
+        assert self.process is not None
+        return self.process.wait(WAIT_S)
+
+    def stop(self) -> int:
+        """Stop the daemon as systemd would; returns its exit status."""
+        assert self.process is not None
+        self.process.terminate()
+        return self.end()
+
+    def close(self) -> None:
+        """End what is left."""
+        self._notices.close()
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait(WAIT_S)
+
+    def memory(self) -> int:
+        """Anonymous memory in bytes (RssAnon)."""
+        assert self.process is not None
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("RssAnon")))
