@@ -17,7 +17,7 @@ from edge.bundle import Manifest, read_manifest
 from edge.errors import EdgeError
 
 DEFAULT_CONTEXT = 4096
-RECIPES = ("int8", "int4")
+RECIPES = ("int8", "int4", "mobile")
 
 _DIRECTORY = click.Path(path_type=Path)
 
@@ -66,9 +66,9 @@ def _interrupt(_signal: int, _frame: object) -> None:
 @click.option(
     "--recipe",
     type=click.Choice(RECIPES),
-    default="int8",
-    show_default=True,
-    help="int8: one scale per channel. int4: blocks of 32, the output head in int8.",
+    help="int8: one scale per channel. int4: blocks of 32, the output head in int8. mobile: the bit widths of"
+    " Gemma 4's mobile release. Default: the one that keeps the checkpoint's own integers (mobile for that"
+    " release, int4 for Q4_0), else int8.",
 )
 @click.option(
     "--context",
@@ -78,7 +78,7 @@ def _interrupt(_signal: int, _frame: object) -> None:
     help="The most tokens that a conversation may have.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one line of JSON.")
-def convert(checkpoint: Path, target: Path, recipe: str, context: int, as_json: bool) -> None:
+def convert(checkpoint: Path, target: Path, recipe: str | None, context: int, as_json: bool) -> None:
     """Convert CHECKPOINT into the bundle given by -o.
 
     Memory stays bounded: tensors are read, quantised and written a slice at a time. The same checkpoint,
@@ -103,6 +103,7 @@ def convert(checkpoint: Path, target: Path, recipe: str, context: int, as_json: 
     line.clear()
     summary = {
         "bundle": str(target),
+        "recipe": result.recipe,
         "bytes": result.bytes,
         "bytes_per_token": result.bytes_per_token,
         "seconds": round(time.monotonic() - started, 1),
@@ -114,8 +115,9 @@ def convert(checkpoint: Path, target: Path, recipe: str, context: int, as_json: 
         return
     click.echo("\n".join(result.error_lines))
     click.echo(
-        f"{target}: {result.bytes / 1e6:,.1f} MB, {result.bytes_per_token / 1e6:,.1f} MB read per token; "
-        f"{summary['seconds']} s, peak memory {_peak_memory() / 1e6:,.0f} MB"
+        f"{target}: {result.recipe}, {result.bytes / 1e6:,.1f} MB,"
+        f" {result.bytes_per_token / 1e6:,.1f} MB read per token;"
+        f" {summary['seconds']} s, peak memory {_peak_memory() / 1e6:,.0f} MB"
     )
 
 

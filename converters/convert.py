@@ -21,23 +21,21 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.checkpoints.base import Checkpoint
+from converters.checkpoints.base import Checkpoint, ExactCodes
 from converters.decoder_graph import Widths, build, stacked_matrices
-from converters.quantization import ErrorMeter, quantize, tensor_group
-from converters.recipes import Plan, plan_for
+from converters.encoding import Encoder, NearestCodes, Quantizer
+from converters.quantization import Format, tensor_group
+from converters.recipes import Plan, choose_recipe, plan_that_keeps, stored_format
 from converters.tflite.graph import Region, Weight
 from converters.tflite.writer import ModelWriter
 from edge.architecture import Architecture, tensor_shapes
-from edge.bundle import DECODER, MANIFEST, PER_LAYER, TOKENIZER, FileEntry, Manifest, file_digest
+from edge.bundle import DECODER, EMBEDDING, MANIFEST, PER_LAYER, TOKENIZER, FileEntry, Manifest, file_digest
 from edge.errors import EdgeError
 from edge.files import sync_directory
 from edge.row_table import RowTable
 
 WIDTHS = Widths(verify=8, prefill=(8, 128))
 DEFAULT_CONTEXT = 4096
-
-_SLICE = 1 << 22
-"""Values read and quantised at a time: 16 MB of float32."""
 
 _TFLITE_TYPES = {32: "float32", 8: "int8", 4: "int4", 2: "int2"}
 
@@ -53,8 +51,12 @@ class Progress:
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion made: bytes in all, weight bytes read per decoded token, errors by group."""
+    """What a conversion made: the recipe, bytes in all, weight bytes read per decoded token, and a report.
 
+    `error_lines` has the error of each group of tensors and how much of the checkpoint's own codes was kept.
+    """
+
+    recipe: str
     bytes: int
     bytes_per_token: int
     error_lines: tuple[str, ...]
@@ -63,22 +65,28 @@ class Converted:
 def convert(
     checkpoint: Checkpoint,
     target: Path,
-    recipe: str,
+    recipe: str | None = None,
     context: int = DEFAULT_CONTEXT,
     report: Callable[[Progress], None] = lambda _progress: None,
+    quantizer: Quantizer | None = None,
 ) -> Converted:
-    """Write the bundle `target`, which must not exist.
+    """Write the bundle `target`, which must not exist. `recipe` None lets `choose_recipe` choose.
 
-    Raises CheckpointError for a wrong tensor, EdgeError if the target exists or can't be written. Whatever
-    is raised, KeyboardInterrupt included, nothing is left behind.
+    Raises CheckpointError for a wrong tensor, EdgeError if the recipe does not suit the checkpoint or the
+    target exists or can't be written. Whatever is raised, KeyboardInterrupt included, nothing is left behind.
     """
     arch = checkpoint.architecture
     if context > arch.max_positions:
         raise EdgeError(f"--context {context}: the model has at most {arch.max_positions} positions")
-    plan = plan_for(recipe, arch)
+    stored = _stored_codes(checkpoint)
+    recipe = choose_recipe(recipe, {format for _, format in stored.values()})
+    plan = plan_that_keeps(recipe, arch, {name: format for name, (_, format) in stored.items()})
+    carried = {
+        name: codes for name, (codes, format) in stored.items() if format == _planned(plan, arch, name)
+    }
     with _whole_or_nothing(target, _estimate(arch, plan)) as scratch, ThreadPoolExecutor(1) as pool:
-        digests = pool.submit(lambda: {path.name: file_digest(path) for path in checkpoint.source_files})
-        job = _Conversion(checkpoint, plan, scratch, report)
+        digests = pool.submit(_digests, checkpoint.source_files)
+        job = _Conversion(checkpoint, plan, carried, scratch, report, quantizer or NearestCodes())
         tables = job.run()
         manifest = _manifest(checkpoint, recipe, context, job, tables, scratch, digests)
         (scratch / MANIFEST).write_text(manifest.to_json())
@@ -86,7 +94,32 @@ def convert(
         for path in scratch.iterdir():
             _sync(path)
         sync_directory(scratch)
-    return Converted(size, job.bytes_per_token, tuple(job.errors.lines()))
+    return Converted(recipe, size, job.bytes_per_token, tuple(job.report_lines()))
+
+
+def _stored_codes(checkpoint: Checkpoint) -> dict[str, tuple[ExactCodes, Format]]:
+    """Tensors that are stored in a format of ours."""
+    arch = checkpoint.architecture
+    found = {}
+    for name, tensor in checkpoint.tensors.items():
+        codes = tensor.codes() if len(tensor.shape) == 2 else None
+        width = arch.per_layer_width if name == "per_layer_embedding" else tensor.shape[-1]
+        format = None if codes is None else stored_format(codes, width)
+        if codes is not None and format is not None:
+            found[name] = codes, format
+    return found
+
+
+def _planned(plan: Plan, arch: Architecture, name: str) -> Format:
+    """The format that a plan gives to a tensor."""
+    for matrix, parts in stacked_matrices(arch).items():
+        if name in parts:
+            return plan.matrices[matrix]
+    return plan.per_layer if name == "per_layer_embedding" else plan.embedding
+
+
+def _digests(files: tuple[Path, ...]) -> dict[str, str]:
+    return {path.name: file_digest(path) for path in files}
 
 
 @contextlib.contextmanager
@@ -120,10 +153,15 @@ def _sync(path: Path) -> None:
 
 def _estimate(arch: Architecture, plan: Plan) -> int:
     """Bytes of the bundle, to see early that a disk is too small."""
-    shapes = matrix_shapes(arch)
-    total = sum(plan.matrices[n].code_bytes(*s) + plan.matrices[n].scale_bytes(*s) for n, s in shapes.items())
-    columns = len(arch.layers) * arch.per_layer_width
-    return total + plan.per_layer.code_bytes(arch.vocabulary, columns) + (32 << 20)
+    total = sum(_stored_bytes(plan.matrices[name], *shape) for name, shape in matrix_shapes(arch).items())
+    if not arch.tied_head:
+        total += _stored_bytes(plan.embedding, arch.vocabulary, arch.hidden)
+    pieces = arch.vocabulary * len(arch.layers)
+    return total + _stored_bytes(plan.per_layer, pieces, arch.per_layer_width) + (32 << 20)
+
+
+def _stored_bytes(format: Format, rows: int, columns: int) -> int:
+    return format.code_bytes(rows, columns) + format.scale_bytes(rows, columns)
 
 
 def matrix_shapes(arch: Architecture) -> dict[str, tuple[int, int]]:
@@ -139,27 +177,58 @@ class _Conversion:
     """One conversion's state: the checkpoint, the plan, the files being written and the errors made."""
 
     def __init__(
-        self, checkpoint: Checkpoint, plan: Plan, directory: Path, report: Callable[[Progress], None]
+        self,
+        checkpoint: Checkpoint,
+        plan: Plan,
+        carried: Mapping[str, ExactCodes],
+        directory: Path,
+        report: Callable[[Progress], None],
+        quantizer: Quantizer,
     ) -> None:
         self.checkpoint, self.plan, self.directory = checkpoint, plan, directory
-        self.errors = ErrorMeter()
+        self.encoder = Encoder(checkpoint.tensors, carried, quantizer, self._advance)
         self.shapes = matrix_shapes(checkpoint.architecture)
         self.bytes_per_token = sum(
-            plan.matrices[name].code_bytes(*shape) + plan.matrices[name].scale_bytes(*shape)
-            for name, shape in self.shapes.items()
+            _stored_bytes(plan.matrices[name], *shape) for name, shape in self.shapes.items()
         )
         self._report, self._done = report, 0
         arch = checkpoint.architecture
         self._total = sum(rows * columns for rows, columns in self.shapes.values())
         self._total += arch.vocabulary * len(arch.layers) * arch.per_layer_width
+        self._total += 0 if arch.tied_head else arch.vocabulary * arch.hidden
 
     def run(self) -> tuple[RowTable, RowTable | None]:
         """Write every file but the manifest. Returns where embedding and per-layer rows lie."""
+        arch = self.checkpoint.architecture
         (self.directory / TOKENIZER).write_bytes(self.checkpoint.tokenizer_model)
-        per_layer = self._per_layer_table() if self.checkpoint.architecture.per_layer_width else None
-        return self._decoder(), per_layer
+        per_layer = None
+        if arch.per_layer_width:
+            name = "per_layer_embedding"
+            per_layer = self._table(PER_LAYER, name, self.plan.per_layer, arch.per_layer_width)
+        head = self._decoder()
+        if arch.tied_head:
+            return head, per_layer
+        return self._table(EMBEDDING, "embedding", self.plan.embedding, arch.hidden), per_layer
+
+    def report_lines(self) -> list[str]:
+        """Error of each group of tensors, and the share of the checkpoint's own codes that was kept."""
+        lines, stored, kept = (
+            self.encoder.errors.lines(),
+            self.encoder.stored_groups,
+            self.encoder.kept_groups,
+        )
+        if stored:
+            lines.append(
+                f"{kept / stored:.1%} of the checkpoint's {stored:,} groups of codes are kept bit for bit"
+            )
+        return lines
+
+    def _advance(self, name: str, values: int) -> None:
+        self._done += values
+        self._report(Progress(self._done, self._total, name))
 
     def _decoder(self) -> RowTable:
+        """Write the graph and its weights. Returns where the head's rows lie."""
         arch = self.checkpoint.architecture
         weights = {name: self._weight(name) for name in self.shapes}
 
@@ -169,12 +238,11 @@ class _Conversion:
 
         model = build(arch, WIDTHS, weights, vector)
         channels = {name: shape[0] for name, shape in self.shapes.items() if weights[name].scales_key}
-        writer = ModelWriter(self.directory / DECODER, model, channels)
-        with contextlib.closing(writer):
+        with contextlib.closing(ModelWriter(self.directory / DECODER, model, channels)) as writer:
             for name, parts in stacked_matrices(arch).items():
                 self._write_matrix(writer, name, parts)
             writer.finish()
-        return self._embedding(writer)
+        return self._head_rows(writer)
 
     def _weight(self, name: str) -> Weight:
         format, shape = self.plan.matrices[name], self.shapes[name]
@@ -188,27 +256,15 @@ class _Conversion:
     def _write_matrix(self, writer: ModelWriter, name: str, parts: tuple[str, ...]) -> None:
         format, row = self.plan.matrices[name], 0
         for part in parts:
-            for values in self._slices(part):
-                quantized = quantize(values, format)
-                self.errors.add(tensor_group(part), values, quantized)
+            for quantized in self.encoder.encode(part, format, self.shapes[name][1]):
                 writer.write(f"{name}.codes", quantized.packed().data)
                 if format.block:
                     writer.write(f"{name}.scales", quantized.scales.view(np.uint8).reshape(-1).data)
                 elif format.bits < 32:
                     writer.scales(name, row, quantized.scales)
-                row += len(values)
+                row += len(quantized.codes)
 
-    def _slices(self, name: str) -> Iterator[NDArray[np.float32]]:
-        tensor = self.checkpoint.tensors[name]
-        step = max(1, _SLICE // tensor.shape[1])
-        for start in range(0, tensor.shape[0], step):
-            values = tensor.rows(start, min(start + step, tensor.shape[0]))
-            yield values
-            self._done += values.size
-            self._report(Progress(self._done, self._total, name))
-
-    def _embedding(self, writer: ModelWriter) -> RowTable:
-        """The embedding's rows lie in the head's bytes."""
+    def _head_rows(self, writer: ModelWriter) -> RowTable:
         arch, format = self.checkpoint.architecture, self.plan.matrices["head"]
         if format.block:
             at, groups, kind = writer.offsets["head.scales"], arch.hidden // format.block, "float16"
@@ -217,24 +273,27 @@ class _Conversion:
         codes = writer.offsets["head.codes"]
         return RowTable(DECODER, arch.vocabulary, arch.hidden, format.bits, codes, at, groups, kind)
 
-    def _per_layer_table(self) -> RowTable:
-        """Rows of the per-layer table, one scale per layer's slice: codes first, then all scales."""
-        arch, format = self.checkpoint.architecture, self.plan.per_layer
-        name, groups = "per_layer_embedding", len(arch.layers)
+    def _table(self, file_name: str, name: str, format: Format, width: int) -> RowTable:
+        """Write a table of rows to gather: all codes, then all scales, of pieces of `width` columns."""
         rows, columns = self.checkpoint.tensors[name].shape
-        codes_size = format.code_bytes(rows, columns)
-        scales = np.empty((rows * groups if format.bits < 32 else 0), np.float32)
-        with (self.directory / PER_LAYER).open("wb") as file:
-            row = 0
-            for values in self._slices(name):
-                pieces = values.reshape(-1, arch.per_layer_width)
-                quantized = quantize(pieces, format)
-                self.errors.add(name, pieces, quantized)
-                file.write(quantized.packed().data)
-                scales[row : row + len(quantized.scales)] = quantized.scales
-                row += len(pieces)
-            file.write(scales.data)
-        return RowTable(PER_LAYER, rows, columns, format.bits, 0, codes_size, groups, "float32")
+        codes_at, scales_at = 0, format.code_bytes(rows, columns)
+        table = RowTable(
+            file_name,
+            rows,
+            columns,
+            format.bits,
+            codes_at,
+            scales_at,
+            columns // (format.block or width),
+            "float16" if format.block else "float32",
+        )
+        with (self.directory / file_name).open("wb") as file:
+            for quantized in self.encoder.encode(name, format, width):
+                file.seek(codes_at)
+                codes_at += file.write(quantized.packed().data)
+                file.seek(scales_at)
+                scales_at += file.write(quantized.scales.data)
+        return table
 
 
 def _manifest(
@@ -246,8 +305,7 @@ def _manifest(
     scratch: Path,
     digests: Future[dict[str, str]],
 ) -> Manifest:
-    names = [DECODER, TOKENIZER] + ([PER_LAYER] if tables[1] is not None else [])
-    paths = {name: scratch / name for name in names}
+    paths = {path.name: path for path in sorted(scratch.iterdir())}
     return Manifest(
         architecture=checkpoint.architecture,
         context=context,
@@ -268,11 +326,20 @@ def _manifest(
 
 
 def _quantization(job: _Conversion) -> Mapping[str, object]:
-    """For each group of matrices its formats, and the weight bytes that one decode step reads."""
+    """For each group of matrices its formats, what was kept, and the weight bytes that a step reads."""
+    arch = job.checkpoint.architecture
     formats: dict[str, set[str]] = {}
     for name, format in job.plan.matrices.items():
         formats.setdefault(tensor_group(name), set()).add(str(format))
     groups = {group: " / ".join(sorted(found)) for group, found in formats.items()}
-    if job.checkpoint.architecture.per_layer_width:
-        groups["per_layer_embedding"] = f"{job.plan.per_layer} per layer"
-    return {"groups": groups, "bytes_per_token": job.bytes_per_token}
+    if not arch.tied_head:
+        groups["embedding"] = str(job.plan.embedding)
+    if arch.per_layer_width:
+        per_layer = job.plan.per_layer
+        groups["per_layer_embedding"] = str(per_layer) if per_layer.block else f"{per_layer} per layer"
+    return {
+        "groups": groups,
+        "bytes_per_token": job.bytes_per_token,
+        "stored_groups": job.encoder.stored_groups,
+        "kept_groups": job.encoder.kept_groups,
+    }

@@ -3,6 +3,7 @@
     manifest.json             what this module reads and writes; see `Manifest`
     decoder.tflite            signatures as `converters.decoder_graph` documents them
     tokenizer.model           a SentencePiece model
+    embedding.bin             only where the output head is a matrix of its own
     per_layer_embedding.bin   Gemma 4 only
 
 A bundle is verified before anything of it is mapped, because LiteRT crashes on a damaged file: sizes and
@@ -28,6 +29,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 DECODER = "decoder.tflite"
 TOKENIZER = "tokenizer.model"
+EMBEDDING = "embedding.bin"
 PER_LAYER = "per_layer_embedding.bin"
 
 _CHUNK = 1 << 20

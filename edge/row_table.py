@@ -1,7 +1,8 @@
 """Quantised rows in a memory-mapped file, dequantised as they are asked for.
 
-The token embedding is read from the output head's own bytes in `decoder.tflite`; Gemma 4's per-layer table
-has a file of its own. Only the pages of the rows asked for are touched; nothing becomes anonymous memory.
+The token embedding is read from the output head's own bytes in `decoder.tflite`, or from a file of its own
+where the head is another matrix; Gemma 4's per-layer table always has a file of its own. Only the pages of
+the rows asked for are touched; nothing becomes anonymous memory.
 """
 
 from __future__ import annotations
