@@ -54,7 +54,7 @@ def decode_steps(decoder: Decoder, count: int) -> list[float]:
     token, times = 2, []
     for _ in range(count):
         started = time.perf_counter()
-        decoder.step(token)
+        decoder.advance([token], lambda: None)
         token = int(decoder.logits().argmax())
         times.append(time.perf_counter() - started)
     return times

@@ -1,8 +1,9 @@
 """Token ids in, hidden states or logits out, over one KV cache.
 
-`prefill` stores K and V of tokens whose successor is already known, and computes nothing else. `step` runs
-one token and leaves its hidden state for `logits`. `verify` runs a few tokens at once and stores nothing
-until `commit` says how many of them count, so a rejected guess costs no undoing. Not thread-safe.
+`prefill` stores K and V of tokens whose successor is already known, and computes nothing else. `advance`
+runs tokens and leaves the last one's hidden state for `logits` and `logits_for`. `verify` runs a few tokens
+at once and stores nothing until `commit` says how many of them count, so a rejected guess costs no undoing.
+Not thread-safe.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from edge.bundle import DECODER, Bundle
 from edge.errors import RequestError
 from edge.kv_cache import Floats, KVCache
 from edge.litert import CompiledModel, Signature, aligned_array
+from edge.prefix_cache import PrefixCache
 from edge.row_table import MappedRows
 
 _ATTENTIONS: tuple[Attention, ...] = ("sliding", "full")
@@ -34,6 +36,7 @@ class Decoder:
         self.arch, self.context = manifest.architecture, context
         self.verify_width = manifest.verify_width
         digest = manifest.files[DECODER].sha256
+        self._prefixes = PrefixCache(cache_directory / "prefixes", bundle.digest)
         model = CompiledModel(bundle.path(DECODER), digest, cache_directory, threads)
         self._tables = _Tables(bundle)
         self._cache = KVCache(self.arch, context)
@@ -43,6 +46,7 @@ class Decoder:
         self._head = _Head(model.signatures["head"], self._decode.hidden)
         self._head_verify = _Head(model.signatures["head_verify"], self._verify.hidden)
         self._bind_caches()
+        self._every_layer_owns_kv = len(self.arch.owners) == len(self.arch.layers)
         self._pending: Sequence[int] = ()
         self._tokens: list[int] = []
 
@@ -60,6 +64,21 @@ class Decoder:
         del self._tokens[length:]
         self._pending = ()
         return length
+
+    def recall(self, ids: Sequence[int]) -> int:
+        """Hold as long a beginning of `ids` as is at hand: in the KV cache, or stored by `remember`.
+
+        Returns its length.
+        """
+        cached = self.rewind(ids)
+        found = self._prefixes.restore(ids, self._cache, cached, self._grow)
+        if found:
+            self._tokens = list(ids[:found])
+        return found or cached
+
+    def remember(self) -> None:
+        """Store the KV cache, for later conversations that begin with the same tokens."""
+        self._prefixes.store(self._tokens, self._cache)
 
     def prefill(self, ids: Sequence[int], interrupted: Callable[[], str | None]) -> str | None:
         """Store K and V of `ids`. Asks `interrupted` before each chunk, and returns its answer if it has one.
@@ -79,15 +98,24 @@ class Decoder:
             done += len(part)
         return None
 
-    def step(self, token: int) -> None:
-        """Run one token; `logits` then tells what may follow. Raises RequestError("too_long")."""
-        self._reserve(1)
-        self._advance(self._decode, [token])
-        self._append(self._decode, [token])
+    def advance(self, ids: Sequence[int], interrupted: Callable[[], str | None]) -> str | None:
+        """Run `ids`, of which there is at least one; `logits` then tells what may follow.
+
+        Asks `interrupted` before each chunk, as `prefill` does. Raises RequestError("too_long").
+        """
+        tail = min(len(ids), self.verify_width) if self._every_layer_owns_kv else 1
+        reason = self.prefill(ids[:-tail], interrupted) or interrupted()
+        if reason is None:
+            self._finish(ids[-tail:])
+        return reason
 
     def logits(self) -> Floats:
-        """Logits [vocabulary] after the last `step`, before the softcap; valid until the next call."""
-        return self._head.run()[:1].reshape(-1)
+        """Logits [vocabulary] after the last token run, before the softcap; valid until the next call."""
+        return self._head.run().reshape(-1)
+
+    def logits_for(self, ids: NDArray[np.int32]) -> Floats:
+        """Logits [len(ids)] of some tokens only, as `logits` has them, from those rows of the head alone."""
+        return self._tables.head_rows(ids, self._decode.hidden[0, 0])
 
     def verify(self, tokens: Sequence[int]) -> Floats:
         """Logits [len(tokens), vocabulary] after each of at most `verify_width` tokens, before the softcap.
@@ -116,6 +144,17 @@ class Decoder:
             cap = self.arch.logit_softcap
             yield logits if cap is None else cap * np.tanh(logits / cap)
 
+    def _finish(self, ids: Sequence[int]) -> None:
+        """Run up to `verify_width` tokens and keep the last one's hidden state."""
+        self._reserve(len(ids))
+        if len(ids) == 1:
+            self._advance(self._decode, ids)
+            self._append(self._decode, ids)
+        else:
+            self._advance(self._verify, ids)
+            self._append(self._verify, ids)
+            self._decode.hidden[0, 0] = self._verify.hidden[0, len(ids) - 1]
+
     def _run_of(self, model: CompiledModel, key: str) -> _Run:
         return _Run(model.signatures[key], self.arch)
 
@@ -128,6 +167,9 @@ class Decoder:
         length = self._cache.length + count
         if length > self.context:
             raise RequestError("too_long", f"{length} tokens do not fit into the context of {self.context}")
+        self._grow(length)
+
+    def _grow(self, length: int) -> None:
         if self._cache.reserve(length):
             self._bind_caches()
 
@@ -155,6 +197,7 @@ class _Tables:
         manifest = bundle.manifest
         arch = manifest.architecture
         self._embedding = MappedRows(bundle.directory, manifest.embedding)
+        self._float_head = manifest.embedding.bits == 32
         self._embedding_scale = np.float32(arch.embedding_scale)
         if manifest.per_layer_embedding is not None:
             self._per_layer = MappedRows(bundle.directory, manifest.per_layer_embedding)
@@ -162,6 +205,15 @@ class _Tables:
 
     def embeddings(self, tokens: Sequence[int]) -> Floats:
         return self._embedding.rows(tokens) * self._embedding_scale
+
+    def head_rows(self, tokens: NDArray[np.int32], hidden: Floats) -> Floats:
+        """Logits of `tokens` as the head computes them: its weights' rows times `hidden` [D], in float64.
+
+        XNNPACK multiplies quantised weights by activations that it quantises first.
+        """
+        rows = self._embedding.rows(tokens).astype(np.float64)
+        x = hidden if self._float_head else dynamic_int8(hidden)
+        return (rows @ x).astype(np.float32)
 
     def per_layer(self, tokens: Sequence[int]) -> Floats:
         return self._per_layer.rows(tokens) * self._per_layer_scale
@@ -223,6 +275,22 @@ class _Head:
     def run(self) -> Floats:
         self._signature.run()
         return self._logits.reshape(-1, self._logits.shape[-1])
+
+
+def dynamic_int8(x: Floats) -> NDArray[np.float64]:
+    """`x` [n] rounded to the 256 values that XNNPACK's dynamic quantisation gives it (its qd8 type).
+
+    One scale and zero point for all of `x`, so that 0 and both extremes are on the grid (the far one nearly).
+    """
+    low, high = np.minimum(x.min(), np.float32(0)), np.maximum(x.max(), np.float32(0))
+    if low == high:
+        return np.zeros(len(x))
+    inverse = np.float32(255) / (high - low)
+    bottom, top = low * inverse, high * inverse
+    zero = -128 - bottom if (-128 + bottom) + (127 + top) > 0 else 127 - top
+    zero = np.rint(np.clip(zero, -128, 127))
+    codes: NDArray[np.float32] = np.clip(np.rint(x * inverse) + zero, -128, 127) - zero
+    return codes.astype(np.float64) / np.float64(inverse)
 
 
 def _frequencies(arch: Architecture, attention: Attention) -> NDArray[np.float64]:

@@ -7,6 +7,8 @@ Rows are float32 [1, kv_heads, rows, head_dim], aligned for LiteRT.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -71,6 +73,34 @@ class KVCache:
             self.keys[i][0, :, target] = _rows(keys[i], first, count, sliding)
             self.values[i][0, :, target] = _rows(values[i], first, count, sliding)
         self.length += count
+
+    def snapshot(self) -> Iterator[tuple[Floats, Floats]]:
+        """K and V of each owner as contiguous copies of the rows in use, [1, kv_heads, used, head_dim]."""
+        for i in self.arch.owners:
+            used = self._used(i, self.length)[2]
+            yield (
+                np.ascontiguousarray(self.keys[i][:, :, :used]),
+                np.ascontiguousarray(self.values[i][:, :, :used]),
+            )
+
+    def restore(self, length: int, content: Floats) -> bool:
+        """Hold `length` tokens whose `snapshot` is `content`, flat; room must be reserved.
+
+        False, with the cache unchanged in length, if `content` has another size.
+        """
+        shapes = [self._used(i, length) for i in self.arch.owners for _ in range(2)]
+        ends = np.cumsum([int(np.prod(shape)) for shape in shapes])
+        if content.size != ends[-1]:
+            return False
+        targets = [array for i in self.arch.owners for array in (self.keys[i], self.values[i])]
+        for target, shape, end in zip(targets, shapes, ends, strict=True):
+            target[:, :, : shape[2]] = content[end - int(np.prod(shape)) : end].reshape(shape)
+        self.length = length
+        return True
+
+    def _used(self, owner: int, length: int) -> tuple[int, int, int, int]:
+        layer = self.arch.layers[owner]
+        return 1, self.arch.kv_heads, min(length, self._most[layer.attention]), layer.head_dim
 
     def write_mask(self, attention: Attention, mask: Floats) -> None:
         """Fill `mask` [1, 1, T, rows + T] for T new tokens at positions `length`...

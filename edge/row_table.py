@@ -58,7 +58,7 @@ class MappedRows:
             scales = np.frombuffer(mapped, np.dtype(table.scale_type), count, table.scales)
             self._scales = scales.reshape(table.rows, table.groups)
 
-    def rows(self, ids: Sequence[int]) -> NDArray[np.float32]:
+    def rows(self, ids: Sequence[int] | NDArray[np.int32]) -> NDArray[np.float32]:
         """The rows `ids` as float32 [len(ids), columns]."""
         table, stored = self._table, self._codes[np.asarray(ids, np.intp)]
         if table.bits == 32:

@@ -48,7 +48,7 @@ def softcapped(d: Decoder, logits: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def logits_after(d: Decoder, ids: list[int], start: int) -> Iterator[NDArray[np.float32]]:
     for token in ids[start:]:
-        d.step(token)
+        d.advance([token], never)
         yield softcapped(d, d.logits())
 
 
@@ -100,11 +100,11 @@ class TestLogitsAgreeWithTransformers:
         d = decoder(name)
         d.rewind(())
         d.prefill(ids[:-1], never)
-        d.step(ids[-1])
+        d.advance(ids[-1:], never)
         got = []
         for _ in greedy:
             got.append(int(d.logits().argmax()))
-            d.step(got[-1])
+            d.advance(got[-1:], never)
         assert got == greedy
 
     def test_int8_stays_close(self, name: str) -> None:
@@ -165,7 +165,7 @@ def test_the_context_is_a_limit() -> None:
     assert caught.value.code == "too_long"
     d.prefill(ids[:32], never)
     with pytest.raises(RequestError, match="33 tokens do not fit"):
-        d.step(5)
+        d.advance([5], never)
 
 
 def test_prefill_stops_between_chunks_when_interrupted() -> None:
@@ -187,9 +187,9 @@ def test_full_attention_caches_grow_with_the_conversation() -> None:
     grown.prefill(long[:500], never)
     grown.prefill(long[500:], never)
     for token in long:
-        whole.step(token)
-    grown.step(7)
-    whole.step(7)
+        whole.advance([token], never)
+    grown.advance([7], never)
+    whole.advance([7], never)
     np.testing.assert_allclose(grown.logits(), whole.logits(), atol=FLOAT_TOLERANCE)
 
 
