@@ -69,5 +69,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Field]:
         stack.callback(ptys.unplug)
         stack.callback(daemon.close)
         daemon.start()
+        mosquitto.retained("edge/v1/pump/status")  # a request before that would find no subscriber
         yield Field(daemon, mosquitto, ptys, bundle)
         assert daemon.stop() == 0

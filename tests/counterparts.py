@@ -1,5 +1,6 @@
 """Real counterparts for tests: a private mosquitto, wired pairs of ptys, the daemon as a process."""
 
+import json
 import os
 import shutil
 import socket
@@ -9,6 +10,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from paho.mqtt import subscribe
 
 from edge.config import Broker
 
@@ -61,6 +65,11 @@ class Mosquitto:
         program = shutil.which("mosquitto") or "/usr/sbin/mosquitto"
         self.process = subprocess.Popen([program, "-c", str(config)], stderr=subprocess.DEVNULL)
         wait_for(self._answers)
+
+    def retained(self, topic: str) -> Any:
+        """Wait for a retained message and return its JSON content."""
+        simple: Any = subscribe.simple  # paho leaves it untyped
+        return json.loads(simple(topic, port=self.port).payload)
 
     def stop(self, kill: bool = False) -> None:
         """Stop the broker; with `kill` it can't save anything."""

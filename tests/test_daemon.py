@@ -1,7 +1,6 @@
 """The daemon as a process: what it tells systemd, how it stops, and how it says what is wrong."""
 
 import contextlib
-import json
 import logging
 import os
 import signal
@@ -11,12 +10,10 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import bundles
 import pytest
 from counterparts import WAIT_S, DaemonProcess, Mosquitto, PtyPair, wait_for
-from paho.mqtt import subscribe
 from speller import Speller
 
 from edge.config import Broker, SerialConfig
@@ -56,19 +53,13 @@ def mqtt(broker: Mosquitto) -> str:
     return f"[mqtt]\nport = {broker.port}\n"
 
 
-def retained(broker: Mosquitto, what: str) -> Any:
-    """The content of the node's `status` or `health`."""
-    simple: Any = subscribe.simple  # paho leaves it untyped
-    return json.loads(simple(f"edge/v1/pump/{what}", port=broker.port).payload)
-
-
 def status(broker: Mosquitto) -> dict[str, str]:
-    found: dict[str, str] = retained(broker, "status")
+    found: dict[str, str] = broker.retained("edge/v1/pump/status")
     return found
 
 
 def health(broker: Mosquitto) -> dict[str, object]:
-    found: dict[str, object] = retained(broker, "health")
+    found: dict[str, object] = broker.retained("edge/v1/pump/health")
     return found
 
 

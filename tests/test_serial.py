@@ -20,6 +20,7 @@ from edge.engine import Engine
 from edge.framing import Damaged, FrameDecoder, encode
 from edge.messages import Request
 from edge.transports.serial import MAX_LINE_BYTES, SerialTransport
+from edge.transports.serial_port import MAX_WAITING_BYTES
 
 
 class Board:
@@ -227,7 +228,7 @@ def test_nobody_waits_for_a_port_that_takes_nothing(ptys: PtyPair) -> None:
     node = Node.start(ptys.near)  # nobody reads at the far end
     wait_for(lambda: node.transport.port.is_open)
     senders = [
-        threading.Thread(target=node.transport.port.send, args=(json.dumps("x" * 4000), droppable))
+        threading.Thread(target=node.transport.port.send, args=(json.dumps("x" * 20_000), droppable))
         for droppable in [True, False] * 100
     ]
     for sender in senders:
@@ -235,5 +236,5 @@ def test_nobody_waits_for_a_port_that_takes_nothing(ptys: PtyPair) -> None:
     for sender in senders:
         sender.join(WAIT_S)
         assert not sender.is_alive()
-    assert len(node.transport.port._waiting) <= 64
+    assert node.transport.port._waiting_bytes <= MAX_WAITING_BYTES
     node.stop(timeout_s=0)

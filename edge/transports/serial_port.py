@@ -27,7 +27,7 @@ TICK_S = 1.0  # the thread shows that it lives at least this often
 REOPEN_S = 0.5  # between two tries to open the port
 CHUNK_BYTES = 256  # written between two looks at what came in
 WRITE_S = 5.0  # a port that takes nothing for so long (flow control) is opened anew
-MAX_WAITING = 64  # frames that wait for the port
+MAX_WAITING_BYTES = 1024 * 1024  # of frames that wait for the port
 
 
 class SerialPort:
@@ -54,6 +54,7 @@ class SerialPort:
         self._lock = threading.Lock()
         self._port: Any = None
         self._waiting: deque[tuple[bytes, bool]] = deque()
+        self._waiting_bytes = 0
         self._rest = b""  # of the frame at the head of the queue
         self._idle = threading.Event()
         self._idle.set()
@@ -85,12 +86,13 @@ class SerialPort:
         """Queue a frame, from any thread. Raises ValueError if `text` is not printable ASCII."""
         frame = encode(text)
         with self._lock:
-            if droppable and (self._port is None or len(self._waiting) >= MAX_WAITING):
+            full = self._waiting_bytes + len(frame) > MAX_WAITING_BYTES
+            if full or (droppable and self._port is None):
+                if not droppable:
+                    log.warning("port %s: nobody reads what waits for it; an answer is lost", self.name)
                 return
-            if len(self._waiting) >= MAX_WAITING:
-                log.warning("port %s: too many frames wait; one is dropped", self.name)
-                del self._waiting[1]  # the first may be half written
             self._waiting.append((frame, droppable))
+            self._waiting_bytes += len(frame)
             self._idle.clear()
             if len(self._waiting) > 1:
                 return
@@ -153,13 +155,14 @@ class SerialPort:
         self._rest = self._rest[CHUNK_BYTES:]
         if not self._rest:
             with self._lock:
-                self._waiting.popleft()
+                self._waiting_bytes -= len(self._waiting.popleft()[0])
         return True
 
     def _close(self) -> None:
         with self._lock:
             port, self._port, self._rest = self._port, None, b""
             self._waiting = deque(item for item in self._waiting if not item[1])
+            self._waiting_bytes = sum(len(frame) for frame, _ in self._waiting)
         if port is not None:
             port.close()
 
