@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edge.kv_cache import KVCache
 
@@ -111,9 +112,9 @@ class PrefixCache:
     def _read(self, path: Path, length: int, cache: KVCache) -> bool:
         """Restore from `path`; its checksum is looked at once in a process's life."""
         try:
-            content = np.memmap(path, np.uint8, "r")
-        except (OSError, ValueError):  # gone, or empty
-            return False
+            content: NDArray[np.uint8] = np.memmap(path, np.uint8, "r")
+        except (OSError, ValueError):  # gone, or empty, which can't be mapped
+            content = np.zeros(1, np.uint8)
         body = content[4:]
         if path not in self._intact:
             if zlib.crc32(body.data) != int.from_bytes(content[:4].tobytes(), "little"):
