@@ -77,7 +77,8 @@ class MqttLink:
         """Send `request` to the node, again after each new connection, and yield what it answers."""
         until = _until(patience_s)
         node = self._find_node()
-        self._reply = f"edge/v1/{node}/reply/{uuid.uuid4().hex[:12]}"
+        user = self._broker.username or "anonymous"  # so that a broker's access list can keep users apart
+        self._reply = f"edge/v1/{node}/reply/{user}/{uuid.uuid4().hex[:12]}"
         self._connection.post(lambda: self._connection.subscribe(self._reply))
         self._publish(f"edge/v1/{node}/request", request.to_json())
         heard = time.monotonic()

@@ -47,6 +47,7 @@ class Mosquitto:
 
     @property
     def broker(self) -> Broker:
+        """How to reach it."""
         return Broker(port=self.port)
 
     def start(self) -> None:
@@ -59,6 +60,7 @@ class Mosquitto:
             "autosave_interval 1",
             "autosave_on_changes true",
             "log_dest none",
+            "set_tcp_nodelay true",
             "user root" if os.geteuid() == 0 else "",
         ]
         config.write_text("\n".join([*fixed, *self.lines]) + "\n")

@@ -3,6 +3,7 @@
 import json
 import queue
 import socket
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from counterparts import WAIT_S, Mosquitto, wait_for
+from counterparts import WAIT_S, Mosquitto, free_port, wait_for
 from paho.mqtt.client import Client, MQTTMessage, MQTTv5, MQTTv311
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
@@ -379,6 +380,68 @@ def test_a_tls_file_that_is_not_there_is_named() -> None:
         TransportError, match=r"broker 127\.0\.0\.1:8883: a TLS file can't be used: .*No such file"
     ):
         Node.start(Broker(port=8883, tls=True, ca_file=Path("/nowhere/ca.pem")))
+
+
+@pytest.fixture
+def certificates(tmp_path: Path) -> Path:
+    """An authority, a server's and a client's certificate, made by the script that we ship."""
+    script = Path(__file__).parent.parent / "firmware_configs" / "mosquitto" / "make-certificates"
+    directory = tmp_path / "certificates"
+    subprocess.run([script, directory, "127.0.0.1"], check=True, capture_output=True)
+    subprocess.run([script, directory, "--client", "pump"], check=True, capture_output=True)
+    return directory
+
+
+def test_tls_with_a_client_certificate(
+    certificates: Path, start_mosquitto: Callable[..., Mosquitto], connect: Connect
+) -> None:
+    port = free_port()
+    plain = start_mosquitto(
+        "allow_anonymous true",
+        f"listener {port} 127.0.0.1",
+        f"cafile {certificates}/ca.crt",
+        f"certfile {certificates}/server.crt",
+        f"keyfile {certificates}/server.key",
+        "require_certificate true",
+    )
+    authority, certificate, key = (certificates / name for name in ("ca.crt", "pump.crt", "pump.key"))
+    node = Node.start(Broker("127.0.0.1", port, True, authority, certificate, key))
+    wait_for(lambda: node.transport.online)
+    sensor = connect(plain, REPLY)
+    sensor.ask(request("a", "x" * 200_000, stream=False), ResponseTopic=REPLY)  # many TLS records
+    sensor.ask(request("b", stream=False), ResponseTopic=REPLY)
+    assert [len(sensor.final().text), sensor.final().text] == [200_001, "cba fed "]
+    node.stop()
+
+
+# After a failed handshake paho leaves the socket to be closed by its reference count.
+handshake_fails = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@handshake_fails
+def test_a_broker_that_is_not_trusted_is_refused(
+    certificates: Path, start_mosquitto: Callable[..., Mosquitto]
+) -> None:
+    port = free_port()
+    start_mosquitto(
+        "allow_anonymous true",
+        f"listener {port} 127.0.0.1",
+        f"certfile {certificates}/server.crt",
+        f"keyfile {certificates}/server.key",
+    )
+    node = Node.start(Broker("127.0.0.1", port, tls=True))
+    wait_for(lambda: node.transport.connection.problem)
+    assert "its certificate is not trusted" in str(node.transport.connection.problem)
+    assert not node.transport.online
+    node.stop()
+
+
+@handshake_fails
+def test_a_port_without_tls_is_said(mosquitto: Mosquitto) -> None:
+    node = Node.start(Broker("127.0.0.1", mosquitto.port, tls=True))
+    wait_for(lambda: node.transport.connection.problem)
+    assert f"broker 127.0.0.1:{mosquitto.port}: " in str(node.transport.connection.problem)
+    node.stop()
 
 
 def test_a_final_too_large_for_the_broker_becomes_a_typed_error(
