@@ -1,9 +1,9 @@
 """Guesses for the next tokens by prompt lookup: what followed the last few tokens where they stood before.
 
 A sensor's answer repeats its prompt (names, units, numbers) and earlier answers of its kind. A guess costs
-one look into a dictionary, checking it a verify pass of more than one step's time. So `Payoff` watches how many
-tokens are accepted and stops drafting where it does not pay. Guesses never change what is generated: they
-are checked against the model's own choice (`edge.sampling`).
+one look into a dictionary, checking it a verify pass of more than one step's time. So `Payoff` watches how
+many tokens are accepted and stops drafting where it does not pay. Guesses never change what is generated:
+they are checked against the model's own choice (`edge.sampling`).
 """
 
 from __future__ import annotations
@@ -60,12 +60,30 @@ class PromptLookup:
         return length, place
 
 
+class Drafter:
+    """Guesses for one answer, as long as guessing pays. `history` as in `PromptLookup`."""
+
+    def __init__(self, history: Sequence[Sequence[int]], payoff: Payoff) -> None:
+        self._history, self.payoff = history, payoff
+        self._lookup: PromptLookup | None = None
+        self._seen = 0
+
+    def guess(self, answer: Sequence[int], count: int) -> list[int]:
+        """Return up to `count` tokens that may follow the `answer` so far; often none."""
+        if self._lookup is None:
+            self._lookup = PromptLookup(self._history)
+        self._lookup.extend(answer[self._seen :])
+        self._seen = len(answer)
+        guessed = self._lookup.guess(count)
+        return guessed if guessed and self.payoff.allows() else []
+
+
 class Payoff:
     """Whether drafting pays, judged by a moving average over verify passes, best over many answers.
 
-    `cost` is the time of a verify pass in decode steps: it pays if the tokens that it yields (those accepted
-    and the model's own one) are more than that. While it does not, one pass is tried again after 16, 32, ...
-    512 opportunities.
+    `cost` is the time of a verify pass in decode steps, until both have been timed. It pays if the tokens
+    that it yields (those accepted and the model's own one) are more than that. While it does not, one pass is
+    tried again after 16, 32, ... 512 opportunities.
     """
 
     FIRST_PAUSE, LAST_PAUSE = 16, 512
@@ -75,6 +93,7 @@ class Payoff:
         self._mean = cost + 1
         self._pause = self.FIRST_PAUSE
         self._waiting = 0
+        self._step_s = self._verify_s = 0.0
 
     @property
     def pays(self) -> bool:
@@ -87,6 +106,17 @@ class Payoff:
             return True
         self._waiting -= 1
         return self._waiting < 0
+
+    def stepped(self, seconds: float) -> None:
+        """Note how long a decode step took, its choice included."""
+        self._step_s += 0.1 * (seconds - self._step_s) if self._step_s else seconds
+
+    def verified(self, accepted: int, seconds: float) -> None:
+        """Note that a verify pass took so long and accepted so many drafted tokens."""
+        self._verify_s += 0.2 * (seconds - self._verify_s) if self._verify_s else seconds
+        if self._step_s:
+            self._cost = self._verify_s / self._step_s
+        self.observe(accepted)
 
     def observe(self, accepted: int) -> None:
         """Note that a verify pass accepted so many drafted tokens."""

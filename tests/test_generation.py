@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import count
 from typing import Any
@@ -172,6 +172,36 @@ class _Plain:
             tokens.append(token)
             d.advance([token], lambda: None)
         return g.tokenizer.decode(tokens)
+
+
+@pytest.mark.parametrize("name", bundles.SMALL)
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("schema", [None, SCHEMA])
+def test_drafting_changes_no_answer(
+    name: str, temperature: float, schema: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    g = generator(name)
+    request = Request(
+        "1",
+        prompt="pump 7: 3 bar, pump 8: 3 bar, pump 9: 3 bar, pump",
+        max_tokens=40,
+        temperature=temperature,
+        seed=5,
+        response_format=None if schema is None else schema_format(schema),
+    )
+    checked: list[int] = []
+    verify = g.decoder.verify
+
+    def counted(ids: Sequence[int]) -> NDArray[np.float32]:
+        checked.append(len(ids))
+        return verify(ids)
+
+    monkeypatch.setattr(g.decoder, "verify", counted)
+    monkeypatch.setattr("edge.drafting.Payoff.allows", lambda _self: True)
+    drafted = run(g, request)[1]
+    monkeypatch.setattr("edge.drafting.PromptLookup.guess", lambda _self, _count: [])
+    assert run(g, request)[1].text == drafted.text
+    assert checked or schema is not None
 
 
 words = st.text("abcdefgh -", min_size=1, max_size=8)
