@@ -144,7 +144,7 @@ class Closings:
         after = matcher.deep_copy()
         if not after.consume_token(token):
             return (True, True, 0, 0)
-        forced = after.compute_ff_tokens()
+        forced = after.compute_ff_bytes()
         size = len(self._tokenizer.piece_bytes(token))
         return (not after.is_accepting(), not forced, len(forced), -size)
 

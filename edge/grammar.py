@@ -51,6 +51,11 @@ class GrammarCompiler:
         self._closings: Closings | None = None
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
 
+    @property
+    def cached(self) -> int:
+        """How many grammars are kept."""
+        return len(self._compiled)
+
     def prepare(self) -> None:
         """Build the engine's view of the vocabulary now (about a second), if that is not done yet."""
         if self._engine is None:
@@ -142,7 +147,10 @@ class Constraint:
         logits[np.unpackbits(bits, count=len(logits), bitorder="little") == 0] = -np.inf
 
     def validate(self, tokens: Sequence[int]) -> int:
-        """Return how many of `tokens` could be accepted one after the other."""
+        """Return how many of `tokens` could be accepted one after the other.
+
+        Unlike `mask`, `allowed` and `choose` it also lets forced text pass in other tokens than `forced`.
+        """
         return self._matcher.validate_tokens(list(tokens))
 
     def accept(self, token: int) -> None:
@@ -211,6 +219,8 @@ class Constraint:
     def _draw(self, sampler: Sampler, logits: NDArray[np.float32], ids: NDArray[np.int32] | None) -> int:
         if ids is not None:
             return sampler.sample(logits, ids)
+        if forced := self.forced():
+            return forced[0]
         if sampler.greedy and self._matcher.validate_tokens([token := sampler.sample(logits)]):
             return token
         if sampler.candidates <= FEW_TOKENS:

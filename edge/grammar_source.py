@@ -1,8 +1,8 @@
 """What a request allows as an answer, written as a grammar for llguidance.
 
-JSON answers are compact (no spaces between tokens), members in the schema's order. An object that lists its
-properties and does not say what else it may hold is taken to hold nothing else: all such answers are valid,
-and a small model is not led astray. Tool calls follow the declared parameters in Gemma 4's notation.
+JSON answers are compact (no spaces between tokens), members in the schema's order. A schema is narrowed where
+it leaves open what does harm: an object that lists its properties holds nothing else, and numbers are such
+that every JSON reader can hold them. Tool calls follow the declared parameters in Gemma 4's notation.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from llguidance import LLMatcher, regex_to_lark
 from edge.messages import Request
 from edge.prompt import CHANNEL, CHANNEL_END, begins_in_thought
 from edge.tokenizer import Tokenizer
-from edge.tool_grammar import ToolRules, quoted
+from edge.tool_grammar import ToolRules, number_bounds, quoted
 
 _TEXT = "TEXT: /(?s:.+)/"
 
@@ -61,9 +61,9 @@ def _answer(response_format: Mapping[str, Any] | None) -> dict[str, Any] | None:
         return {"lark_grammar": f"start: /{regex_to_lark(response_format['regex'], 'd')}/"}
     if kind == "choice":
         return {"lark_grammar": "start: " + " | ".join(map(quoted, response_format["choice"]))}
-    schema = {"type": "object"} if kind == "json_object" else response_format["json_schema"]["schema"]
+    schema = _ANY_OBJECT if kind == "json_object" else response_format["json_schema"]["schema"]
     source = LLMatcher.grammar_from_json_schema(
-        closed_schema(schema),
+        narrowed(schema),
         overrides={
             "whitespace_flexible": False,
             "item_separator": ",",
@@ -77,56 +77,74 @@ def _answer(response_format: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 _SCHEMAS = ("items", "additionalProperties", "not", "contains", "propertyNames")
-_LISTS_OF_SCHEMAS = ("prefixItems", "anyOf", "oneOf")
+_LISTS_OF_SCHEMAS = ("prefixItems", "anyOf", "oneOf", "allOf")
 _NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
 _COMBINING = frozenset(
     ("anyOf", "oneOf", "allOf", "$ref", "patternProperties", "if", "unevaluatedProperties")
 )
+_ANY = {"$ref": "#/$defs/any"}
+_OBJECT: dict[str, Any] = {"type": "object", "additionalProperties": _ANY}
+_SCALARS = [{"type": kind} for kind in ("string", "number", "boolean", "null")]
+_ANY_OBJECT = {**_OBJECT, "$defs": {"any": {"anyOf": [*_SCALARS, {"type": "array", "items": _ANY}, _OBJECT]}}}
 
 
-def closed_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `schema` with `additionalProperties: false` wherever `properties` stands without it.
+def narrowed(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `schema` without answers that do harm; every answer to the result is one to `schema`.
 
-    Schemas that combine several descriptions of one object are left as they are: what one of them does not
-    list, another may.
+    Numbers get the bounds of `number_bounds`. Objects get `additionalProperties: false` wherever `properties`
+    stands without it, unless the schema combines several descriptions of one object: what one of them does
+    not list, another may.
     """
-    return dict(schema) if _combines(schema) else _closed(schema)
+    result: dict[str, Any] = _narrowed(schema, close=not _combines(schema))
+    return result
 
 
-def _children(schema: Mapping[str, Any]) -> list[Any]:
-    """List the schemas directly below one, for all keywords but allOf."""
-    found = [schema[key] for key in _SCHEMAS if key in schema]
-    for key in _LISTS_OF_SCHEMAS:
-        found += schema[key] if isinstance(schema.get(key), list) else []
-    for key in _NAMED_SCHEMAS:
-        found += schema[key].values() if isinstance(schema.get(key), Mapping) else []
-    return [child for child in found if isinstance(child, Mapping)]
-
-
-def _combines(schema: Mapping[str, Any]) -> bool:
+def _combines(schema: Any) -> bool:
+    if not isinstance(schema, Mapping):
+        return False
     if "allOf" in schema or ("properties" in schema and not _COMBINING.isdisjoint(schema)):
         return True
     return any(map(_combines, _children(schema)))
 
 
-def _closed(schema: Mapping[str, Any]) -> dict[str, Any]:
+def _children(schema: Mapping[str, Any]) -> list[Any]:
+    """List what stands directly below a schema in places for schemas."""
+    found = [schema[key] for key in _SCHEMAS if key in schema]
+    for key in _LISTS_OF_SCHEMAS:
+        found += schema[key] if isinstance(schema.get(key), list) else []
+    for key in _NAMED_SCHEMAS:
+        found += schema[key].values() if isinstance(schema.get(key), Mapping) else []
+    return found
+
+
+def _narrowed(schema: Any, close: bool) -> Any:
+    if not isinstance(schema, Mapping):
+        return schema
     result = dict(schema)
     for key in _SCHEMAS:
-        if isinstance(schema.get(key), Mapping):
-            result[key] = _closed(schema[key])
+        if key in schema:
+            result[key] = _narrowed(schema[key], close)
     for key in _LISTS_OF_SCHEMAS:
         if isinstance(schema.get(key), list):
-            result[key] = [_closed(item) if isinstance(item, Mapping) else item for item in schema[key]]
+            result[key] = [_narrowed(item, close) for item in schema[key]]
     for key in _NAMED_SCHEMAS:
         if isinstance(schema.get(key), Mapping):
-            result[key] = {
-                name: _closed(item) if isinstance(item, Mapping) else item
-                for name, item in schema[key].items()
-            }
-    properties = schema.get("properties")
-    if isinstance(properties, Mapping) and "additionalProperties" not in schema:
-        required = schema.get("required", [])
-        listed = isinstance(required, list) and all(name in properties for name in required)
-        if listed and schema.get("minProperties", 0) <= len(properties):
-            result["additionalProperties"] = False
-    return result
+            result[key] = {name: _narrowed(item, close) for name, item in schema[key].items()}
+    kinds = schema.get("type")
+    if kinds in ("number", "integer") or (
+        isinstance(kinds, list) and {"number", "integer"} & {*map(str, kinds)}
+    ):
+        result |= number_bounds(schema, whole="number" not in kinds)
+    return result | {"additionalProperties": False} if close and _closable(schema) else result
+
+
+def _closable(schema: Mapping[str, Any]) -> bool:
+    """Whether an object lists its properties, and can do with them."""
+    properties, required = schema.get("properties"), schema.get("required", [])
+    if (
+        not isinstance(properties, Mapping)
+        or "additionalProperties" in schema
+        or not isinstance(required, list)
+    ):
+        return False
+    return set(map(str, required)) <= set(properties) and schema.get("minProperties", 0) <= len(properties)

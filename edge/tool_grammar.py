@@ -41,6 +41,22 @@ def quoted(text: str) -> str:
     return json.dumps(text)
 
 
+def number_bounds(schema: Mapping[str, Any], whole: bool) -> dict[str, Any]:
+    """Return the keywords that `schema` lacks to keep its numbers within I-JSON (RFC 7493, 2.2).
+
+    That is, within 2**53 - 1 either way, and unless they are `whole` with at most nine decimals. It rules out
+    exponents, which may overflow, and digits without end, which a small model may fall into.
+    """
+    bounds: dict[str, Any] = {}
+    if "minimum" not in schema and "exclusiveMinimum" not in schema:
+        bounds["minimum"] = 1 - 2**53
+    if "maximum" not in schema and "exclusiveMaximum" not in schema:
+        bounds["maximum"] = 2**53 - 1
+    if not whole and "multipleOf" not in schema:
+        bounds["multipleOf"] = 1e-9
+    return bounds
+
+
 class ToolRules:
     """Writes one Lark rule per schema node of the declared tools."""
 
@@ -175,6 +191,7 @@ class ToolRules:
 
     def _number(self, schema: Mapping[str, Any], _path: str, kind: str = "number") -> str:
         bounds = {key: schema[key] for key in _NUMBERS if key in schema}
+        bounds |= number_bounds(schema, whole=kind == "integer")
         return f"%json {json.dumps({'type': kind, **bounds})}"
 
     def _integer(self, schema: Mapping[str, Any], path: str) -> str:
@@ -192,6 +209,8 @@ class ToolRules:
         item = self._any() if "items" not in schema else self._schema(schema["items"], f"{path}.items")
         if most == 0:
             return '"[]"'
+        if most == 1:
+            return f'"[" {item} "]"' if least else f'"[" {item}? "]"'
         more = f'{item} ("," {item}){{{max(least - 1, 0)},{most and most - 1}}}'
         return f'"[" {more} "]"' if least else f'"[" ({more})? "]"'
 
