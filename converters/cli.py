@@ -71,6 +71,9 @@ def _interrupt(_signal: int, _frame: object) -> None:
     " release, int4 for Q4_0), else int8.",
 )
 @click.option(
+    "--lora", type=_DIRECTORY, help="A folder with a PEFT LoRA adapter, merged before quantisation."
+)
+@click.option(
     "--context",
     type=click.IntRange(min=16),
     default=DEFAULT_CONTEXT,
@@ -78,7 +81,9 @@ def _interrupt(_signal: int, _frame: object) -> None:
     help="The most tokens that a conversation may have.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one line of JSON.")
-def convert(checkpoint: Path, target: Path, recipe: str | None, context: int, as_json: bool) -> None:
+def convert(
+    checkpoint: Path, target: Path, recipe: str | None, lora: Path | None, context: int, as_json: bool
+) -> None:
     """Convert CHECKPOINT into the bundle given by -o.
 
     Memory stays bounded: tensors are read, quantised and written a slice at a time. The same checkpoint,
@@ -88,10 +93,12 @@ def convert(checkpoint: Path, target: Path, recipe: str | None, context: int, as
     Examples:
       edge-convert gemma-3-270m.gguf -o bundle
       edge-convert ~/models/gemma-3-1b-it -o bundle --recipe int4 --context 8192
+      edge-convert ~/models/gemma-4-E2B-it -o bundle --lora ~/adapters/pump-faults
     """
     from converters.checkpoints.opening import open_checkpoint
     from converters.convert import Progress
     from converters.convert import convert as run
+    from converters.lora import merge_adapter
 
     line = ProgressLine()
 
@@ -99,7 +106,9 @@ def convert(checkpoint: Path, target: Path, recipe: str | None, context: int, as
         line.show(progress.done, progress.total, progress.name)
 
     started = time.monotonic()
-    result = run(open_checkpoint(checkpoint), target, recipe, context, report)
+    opened = open_checkpoint(checkpoint)
+    opened = opened if lora is None else merge_adapter(opened, lora)
+    result = run(opened, target, recipe, context, report)
     line.clear()
     summary = {
         "bundle": str(target),
