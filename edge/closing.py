@@ -18,6 +18,7 @@ from edge.tokenizer import Tokenizer
 LONGEST = 1024
 """Tokens of the longest path that is searched for."""
 
+_HINTED_STEPS = 3
 _MASKS = 32  # states of a search at which it may ask for all allowed tokens, which is slow
 _FEW = 256
 _FILLERS = 64  # tokens of padding in a row, 31 spaces each, after which a text seems to have no end
@@ -26,7 +27,9 @@ _FILLERS = 64  # tokens of padding in a row, 31 spaces each, after which a text 
 def allowed_tokens(matcher: LLMatcher) -> NDArray[np.int32]:
     """Ids that may come next, ascending; milliseconds where nearly all of them may."""
     mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)
-    return np.flatnonzero(np.unpackbits(mask, bitorder="little")).astype(np.int32)
+    used = np.flatnonzero(mask)
+    rows, bits = np.nonzero(np.unpackbits(mask[used, None], axis=1, bitorder="little"))
+    return (used[rows] * 8 + bits).astype(np.int32)
 
 
 class Closings:
@@ -52,15 +55,25 @@ class Closings:
         """Find tokens that complete the answer from `matcher`'s state, [] if it is complete.
 
         None if no way of at most `longest` tokens is found. `hint` is the path of an earlier state: mostly
-        some end of it still serves, which is quickly seen.
+        some end of it still serves, at once or after a step, which is quickly seen.
         """
-        if matcher.is_accepting():
-            return []
-        for start in reversed(range(min(len(hint), 64))):
-            rest = list(hint[start:])
-            if matcher.validate_tokens(rest) == len(rest) and _completes(matcher, rest):
-                return rest
-        return self._search(matcher.deep_copy(), min(longest, LONGEST))
+        matcher = matcher.deep_copy()
+        path: list[int] = []
+        fillers = masks = steps = 0
+        while not matcher.is_accepting():
+            if hint and steps < _HINTED_STEPS and (rest := _serving(matcher, hint)):
+                return path + rest
+            tokens = matcher.compute_ff_tokens() or self._step(matcher)
+            if not tokens:
+                masks += 1
+                tokens = self._choice(matcher)
+            steps += 1
+            fillers = fillers + 1 if tokens[:1] == self._fillers[:1] else 0
+            path += tokens
+            if not tokens or len(path) > min(longest, LONGEST) or fillers > _FILLERS or masks > _MASKS:
+                return None
+            matcher.consume_tokens(tokens)
+        return path
 
     def in_free_text(self, matcher: LLMatcher) -> bool:
         """Whether nearly any token may come next, found without computing which."""
@@ -70,21 +83,6 @@ class Closings:
         """Ids of those of `texts` that are one token."""
         encoded = map(self._tokenizer.encode, texts)
         return [ids[0] for ids in encoded if len(ids) == 1]
-
-    def _search(self, matcher: LLMatcher, longest: int) -> list[int] | None:
-        path: list[int] = []
-        fillers = masks = 0
-        while not matcher.is_accepting():
-            tokens = matcher.compute_ff_tokens() or self._step(matcher)
-            if not tokens:
-                masks += 1
-                tokens = self._choice(matcher)
-            fillers = fillers + 1 if tokens[:1] == self._fillers[:1] else 0
-            path += tokens
-            if not tokens or len(path) > longest or fillers > _FILLERS or masks > _MASKS:
-                return None
-            matcher.consume_tokens(tokens)
-        return path
 
     def _step(self, matcher: LLMatcher) -> list[int]:
         """Return one of the usual tokens towards the end, in a list; empty if none will do."""
@@ -154,6 +152,12 @@ def _closed(text: bytes) -> int:
     return sum(text.count(mark) for mark in (b"}", b"]")) - sum(text.count(mark) for mark in (b"{", b"["))
 
 
-def _completes(matcher: LLMatcher, tokens: list[int]) -> bool:
-    after = matcher.deep_copy()
-    return after.consume_tokens(tokens) and after.is_accepting()
+def _serving(matcher: LLMatcher, hint: Sequence[int]) -> list[int]:
+    """Return an end of `hint` that completes the answer: mostly the last token, or nearly all; or nothing."""
+    for start in (len(hint) - 1, *range(min(len(hint) - 1, 64))):
+        rest = list(hint[start:])
+        if matcher.validate_tokens(rest) == len(rest):
+            after = matcher.deep_copy()
+            if after.consume_tokens(rest) and after.is_accepting():
+                return rest
+    return []
