@@ -243,6 +243,14 @@ def test_the_mask_the_list_and_the_check_agree_at_every_step(schema: dict[str, A
         constraint.accept(token)
 
 
+def test_where_a_control_token_is_due_only_that_one_is_listed() -> None:
+    constraint = follow(constrain(for_tool({"properties": {"s": {"type": ["string", "null"]}}})), [CALL])
+    follow(constraint, small_tokenizer().encode("call:f{s:"))
+    listed = constraint.allowed()
+    assert listed is not None
+    assert [token for token in listed if small_tokenizer().is_control(token)] == [QUOTE]
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("top_k", [1, 5, 64, 512])
 def test_choosing_draws_what_masking_everything_first_draws(temperature: float, top_k: int) -> None:

@@ -161,7 +161,7 @@ NESTED = {
         "parameters": {
             "properties": {
                 "b": {"type": "array", "items": {"type": "object", "properties": {"x": {"type": "integer"}}}},
-                "A": {"type": ["number", "null"]},
+                "Ba": {"type": ["number", "null"]},
                 "c": {"type": "object", "properties": {"y": {"type": "boolean"}}, "required": ["y"]},
                 "d": {"type": "array", "items": {"type": "string", "enum": ["p"]}},
             }
@@ -173,8 +173,8 @@ NESTED = {
 def test_nested_parameters_are_declared_in_the_templates_order() -> None:
     text = (
         '<|turn>system\n<|tool>declaration:set{description:<|"|><|"|>,parameters:{properties:{'
-        'A:{nullable:true,type:<|"|>NUMBER<|"|>},'
         'b:{items:{properties:{x:{type:<|"|>INTEGER<|"|>}},type:<|"|>OBJECT<|"|>},type:<|"|>ARRAY<|"|>},'
+        'Ba:{nullable:true,type:<|"|>NUMBER<|"|>},'
         'c:{properties:{y:{type:<|"|>BOOLEAN<|"|>}},required:[<|"|>y<|"|>],type:<|"|>OBJECT<|"|>},'
         'd:{items:{enum:[<|"|>p<|"|>],type:<|"|>STRING<|"|>},type:<|"|>ARRAY<|"|>}'
         '},type:<|"|>OBJECT<|"|>}}<tool|><turn|>\n'
