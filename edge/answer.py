@@ -46,16 +46,27 @@ class Completion:
 
 
 class Choice:
-    """Chooses tokens by sampler and grammar; whatever it returns counts as said."""
+    """Chooses tokens by sampler and grammar; whatever it returns counts as said.
 
-    def __init__(self, sampler: Sampler, constraint: Constraint | None, stop_ids: tuple[int, ...]) -> None:
+    `formatted`: the grammar describes the whole answer, and not only the tool calls in it.
+    """
+
+    def __init__(
+        self, sampler: Sampler, constraint: Constraint | None, stop_ids: tuple[int, ...], formatted: bool
+    ) -> None:
         self._sampler, self._constraint, self.stop_ids = sampler, constraint, stop_ids
+        self._formatted = formatted
         self.forced = 0
 
     @property
     def complete(self) -> bool:
         """Whether the grammar allows nothing more."""
         return self._constraint is not None and self._constraint.complete
+
+    @property
+    def whole(self) -> bool:
+        """Whether the answer is what its format asks for, if it ends here."""
+        return self._constraint is not None and self._formatted and self._constraint.accepting
 
     def next(self, decoder: Decoder) -> list[int]:
         """Return the tokens that the grammar forces, or one chosen by the decoder's logits."""
@@ -183,7 +194,9 @@ class Answer:
                 break
         if self._choice.complete:
             return "stop"
-        return "length" if len(self.tokens) >= self._budget else None
+        if len(self.tokens) < self._budget:
+            return None
+        return "stop" if self._choice.whole else "length"
 
     def _guesses(self, pending: list[int]) -> list[int]:
         """Guesses for what follows `pending`, as many as one pass can check."""

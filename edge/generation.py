@@ -75,6 +75,7 @@ class Generator:
             Sampler(sampling, manifest.architecture.logit_softcap),
             None if grammar is None else grammar.constrain(budget),
             manifest.stop_ids,
+            request.response_format is not None,
         )
         output = OutputParser(manifest.prompt_format, self.tokenizer, prompt, request.stop)
         drafter = Drafter([*self._answers, prompt], self._payoff)
