@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 
 def notify(*states: str) -> None:
-    """Send states such as `READY=1` to systemd; does nothing if it does not listen."""
+    """Send states such as `READY=1` to systemd; does nothing if it does not listen, and never waits."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
@@ -20,6 +20,7 @@ def notify(*states: str) -> None:
         address = "\0" + address[1:]
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.setblocking(False)
             sender.sendto("\n".join(states).encode(), address)
     except OSError as error:
         log.warning("systemd can't be told %s: %s", states[0], error.strerror)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -114,7 +115,14 @@ class PtyPair:
 
 def edge_command(name: str, *arguments: str) -> list[str]:
     """The command line of `edge-daemon` or `edge-ask` in this interpreter."""
-    return [sys.executable, "-c", f"from edge.cli import {name}; {name}(prog_name='edge-{name}')", *arguments]
+    return [
+        sys.executable,
+        "-X",
+        "faulthandler",
+        "-c",
+        f"from edge.cli import {name}; {name}(prog_name='edge-{name}')",
+        *arguments,
+    ]
 
 
 class DaemonProcess:
@@ -157,9 +165,14 @@ class DaemonProcess:
         raise AssertionError(f"no {state} came")
 
     def end(self) -> int:
-        """Wait until the daemon has ended; returns its exit status."""
+        """Wait until the daemon has ended; returns its exit status. One that hangs shows where."""
         assert self.process is not None
-        return self.process.wait(WAIT_S)
+        try:
+            return self.process.wait(2 * WAIT_S)
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGABRT)
+            self.process.wait(WAIT_S)
+            raise AssertionError(f"the daemon hangs: {self.log.read_text()}") from None
 
     def stop(self) -> int:
         """Stop the daemon as systemd would; returns its exit status."""

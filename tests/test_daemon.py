@@ -277,6 +277,14 @@ def test_one_part_that_moves_does_not_speak_for_another(systemd: socket.socket) 
     assert watchdog.check()
 
 
+def test_systemd_that_does_not_read_holds_nobody_up(
+    systemd: socket.socket, caplog: pytest.LogCaptureFixture
+) -> None:
+    while "systemd can't be told WATCHDOG=1" not in caplog.text:
+        notify("WATCHDOG=1")
+    assert drain(systemd).startswith(b"WATCHDOG=1")
+
+
 def test_systemd_that_is_gone_harms_nobody(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

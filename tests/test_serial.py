@@ -95,6 +95,7 @@ def board(ptys: PtyPair) -> Iterator[Board]:
 @pytest.fixture
 def node(ptys: PtyPair, board: Board) -> Iterator[Node]:
     node = Node.start(ptys.near)
+    wait_for(lambda: node.transport.port.is_open)  # opening it discards what came before
     yield node
     node.stop()
 
@@ -175,6 +176,7 @@ def test_a_repeat_while_it_is_answered_is_acknowledged_and_answered_once(node: N
 
 def test_a_person_may_type_where_the_port_is_lenient(ptys: PtyPair, board: Board) -> None:
     node = Node.start(ptys.near, lenient=True)
+    wait_for(lambda: node.transport.port.is_open)
     board.write('{"id":"a","prompt":"größe"}\r\n'.encode())
     assert board.hear("final")["text"] == "eßörg "
     node.stop()
