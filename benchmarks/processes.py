@@ -1,0 +1,77 @@
+"""Processes that are measured: their memory, and a child that answers one JSON line with another."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+PATIENCE_S = 300
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes: anonymous pages now (RssAnon), and all resident pages at their peak (VmHWM)."""
+
+    anonymous: int
+    peak: int
+
+
+def memory_of(pid: int | str) -> Memory:
+    """Memory of a process, from proc(5)."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    fields = dict(line.split(":", 1) for line in lines)
+    return Memory(*(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "VmHWM")))
+
+
+class Worker:
+    """A child process that holds a model: a request is a line of JSON, and so is its answer."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
+        """Start it and wait for its first line."""
+        self._command = command
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **(environment or {})},
+        )
+        self.ready: dict[str, Any] = self._read()
+
+    def ask(self, what: str, **arguments: Any) -> dict[str, Any]:
+        """Have the child measure something. Raises ClickException with what the child said if it failed."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"what": what, **arguments}) + "\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def memory(self) -> Memory:
+        """The child's memory."""
+        return memory_of(self._process.pid)
+
+    def close(self) -> None:
+        """End the child."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("{"):  # libraries print there too
+                answer: dict[str, Any] = json.loads(line)
+                if "error" in answer:
+                    raise click.ClickException(f"{self._command[1]}: {answer['error']}")
+                return answer
+        raise click.ClickException(f"{' '.join(self._command[:3])}: ended with status {self._process.wait()}")
