@@ -248,8 +248,7 @@ def _in_tiles(count: int, width: int, work: Callable[[slice], None]) -> None:
 def _quantize_rows(rows: Floats, bits: int, codes: NDArray[np.int8], scales: Floats) -> None:
     """Per-channel: fill `codes` and `scales` from float32 [n, k] rows."""
     if bits == 8:
-        limit = np.maximum(rows.max(axis=1, initial=0), -rows.min(axis=1, initial=0))
-        scales[:] = np.where(limit > 0, np.maximum(limit / np.float32(127), _SMALLEST_SINGLE), np.float32(1))
+        scales[:] = _widest(rows, 8, axis=1)
     else:
         scales[:] = _search(rows, bits, _ROW_TRIALS[bits], axis=1)
     work = np.empty_like(rows)
@@ -276,24 +275,49 @@ def _round(values: Floats, inverse: Floats, bits: int, out: Floats) -> None:
     np.clip(out, np.float32(LOWEST[bits]), np.float32(HIGHEST[bits]), out=out)
 
 
-def _search(values: Floats, bits: int, trials: tuple[float, ...], axis: int) -> Floats:
+def best_scales(columns: Floats, format: Format, weights: Floats) -> Floats:
+    """Search scales, float32 [n], of least weighted squared error for [k, n] columns of a block or of rows.
+
+    `weights` float32 [k] says how much an error in each column counts. The scales are not yet rounded.
+    """
+    if format.bits == 8:
+        return _widest(columns, 8, axis=0)
+    trials = _BLOCK_TRIALS if format.block else _ROW_TRIALS[format.bits]
+    return _search(columns, format.bits, trials, axis=0, weights=weights)
+
+
+def _widest(values: Floats, bits: int, axis: int) -> Floats:
+    """The smallest scales along `axis` that clip nothing; 1 where all values are 0."""
+    top = values.max(axis=axis, initial=0) / np.float32(HIGHEST[bits])
+    bottom = values.min(axis=axis, initial=0) / np.float32(LOWEST[bits])
+    widest = np.maximum(top, bottom)
+    return np.where(widest > 0, np.maximum(widest, _SMALLEST_SINGLE), np.float32(1)).astype(np.float32)
+
+
+def _search(
+    values: Floats, bits: int, trials: tuple[float, ...], axis: int, weights: Floats | None = None
+) -> Floats:
     """Scales of least squared error along `axis` of a 2-d array, as float32, before any rounding of them.
 
     For codes c of values x the best scale is x.c / c.c and the squared error it leaves x.x - (x.c)^2 / c.c:
-    so the trial with the largest (x.c)^2 / c.c wins, and its least-squares scale is taken.
+    so the trial with the largest (x.c)^2 / c.c wins, and its least-squares scale is taken. With weights,
+    these products are weighted sums.
     """
     sums = "ij,ij->j" if axis == 0 else "ij,ij->i"
-    top = values.max(axis=axis, initial=0)
-    bottom = values.min(axis=axis, initial=0)
-    widest = np.maximum(top / np.float32(HIGHEST[bits]), bottom / np.float32(LOWEST[bits]))
-    widest = np.where(widest > 0, np.maximum(widest, _SMALLEST_SINGLE), np.float32(1))
-    work = np.empty_like(values)
+    weighted = values if weights is None else values * np.expand_dims(weights, 1 - axis)
+    widest = _widest(values, bits, axis)
+    work, powers = np.empty_like(values), np.empty_like(values)
     best, gain = widest, np.full_like(widest, -1)
     for share in trials:
         inverse = np.float32(1) / (widest * np.float32(share))
         _round(values, np.expand_dims(inverse, axis), bits, work)
-        along = np.einsum(sums, values, work)
-        square = np.maximum(np.einsum(sums, work, work), np.float32(1))
+        along = np.einsum(sums, weighted, work)
+        if weights is None:
+            square = np.einsum(sums, work, work)
+        else:
+            np.multiply(work, work, out=powers)
+            square = np.tensordot(weights, powers, (0, axis))
+        square = np.maximum(square, _SMALLEST_SINGLE)
         trial_gain = along * along / square
         better = trial_gain > gain
         gain = np.where(better, trial_gain, gain)

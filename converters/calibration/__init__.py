@@ -1,0 +1,1 @@
+"""Quantisation that looks at what the matrices multiply: kinder activations, and codes that cancel errors."""
