@@ -36,10 +36,16 @@ unpack_packages() {  # unpack_packages ROOT ARCH SUITE PACKAGE...: packages and 
   shift 3
   private_apt "$root.apt" "$arch" "$suite"
   "${APT[@]}" install -y --download-only "$@"
-  mkdir -p "$root"/usr/{bin,lib,sbin}
+  mkdir -p "$root"/usr/{bin,lib,sbin} "$root"/var/lib/dpkg/{info,updates,triggers}
   for name in bin lib sbin; do ln -sfn "usr/$name" "$root/$name"; done
   for deb in "$root".apt/cache/archives/*.deb; do
     dpkg-deb --fsys-tarfile "$deb" | tar -x -C "$root" --no-same-owner --keep-directory-symlink
+    # what dpkg would have noted, so that a dpkg in there can check dependencies
+    dpkg-deb -f "$deb" | sed '/^Package:/a Status: install ok installed' >> "$root/var/lib/dpkg/status"
+    echo >> "$root/var/lib/dpkg/status"
+    name=$(dpkg-deb -f "$deb" Package)
+    [ "$(dpkg-deb -f "$deb" Multi-Arch)" != same ] || name=$name:$arch
+    dpkg-deb --fsys-tarfile "$deb" | tar -t | sed 's|^\.||; s|/$||; s|^$|/.|' > "$root/var/lib/dpkg/info/$name.list"
   done
   rm -rf "$root.apt"
 }
