@@ -14,16 +14,23 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import click
 
-from benchmarks import models
+from benchmarks import gate, models
+from benchmarks.litert_lm import LiteRtLm
+from benchmarks.llama_cpp import LlamaCpp
+from benchmarks.llama_cpp import find as find_llama_cpp
 from benchmarks.ours import Ours
 from benchmarks.results import MACHINE, MEASURES, Results, table
 from benchmarks.speed import read_bandwidth, seconds
 from benchmarks.tasks import Tasks
+
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
 class Engine(Protocol):
@@ -37,6 +44,15 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """End its processes."""
+
+
+@dataclass(frozen=True)
+class Peers:
+    """Where the peers are: llama.cpp's programs, and LiteRT-LM's model files by recipe."""
+
+    llama_cpp: Path | None
+    litert_lm: Mapping[str, Path]
+    litert_lm_python: Path
 
 
 def measure(engines: Sequence[Engine], rounds: int, threads: int) -> Results:
@@ -72,20 +88,60 @@ def _bare_interpreter() -> None:
     subprocess.run([sys.executable, "-c", "import numpy"], check=True)
 
 
+def _engines(stack: ExitStack, threads: int, tasks: Tasks, peers: Peers) -> list[Engine]:
+    """All that is there to be measured, closed with `stack`."""
+    engines: list[Engine] = []
+
+    def add(engine: Engine) -> None:
+        engines.append(engine)
+        stack.callback(engine.close)
+
+    for recipe in models.RECIPES:
+        add(Ours(recipe, threads, tasks))
+    for recipe in models.RECIPES:
+        if peers.llama_cpp is not None:
+            add(LlamaCpp(peers.llama_cpp, recipe, threads, tasks))
+        if recipe in peers.litert_lm:
+            add(LiteRtLm(peers.litert_lm_python, peers.litert_lm[recipe], recipe, threads, tasks))
+    return engines
+
+
 @click.command()
 @click.option("--rounds", default=5, show_default=True, help="How often everything is measured.")
 @click.option("--threads", default=2, show_default=True, help="Threads of every engine.")
+@click.option("--llama-cpp", type=FOLDER, help="A folder with llama.cpp's programs.  [default: PATH]")
+@click.option("--litert-lm-int4", type=FILE, help="A .litertlm file, int4 in blocks of 32, head int8.")
+@click.option("--litert-lm-int8", type=FILE, help="A .litertlm file, int8.")
+@click.option("--litert-lm-python", type=FILE, default=sys.executable, help="Has litert-lm-api installed.")
 @click.option("--json", "as_json", is_flag=True, help="Print all values as JSON instead of a table.")
-def main(rounds: int, threads: int, as_json: bool) -> None:
-    """Measure the 270M as int4 and int8 on this machine."""
+@click.option("--save", is_flag=True, help="Make this run the one that --check compares with.")
+@click.option("--check", is_flag=True, help="Fail if a ratio is worse than the committed one.")
+def main(
+    rounds: int,
+    threads: int,
+    llama_cpp: Path | None,
+    litert_lm_int4: Path | None,
+    litert_lm_int8: Path | None,
+    litert_lm_python: Path,
+    as_json: bool,
+    save: bool,
+    check: bool,
+) -> None:
+    """Measure the 270M as int4 and int8 on this machine, beside its peers if they are there."""
+    files = {"int4": litert_lm_int4, "int8": litert_lm_int8}
+    given = {recipe: file for recipe, file in files.items() if file is not None}
+    peers = Peers(llama_cpp or find_llama_cpp(), given, litert_lm_python)
     with ExitStack() as stack:
-        tasks = Tasks(models.bundle("int4"))
-        engines: list[Engine] = []
-        for recipe in models.RECIPES:
-            engines.append(Ours(recipe, threads, tasks))
-            stack.callback(engines[-1].close)
+        engines = _engines(stack, threads, Tasks(models.bundle("int4")), peers)
         results = measure(engines, rounds, threads)
     click.echo(json.dumps(asdict(results)) if as_json else table(results))
+    if save:
+        gate.save(results)
+    if check:
+        worse = gate.check(results)
+        for line in worse:
+            click.echo(f"slower: {line}", err=True)
+        sys.exit(1 if worse else 0)
 
 
 if __name__ == "__main__":

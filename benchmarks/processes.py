@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,17 +33,13 @@ def memory_of(pid: int | str) -> Memory:
 class Worker:
     """A child process that holds a model: a request is a line of JSON, and so is its answer."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
-        """Start it and wait for its first line."""
+    def __init__(self, command: Sequence[str]) -> None:
+        """Start it and wait for its first line; `ready_s` is how long that took."""
         self._command = command
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **(environment or {})},
-        )
-        self.ready: dict[str, Any] = self._read()
+        started = time.perf_counter()
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._read()
+        self.ready_s = time.perf_counter() - started
 
     def ask(self, what: str, **arguments: Any) -> dict[str, Any]:
         """Have the child measure something. Raises ClickException with what the child said if it failed."""

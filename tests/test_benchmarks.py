@@ -1,0 +1,117 @@
+"""The workload is what a daemon takes, and the gate names what got worse and nothing else."""
+
+from collections import Counter
+from pathlib import Path
+
+import click
+import pytest
+import real_vocabulary
+
+from benchmarks import gate, workload
+from benchmarks.results import MACHINE, Results, spread, table
+from edge.grammar import GrammarCompiler
+from edge.messages import parse_request
+
+
+def test_workload_covers_every_domain_with_every_kind_of_answer() -> None:
+    requests = workload.load()
+    assert len(requests) >= 40
+    assert len({request.id for request in requests}) == len(requests)
+    by_domain = {request.domain: set[str]() for request in requests}
+    for request in requests:
+        by_domain[request.domain].add(request.kind)
+    assert all(
+        by_domain[domain] == set(workload.KINDS)
+        for domain in ("pumps", "freezers", "greenhouses", "batteries", "weather")
+    )
+
+
+def test_system_prompts_are_few_and_some_have_about_a_thousand_tokens() -> None:
+    tokenizer = real_vocabulary.tokenizer("gemma3")
+    systems = Counter(request.system for request in workload.load())
+    lengths = [len(tokenizer.encode(system)) for system in systems]
+    assert len(systems) <= 6
+    assert sum(700 <= length <= 1000 for length in lengths) >= 2
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_every_request_is_one_that_a_daemon_takes(chat: bool) -> None:
+    for item in workload.load():
+        request = item.request(chat)
+        assert parse_request(request.to_json()) == request
+        assert bool(request.messages) == chat
+
+
+def test_every_schema_compiles_to_a_grammar() -> None:
+    compiler = GrammarCompiler(real_vocabulary.tokenizer("gemma3"), (1,))
+    for item in workload.load():
+        grammar = compiler.compile(item.request(chat=False))
+        assert grammar is not None
+        assert grammar.constrain(workload.MAX_TOKENS).closing() is not None
+
+
+def run(decode: float = 80.0, ready: float = 0.5, peer: float | None = 70.0) -> Results:
+    """A run of three rounds; one engine of ours, and perhaps a peer."""
+    results = Results(facts={"edge int4": {"bits": 4, "ours": True}, "peer": {"bits": 4}})
+    for noise in (0.9, 1.0, 1.1):
+        results.add(MACHINE, "interpreter", 0.1 * noise)
+        results.add("edge int4", "decode", decode * noise)
+        results.add("edge int4", "bound", 100.0 * noise)
+        results.add("edge int4", "ready", ready * noise)
+        if peer is not None:
+            results.add("peer", "decode", peer * noise)
+    return results
+
+
+@pytest.fixture
+def baseline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A place for a baseline of the test's own."""
+    path = tmp_path / "baseline.json"
+    monkeypatch.setattr(gate, "BASELINE", path)
+    return path
+
+
+@pytest.mark.usefixtures("baseline")
+def test_gate_passes_what_is_as_good_or_better() -> None:
+    gate.save(run())
+    assert gate.check(run()) == []
+    assert gate.check(run(decode=95, ready=0.4)) == []
+
+
+@pytest.mark.usefixtures("baseline")
+def test_gate_names_what_got_slower_and_only_that() -> None:
+    gate.save(run())
+    (line,) = gate.check(run(ready=0.9))
+    assert "edge int4" in line
+    assert "start to ready" in line
+    assert "worse by 44%" in line
+
+
+@pytest.mark.usefixtures("baseline")
+def test_gate_sees_a_step_that_got_slower_against_the_bound_and_against_the_peer() -> None:
+    gate.save(run())
+    assert len(gate.check(run(decode=50))) == 2
+    assert len(gate.check(run(decode=50, peer=None))) == 1
+
+
+@pytest.mark.usefixtures("baseline")
+def test_gate_is_not_fooled_by_a_machine_that_is_slower_as_a_whole() -> None:
+    gate.save(run())
+    slow = run()
+    for values in slow.values.values():
+        for key, measured in values.items():
+            values[key] = [value * (2 if key in ("interpreter", "ready") else 0.5) for value in measured]
+    assert gate.check(slow) == []
+
+
+def test_gate_without_a_baseline_says_how_to_make_one(baseline: Path) -> None:
+    with pytest.raises(click.ClickException, match="--save"):
+        gate.check(run())
+    assert not baseline.exists()
+
+
+def test_table_has_medians_spreads_and_the_ratio_to_the_peer() -> None:
+    text = table(run())
+    assert "| 80 ±10%" in text
+    assert "| 1.14 ±0%" in text
+    assert spread([1.0, 2.0, 3.0]) == 0.5
