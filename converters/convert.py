@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converters.checkpoints.base import Checkpoint, ExactCodes
-from converters.decoder_graph import Widths, build, stacked_matrices
+from converters.decoder_graph import build, stacked_matrices, widths_of
 from converters.encoding import Encoder, NearestCodes, Quantizer
 from converters.quantization import Format, tensor_group
 from converters.recipes import Plan, choose_recipe, plan_that_keeps, stored_format
@@ -34,7 +34,6 @@ from edge.errors import EdgeError
 from edge.files import sync_directory
 from edge.row_table import RowTable
 
-WIDTHS = Widths(verify=8, prefill=(8, 128))
 DEFAULT_CONTEXT = 4096
 
 _TFLITE_TYPES = {32: "float32", 8: "int8", 4: "int4", 2: "int2"}
@@ -236,7 +235,7 @@ class _Conversion:
         def vector(name: str) -> NDArray[np.float32]:
             return self.checkpoint.tensors[name].array()
 
-        model = build(arch, WIDTHS, weights, vector)
+        model = build(arch, widths_of(arch), weights, vector)
         channels = {name: shape[0] for name, shape in self.shapes.items() if weights[name].scales_key}
         with contextlib.closing(ModelWriter(self.directory / DECODER, model, channels)) as writer:
             for name, parts in stacked_matrices(arch).items():
@@ -306,11 +305,12 @@ def _manifest(
     digests: Future[dict[str, str]],
 ) -> Manifest:
     paths = {path.name: path for path in sorted(scratch.iterdir())}
+    widths = widths_of(checkpoint.architecture)
     return Manifest(
         architecture=checkpoint.architecture,
         context=context,
-        verify_width=WIDTHS.verify,
-        prefill_widths=WIDTHS.prefill,
+        verify_width=widths.verify,
+        prefill_widths=widths.prefill,
         prompt_format=checkpoint.chat.prompt_format,
         bos_id=checkpoint.chat.bos_id,
         stop_ids=checkpoint.chat.stop_ids,

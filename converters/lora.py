@@ -128,7 +128,7 @@ class _Adapter:
             self._latest = latest = name, _array(module.a), _array(module.b)
         _, a, b = latest
         with np.errstate(over="ignore", invalid="ignore"):  # the result is checked
-            rows: Floats = b[start:stop] * np.float32(module.scale) @ a
+            rows: Floats = np.matmul(b[start:stop] * np.float32(module.scale), a)
         require_finite(rows, _stored(module.b))
         return rows
 

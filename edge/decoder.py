@@ -42,11 +42,13 @@ class Decoder:
         self._cache = KVCache(self.arch, context)
         runs = {key: self._run_of(model, key) for key in ("decode", "verify")}
         self._decode, self._verify = runs["decode"], runs["verify"]
-        self._prefill = {width: self._run_of(model, f"prefill_{width}") for width in manifest.prefill_widths}
+        self._chunks = {width: self._run_of(model, f"prefill_{width}") for width in manifest.prefill_widths}
+        self._every_layer_owns_kv = len(self.arch.owners) == len(self.arch.layers)
+        if self._every_layer_owns_kv:
+            self._chunks[self.verify_width] = self._verify
         self._head = _Head(model.signatures["head"], self._decode.hidden)
         self._head_verify = _Head(model.signatures["head_verify"], self._verify.hidden)
         self._bind_caches()
-        self._every_layer_owns_kv = len(self.arch.owners) == len(self.arch.layers)
         self._pending: Sequence[int] = ()
         self._tokens: list[int] = []
 
@@ -91,7 +93,7 @@ class Decoder:
             reason = interrupted()
             if reason is not None:
                 return reason
-            run = self._prefill[self._prefill_width(len(ids) - done)]
+            run = self._chunks[self._chunk_width(len(ids) - done)]
             part = ids[done : done + run.width]
             self._advance(run, part)
             self._append(run, part)
@@ -158,8 +160,8 @@ class Decoder:
     def _run_of(self, model: CompiledModel, key: str) -> _Run:
         return _Run(model.signatures[key], self.arch)
 
-    def _prefill_width(self, left: int) -> int:
-        widths = sorted(self._prefill)
+    def _chunk_width(self, left: int) -> int:
+        widths = sorted(self._chunks)
         fitting = [width for width in widths if left >= _WORTHWHILE_SHARE * width]
         return fitting[-1] if fitting else widths[0]
 
@@ -174,7 +176,7 @@ class Decoder:
             self._bind_caches()
 
     def _bind_caches(self) -> None:
-        for run in (self._decode, self._verify, *self._prefill.values()):
+        for run in {self._decode, self._verify, *self._chunks.values()}:
             run.bind_cache(self._cache)
 
     def _append(self, run: _Run, tokens: Sequence[int]) -> None:

@@ -19,6 +19,7 @@ from edge.decoder import Decoder
 from edge.drafting import Drafter, Payoff
 from edge.errors import RequestError
 from edge.grammar import GrammarCompiler
+from edge.memory import return_free_memory
 from edge.messages import Message, Request
 from edge.prompt import OutputParser, render
 from edge.sampling import Sampler, Sampling
@@ -88,6 +89,7 @@ class Generator:
         self._previous = prompt
         yield from answer.run(interrupted)
         self._answers.append(answer.tokens)
+        return_free_memory()  # what the graph's scratch tensors had before caches grew
 
     def _render(self, request: Request) -> list[int]:
         manifest = self.bundle.manifest

@@ -7,7 +7,6 @@ vocabulary, which takes milliseconds inside a string, tokens are drawn and then 
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import re
 from collections import OrderedDict
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from edge.closing import Closings, allowed_tokens
 from edge.errors import BundleError, RequestError
 from edge.grammar_source import grammar_source
+from edge.memory import return_free_memory
 from edge.messages import Request
 from edge.prompt import CHANNEL_END
 from edge.sampling import Sampler, largest
@@ -62,7 +62,7 @@ class GrammarCompiler:
             vocabulary: Any = _Vocabulary(self._tokenizer, self._stop_ids)
             self._engine = LLTokenizer(vocabulary, eos_token=list(self._stop_ids), slices=[])
             self._closings = Closings(self._tokenizer, _string_ends(self._tokenizer))
-            _return_free_memory()
+            return_free_memory()
 
     def compile(self, request: Request) -> Grammar | None:
         """Return the grammar of `request`'s answers; None if it allows any text.
@@ -298,10 +298,3 @@ def _one_line(error: str) -> str:
     reason = next((line for line in lines if line.startswith("error:")), lines[0])
     reason = re.sub(r"^(error: *|at \d+\(\d+\): *|failed to compile JSON schema: *)+", "", reason)
     return "no answer can follow it" if reason.startswith("NoExtension") else reason[:200]
-
-
-def _return_free_memory() -> None:
-    """Give the heap's free pages back (glibc): building leaves some 15 MB of them."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

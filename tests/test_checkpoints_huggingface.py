@@ -11,7 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoint_files import FIXTURES, GEMMA3, GEMMA4, bfloat16, copy_fixture, read_arrays, write_safetensors
+from checkpoint_files import (
+    FIXTURES,
+    GEMMA3,
+    GEMMA4,
+    NAMES,
+    bfloat16,
+    copy_fixture,
+    read_arrays,
+    write_safetensors,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_checkpoints import read_all, refusal
@@ -33,7 +42,7 @@ def test_a_bfloat16_is_the_upper_half_of_a_float32(bits: list[int]) -> None:
     assert (bfloat16(finite) == halves[np.isfinite(wide[0])]).all()
 
 
-@pytest.mark.parametrize("name", sorted(folder.name for folder in FIXTURES.iterdir()))
+@pytest.mark.parametrize("name", NAMES)
 def test_every_tensor_is_there_in_any_slice(name: str) -> None:
     checkpoint = open_checkpoint(FIXTURES / name)
     shapes = tensor_shapes(checkpoint.architecture)

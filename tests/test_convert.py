@@ -14,6 +14,7 @@ from pathlib import Path
 
 import bundles
 import pytest
+from checkpoint_files import real_model
 from click.testing import CliRunner
 
 from converters.checkpoints.opening import open_checkpoint
@@ -79,7 +80,7 @@ def test_too_little_space_is_said_before_the_work_begins(
 
 
 def test_sigterm_leaves_nothing(tmp_path: Path) -> None:
-    checkpoint = bundles.real_checkpoint()
+    checkpoint = real_model()
     command = [sys.executable, "-m", "converters.cli", str(checkpoint), "-o", str(tmp_path / "bundle")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     for _ in range(600):
@@ -150,7 +151,7 @@ def test_the_real_model_converts_in_bounded_memory(tmp_path: Path) -> None:
         sys.executable,
         "-m",
         "converters.cli",
-        str(bundles.real_checkpoint()),
+        str(real_model()),
         "-o",
         str(tmp_path / "b"),
     ]

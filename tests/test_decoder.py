@@ -173,8 +173,8 @@ def test_prefill_stops_between_chunks_when_interrupted() -> None:
     d = decoder(bundles.SMALL[0])
     d.rewind(())
     answers = iter([None, "cancelled"])
-    assert d.prefill(ids[:20], lambda: next(answers)) == "cancelled"
-    assert 0 < len(d.tokens) < 20
+    assert d.prefill(ids[:16], lambda: next(answers)) == "cancelled"
+    assert len(d.tokens) == 8
 
 
 def test_full_attention_caches_grow_with_the_conversation() -> None:

@@ -51,7 +51,7 @@ def test_arrays_are_read_and_written_in_place(tmp_path: Path) -> None:
 
 def test_signatures_and_shapes_are_those_of_the_file(tmp_path: Path) -> None:
     model = compile_model(tmp_path)
-    assert {"decode", "verify", "prefill_8", "prefill_128", "head", "head_verify"} == set(model.signatures)
+    assert {"decode", "verify", "prefill_64", "head", "head_verify"} == set(model.signatures)
     decode = model.signatures["decode"]
     assert "hidden" in decode.outputs
     assert decode.shape("embeddings")[:2] == (1, 1)
