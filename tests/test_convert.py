@@ -14,7 +14,7 @@ from pathlib import Path
 
 import bundles
 import pytest
-from checkpoint_files import real_model
+from checkpoint_files import FIXTURES, real_model
 from click.testing import CliRunner
 
 from converters.checkpoints.opening import open_checkpoint
@@ -23,8 +23,8 @@ from converters.convert import Progress, convert
 from edge.bundle import read_manifest
 from edge.errors import EdgeError
 
-GEMMA3 = bundles.FIXTURES / "gemma3-one-kv-head"
-GEMMA4 = bundles.FIXTURES / "gemma4-one-kv-head"
+GEMMA3 = FIXTURES / "gemma3-one-kv-head"
+GEMMA4 = FIXTURES / "gemma4-one-kv-head"
 
 
 def content(directory: Path) -> dict[str, bytes]:

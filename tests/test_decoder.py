@@ -9,6 +9,7 @@ from pathlib import Path
 import bundles
 import numpy as np
 import pytest
+from checkpoint_files import FIXTURES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -33,7 +34,7 @@ def decoder(name: str, recipe: str = "float32") -> Decoder:
 
 @cache
 def reference(name: str) -> tuple[list[int], NDArray[np.float32], list[int]]:
-    with np.load(bundles.FIXTURES / name / "reference.npz") as file:
+    with np.load(FIXTURES / name / "reference.npz") as file:
         return file["ids"].tolist(), file["logits"], file["greedy"].tolist()
 
 

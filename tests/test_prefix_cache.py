@@ -9,6 +9,7 @@ from pathlib import Path
 import bundles
 import numpy as np
 import pytest
+from checkpoint_files import FIXTURES
 
 from edge.architecture import Architecture, Layer, Rope
 from edge.kv_cache import KVCache
@@ -140,7 +141,7 @@ def test_a_directory_that_cannot_be_written_holds_nothing(tmp_path: Path) -> Non
 
 def test_a_decoder_goes_on_from_a_snapshot_bit_for_bit() -> None:
     directory = bundles.small_bundle("gemma4-two-kv-heads", "int8")
-    with np.load(bundles.FIXTURES / "gemma4-two-kv-heads" / "reference.npz") as file:
+    with np.load(FIXTURES / "gemma4-two-kv-heads" / "reference.npz") as file:
         ids = file["ids"].tolist()
     first, second = bundles.open_decoder(directory), bundles.open_decoder(directory)
     first.prefill(ids[:60], lambda: None)
