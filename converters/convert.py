@@ -172,6 +172,15 @@ def matrix_shapes(arch: Architecture) -> dict[str, tuple[int, int]]:
     }
 
 
+@dataclass(frozen=True)
+class _Tables:
+    """Where rows that are gathered one by one lie."""
+
+    embedding: RowTable
+    head: RowTable
+    per_layer: RowTable | None
+
+
 class _Conversion:
     """One conversion's state: the checkpoint, the plan, the files being written and the errors made."""
 
@@ -196,18 +205,18 @@ class _Conversion:
         self._total += arch.vocabulary * len(arch.layers) * arch.per_layer_width
         self._total += 0 if arch.tied_head else arch.vocabulary * arch.hidden
 
-    def run(self) -> tuple[RowTable, RowTable | None]:
-        """Write every file but the manifest. Returns where embedding and per-layer rows lie."""
+    def run(self) -> _Tables:
+        """Write every file but the manifest. Returns where the rows lie that are gathered one by one."""
         arch = self.checkpoint.architecture
         (self.directory / TOKENIZER).write_bytes(self.checkpoint.tokenizer_model)
         per_layer = None
         if arch.per_layer_width:
             name = "per_layer_embedding"
             per_layer = self._table(PER_LAYER, name, self.plan.per_layer, arch.per_layer_width)
-        head = self._decoder()
-        if arch.tied_head:
-            return head, per_layer
-        return self._table(EMBEDDING, "embedding", self.plan.embedding, arch.hidden), per_layer
+        head = embedding = self._decoder()
+        if not arch.tied_head:
+            embedding = self._table(EMBEDDING, "embedding", self.plan.embedding, arch.hidden)
+        return _Tables(embedding, head, per_layer)
 
     def report_lines(self) -> list[str]:
         """Error of each group of tensors, and the share of the checkpoint's own codes that was kept."""
@@ -300,7 +309,7 @@ def _manifest(
     recipe: str,
     context: int,
     job: _Conversion,
-    tables: tuple[RowTable, RowTable | None],
+    tables: _Tables,
     scratch: Path,
     digests: Future[dict[str, str]],
 ) -> Manifest:
@@ -316,8 +325,9 @@ def _manifest(
         stop_ids=checkpoint.chat.stop_ids,
         recipe=recipe,
         quantization=_quantization(job),
-        embedding=tables[0],
-        per_layer_embedding=tables[1],
+        embedding=tables.embedding,
+        head=tables.head,
+        per_layer_embedding=tables.per_layer,
         files={name: FileEntry(path.stat().st_size, file_digest(path)) for name, path in paths.items()},
         source={"name": checkpoint.path.name, "sha256": digests.result()},
         licence=checkpoint.licence,

@@ -48,7 +48,8 @@ class Manifest:
     """All that a runtime must know of a bundle.
 
     `verify_width` and `prefill_widths` are the tokens per run of those signatures. `context` is the most
-    tokens that a conversation may have. `quantization` says how each group of tensors is stored.
+    tokens that a conversation may have. `quantization` says how each group of tensors is stored. `embedding`
+    and `head` are the same rows where the output head is tied.
     """
 
     architecture: Architecture
@@ -61,6 +62,7 @@ class Manifest:
     recipe: str
     quantization: Mapping[str, Any]
     embedding: RowTable
+    head: RowTable
     per_layer_embedding: RowTable | None
     files: Mapping[str, FileEntry]
     source: Mapping[str, Any]
@@ -87,6 +89,7 @@ class Manifest:
         try:
             fields["architecture"] = Architecture.from_json(fields["architecture"])
             fields["embedding"] = RowTable(**fields["embedding"])
+            fields["head"] = RowTable(**fields["head"])
             if fields["per_layer_embedding"] is not None:
                 fields["per_layer_embedding"] = RowTable(**fields["per_layer_embedding"])
             fields["files"] = {name: FileEntry(**entry) for name, entry in fields["files"].items()}

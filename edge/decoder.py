@@ -199,7 +199,8 @@ class _Tables:
         manifest = bundle.manifest
         arch = manifest.architecture
         self._embedding = MappedRows(bundle.directory, manifest.embedding)
-        self._float_head = manifest.embedding.bits == 32
+        self._head = MappedRows(bundle.directory, manifest.head)
+        self._float_head = manifest.head.bits == 32
         self._embedding_scale = np.float32(arch.embedding_scale)
         if manifest.per_layer_embedding is not None:
             self._per_layer = MappedRows(bundle.directory, manifest.per_layer_embedding)
@@ -213,7 +214,7 @@ class _Tables:
 
         XNNPACK multiplies quantised weights by activations that it quantises first.
         """
-        rows = self._embedding.rows(tokens).astype(np.float64)
+        rows = self._head.rows(tokens).astype(np.float64)
         x = hidden if self._float_head else dynamic_int8(hidden)
         return (rows @ x).astype(np.float32)
 

@@ -122,6 +122,15 @@ def test_a_decoder_of_the_mobile_release_is_close_to_one_of_its_values(
     assert error < 0.12
 
 
+def test_logits_of_a_few_tokens_come_from_the_head_and_not_from_the_embedding(
+    mobile: tuple[Path, Path, Written, Converted],
+) -> None:
+    decoder = bundles.open_decoder(mobile[1])
+    decoder.advance([2, 17, 333], lambda: None)
+    some = np.array([4, 77, 300], np.int32)
+    np.testing.assert_allclose(decoder.logits_for(some), decoder.logits()[some], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("recipe", ["int8", "int4"])
 def test_the_mobile_release_is_not_quantised_a_second_time(
     recipe: str, mobile: tuple[Path, Path, Written, Converted], tmp_path: Path
