@@ -69,7 +69,22 @@ def make_manifest(weights: int, **digests: str) -> Manifest:
     files = {"decoder.tflite": FileEntry(weights, digests.get("decoder", "0" * 64))}
     table = RowTable("decoder.tflite", 512, 64, 8, 0, 32_768, 1, "float32")
     return Manifest(
-        ARCHITECTURE, 8192, 8, (128,), "plain", 2, (1,), "int8", {}, table, None, files, {}, "test", "test"
+        ARCHITECTURE,
+        8192,
+        8,
+        (128,),
+        "plain",
+        2,
+        (1,),
+        "int8",
+        {},
+        table,
+        table,
+        None,
+        files,
+        {},
+        "test",
+        "test",
     )
 
 
