@@ -4,8 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# What runs on the device, and what it speaks.
+ARM64_TESTS := bundle litert decoder generation prefix_cache tokenizer sampling grammar messages framing config \
+               engine mqtt serial journal end_to_end
+
 .DEFAULT_GOAL := help
-.PHONY: help install system lint test test-all test-arm64 demo bench clean
+.PHONY: help install system lint test test-all test-arm64 test-system deb demo bench bench-check clean
 
 help: ## show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -33,13 +37,23 @@ test-all: $(STAMP) system lint ## the slow tests too
 	$(BIN)/pytest -m ''
 
 test-arm64: $(STAMP) ## tests of bundle, runtime and protocols in an emulated aarch64 Python
-	scripts/test-arm64
+	$(BIN)/python -c 'import sys; sys.path.insert(0, "tests"); import checkpoint_files as c; c.real_model()'
+	scripts/test-arm64 -q $(addprefix tests/test_,$(addsuffix .py,$(ARM64_TESTS)))
+
+deb: $(STAMP) ## arm64 packages for Debian bookworm and trixie, in dist/
+	scripts/build-deb
+
+test-system: $(STAMP) ## install the package in an emulated arm64 machine that boots systemd, and ask it
+	scripts/test-system
 
 demo: $(STAMP) system ## convert a real model, start broker and daemon, watch an answer arrive
 	$(BIN)/python scripts/demo.py
 
 bench: $(STAMP) ## start-up, memory, prefill and decode of the 270M on this machine
-	$(BIN)/python benchmarks/bench.py
+	$(BIN)/python -m benchmarks.bench
+
+bench-check: $(STAMP) ## fail if a ratio got worse than in the committed table
+	$(BIN)/python -m benchmarks.bench --check
 
 clean: ## remove what was made, downloads included
 	rm -rf $(VENV) .cache build dist
