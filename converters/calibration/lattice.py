@@ -187,7 +187,7 @@ class _Columns:
         gradient += local @ change
 
     def _refit_row_scales(self) -> None:
-        """Move rows' scales to the least error given the codes, by a half at most: they must stay positive."""
+        """Move rows' scales to the least error given the codes, by a half at most: they stay positive."""
         moment, scale = self.objective.moment, self.scales[0]
         slope = np.einsum("ij,ij->j", self.codes, moment @ self.difference)
         curvature = np.einsum("ij,ij->j", self.codes, moment @ self.codes)
