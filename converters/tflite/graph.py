@@ -274,20 +274,22 @@ class Graph:
         inputs = [x, self.constant(np.array(order, np.int32))]
         return self._op("TRANSPOSE", inputs, shape, "TransposeOptions", schema.TransposeOptionsT())
 
-    def last_axis(self, x: Tensor, start: int, stop: int | None) -> Tensor:
-        """`x[..., start:stop]`; negative indices count from the end, also of a dynamic axis."""
-        rank, size = len(x.shape), x.shape[-1]
+    def slice(self, x: Tensor, start: int, stop: int | None, axis: int = -1) -> Tensor:
+        """`x[start:stop]` along one axis; negative indices count from the end, also of a dynamic axis."""
+        rank = len(x.shape)
+        axis %= rank
+        size, others = x.shape[axis], ((1 << rank) - 1) & ~(1 << axis)
         options = schema.StridedSliceOptionsT()
-        others = (1 << (rank - 1)) - 1
         options.beginMask = others
-        options.endMask = others | ((1 << (rank - 1)) if stop is None else 0)
+        options.endMask = others | ((1 << axis) if stop is None else 0)
         begin, end = np.zeros(rank, np.int32), np.zeros(rank, np.int32)
-        begin[-1], end[-1] = start, 0 if stop is None else stop
+        begin[axis], end[axis] = start, 0 if stop is None else stop
         width = DYNAMIC if size == DYNAMIC else len(range(*slice(start, stop).indices(size)))
         if size == DYNAMIC and start < 0 and stop is None:
             width = -start
         inputs = [x, *map(self.constant, (begin, end, np.ones(rank, np.int32)))]
-        return self._op("STRIDED_SLICE", inputs, (*x.shape[:-1], width), "StridedSliceOptions", options)
+        shape = (*x.shape[:axis], width, *x.shape[axis + 1 :])
+        return self._op("STRIDED_SLICE", inputs, shape, "StridedSliceOptions", options)
 
     def to_schema(self) -> Any:
         """This subgraph in the schema's object API."""
