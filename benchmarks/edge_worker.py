@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.speed import decode_steps, seconds
 from edge.generation import Completion, Generator
-from edge.messages import Request
+from edge.messages import Message, Request
 
 
 class Work:
@@ -41,16 +41,12 @@ class Work:
         self.prefill(after)
         return {"tps": tokens / sum(decode_steps(self._generator.decoder, tokens))}
 
-    def first_token(self, text: str) -> dict[str, Any]:
-        """Seconds from a request to its first token."""
+    def answer(
+        self, system: str, user: str, schema: dict[str, Any] | None, max_tokens: int
+    ) -> dict[str, Any]:
+        """The greedy answer, by a JSON schema if there is one, and the seconds it took."""
         started = time.perf_counter()
-        self._answer(text, None, 1)
-        return {"seconds": time.perf_counter() - started}
-
-    def answer(self, text: str, schema: dict[str, Any], max_tokens: int) -> dict[str, Any]:
-        """The answer by a JSON schema, and the seconds it took."""
-        started = time.perf_counter()
-        completion = self._answer(text, schema, max_tokens)
+        completion = self._answer(system, user, schema, max_tokens)
         usage = completion.usage
         return {
             "seconds": time.perf_counter() - started,
@@ -60,11 +56,15 @@ class Work:
             "cached": usage.cached,
         }
 
-    def _answer(self, text: str, schema: dict[str, Any] | None, max_tokens: int) -> Completion:
+    def _answer(self, system: str, user: str, schema: dict[str, Any] | None, max_tokens: int) -> Completion:
         self._count += 1
+        messages = (Message("system", system), Message("user", user))
         wanted = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
         request = Request(
-            str(self._count), prompt=text, max_tokens=max_tokens, response_format=wanted if schema else None
+            str(self._count),
+            messages=messages,
+            max_tokens=max_tokens,
+            response_format=wanted if schema else None,
         )
         *_, last = self._generator.generate(request, lambda: None)
         assert isinstance(last, Completion)

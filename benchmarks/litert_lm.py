@@ -14,7 +14,7 @@ import click
 
 from benchmarks import startup
 from benchmarks.processes import Memory, Worker
-from benchmarks.tasks import Answered, Tasks
+from benchmarks.tasks import Answered, Task, Tasks
 
 CACHE_LENGTH = 1024
 """Tokens that the model must be exported for: its speed falls with the length of the exported cache."""
@@ -78,14 +78,14 @@ class LiteRtLm:
         result: dict[str, float] = json.loads(line)
         return result
 
-    def _first_token(self, text: str) -> float:
-        return float(self._worker.ask("answer", text=text, schema=None, max_tokens=1)["seconds"])
+    def _first_token(self, task: Task) -> float:
+        return float(self._worker.ask("answer", text=task.text, schema=None, max_tokens=1)["seconds"])
 
     def _answer(self, kind: str, turn: int) -> float:
         """Tokens per second of a JSON answer; nothing is kept of the request before it."""
         task = self._tasks.sensor(kind, turn)[1]
         said = self._worker.ask(
-            "answer", text=task.prompt, schema=task.schema, max_tokens=self._tasks.max_tokens
+            "answer", text=task.text, schema=task.schema, max_tokens=self._tasks.max_tokens
         )
         return self._answered.rate(self._tasks, task, said["text"], said["seconds"])
 
@@ -94,8 +94,8 @@ class LiteRtLm:
         worker.close()
         return worker.ready_s
 
-    def _first_text(self, prompt: str) -> float:
-        return startup.first_text_s(self._command("first", prompt), {})
+    def _first_text(self, task: Task) -> float:
+        return startup.first_text_s(self._command("first", task.text), {})
 
     def _filled(self) -> Memory:
         """Memory after a request that fills what the exported cache holds."""

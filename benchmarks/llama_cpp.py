@@ -22,7 +22,7 @@ import click
 
 from benchmarks import models, startup
 from benchmarks.processes import PATIENCE_S, Memory, memory_of
-from benchmarks.tasks import CONTEXT, Answered, Tasks
+from benchmarks.tasks import CONTEXT, Answered, Task, Tasks
 
 PROGRAMS = ("llama-bench", "llama-server", "llama-completion", "llama-quantize")
 TYPES = {"int4": "Q4_0", "int8": "Q8_0"}
@@ -100,10 +100,10 @@ class LlamaCpp:
         limits = ["-c", str(CONTEXT), "-np", "1"]
         return [str(self._programs / "llama-server"), *self._model_options(), *limits]
 
-    def _completion(self, prompt: str, *options: str) -> list[str]:
+    def _completion(self, task: Task, *options: str) -> list[str]:
         """A process that ends after the first token."""
         quiet = ["-no-cnv", "--no-display-prompt", "--no-warmup", "--temp", "0", "-c", str(CONTEXT)]
-        one = ["-n", "1", "-p", prompt, *options]
+        one = ["-n", "1", "-p", task.text, *options]
         return [str(self._programs / "llama-completion"), *self._model_options(), *quiet, *one]
 
     def _text_repeated(self, turn: int) -> float:
@@ -115,14 +115,14 @@ class LlamaCpp:
         )
         return startup.first_text_s(command, {})
 
-    def _first_token(self, text: str) -> float:
-        return self._server.complete(text, 1)[1]
+    def _first_token(self, task: Task) -> float:
+        return self._server.complete(task.text, 1)[1]
 
     def _answer(self, kind: str, turn: int) -> float:
         """Tokens per second of a JSON answer whose system prompt was used just before."""
         before, task = self._tasks.sensor(kind, turn)
-        self._first_token(before.prompt)
-        text, taken = self._server.complete(task.prompt, self._tasks.max_tokens, json_schema=task.schema)
+        self._first_token(before)
+        text, taken = self._server.complete(task.text, self._tasks.max_tokens, json_schema=task.schema)
         return self._answered.rate(self._tasks, task, text, taken)
 
     def _ready(self) -> float:

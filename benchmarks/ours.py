@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks import models, startup
 from benchmarks.processes import Memory, Worker
-from benchmarks.tasks import CONTEXT, Answered, Tasks
+from benchmarks.tasks import CONTEXT, Answered, Task, Tasks
 from edge.bundle import read_manifest
 
 
@@ -65,16 +65,19 @@ class Ours:
     def _rate(self, what: str, **arguments: int) -> float:
         return float(self._worker.ask(what, **arguments)["tps"])
 
-    def _first_token(self, text: str) -> float:
-        return float(self._worker.ask("first_token", text=text)["seconds"])
+    def _ask(self, task: Task, schema: object, max_tokens: int) -> dict[str, Any]:
+        return self._worker.ask(
+            "answer", system=task.system, user=task.user, schema=schema, max_tokens=max_tokens
+        )
+
+    def _first_token(self, task: Task) -> float:
+        return float(self._ask(task, None, 1)["seconds"])
 
     def _answer(self, kind: str, turn: int) -> float:
         """Tokens per second of a JSON answer whose system prompt was used just before."""
         before, task = self._tasks.sensor(kind, turn)
-        self._first_token(before.prompt)
-        said = self._worker.ask(
-            "answer", text=task.prompt, schema=task.schema, max_tokens=self._tasks.max_tokens
-        )
+        self._first_token(before)
+        said = self._ask(task, task.schema, self._tasks.max_tokens)
         return self._answered.rate(self._tasks, task, said["text"], said["seconds"])
 
     def _daemon(self) -> startup.Daemon:
@@ -84,8 +87,8 @@ class Ours:
         with self._daemon() as daemon:
             return daemon.ready_s
 
-    def _first_text(self, prompt: str) -> float:
-        command = startup.ask_command(self._bundle, prompt)
+    def _first_text(self, task: Task) -> float:
+        command = startup.ask_command(self._bundle, task)
         return startup.first_text_s(command, {"CACHE_DIRECTORY": str(self._cache)})
 
     def _filled(self) -> Memory:

@@ -18,6 +18,7 @@ from types import TracebackType
 import click
 
 from benchmarks.processes import PATIENCE_S, Memory, memory_of
+from benchmarks.tasks import Task
 from edge.framing import Damaged, FrameDecoder, encode
 from edge.messages import Failure, Final, Request, parse_answer
 from edge.strict_json import loads
@@ -136,6 +137,8 @@ def first_text_s(command: Sequence[str], environment: dict[str, str]) -> float:
     return taken
 
 
-def ask_command(bundle: Path, prompt: str) -> list[str]:
+def ask_command(bundle: Path, task: Task) -> list[str]:
     """`edge-ask` for one token of an answer."""
-    return [program("edge-ask"), "--bundle", str(bundle), "--max-tokens", "1", "--json", prompt]
+    system = ["--system", task.system] if task.system else []
+    command = [program("edge-ask"), "--bundle", str(bundle), "--max-tokens", "1", "--json"]
+    return [*command, *system, task.user]

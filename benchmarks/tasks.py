@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks import workload
-from benchmarks.workload import SensorRequest
 from edge.bundle import TOKENIZER
 from edge.tokenizer import Tokenizer
 
@@ -15,8 +17,23 @@ CONTEXT = 2048
 _DOMAINS = {"alarm": "weather", "summary": "greenhouses", "classification": "batteries"}
 
 
+@dataclass(frozen=True)
+class Task:
+    """A system prompt, what a user says, and perhaps the JSON schema of the answer."""
+
+    system: str
+    user: str
+    schema: Mapping[str, Any] | None = None
+
+    @property
+    def text(self) -> str:
+        """The same in Gemma 3's turns, for engines that are given the whole prompt as text."""
+        system = f"{self.system}\n\n" if self.system else ""
+        return f"<start_of_turn>user\n{system}{self.user}<end_of_turn>\n<start_of_turn>model\n"
+
+
 class Tasks:
-    """The texts of one run; no engine, and no cache on disk, has seen its system prompts before."""
+    """The tasks of one run; no engine, and no cache on disk, has seen its system prompts before."""
 
     kinds = tuple(_DOMAINS)
     max_tokens = workload.MAX_TOKENS
@@ -27,29 +44,32 @@ class Tasks:
         self._run = f"{time.time_ns() // 1_000_000:x}"
         self._system = workload.of("pumps", "alarm")[0].system
 
-    def new(self, turn: int) -> str:
+    def new(self, turn: int) -> Task:
         """A request of 950 tokens with a system prompt that is new in this turn."""
-        return self._ask(turn, "P1 duty, all readings normal. What is its state?")
+        return Task(self._new_system(turn), "P1 duty, all readings normal. What is its state?")
 
-    def repeated(self, turn: int) -> str:
+    def repeated(self, turn: int) -> Task:
         """Another request with the system prompt of `new`."""
-        return self._ask(turn, "P2 rests, its seal drips 31 times a minute. What is to be done?")
+        return Task(self._new_system(turn), "P2 rests, its seal drips 31 times a minute. What is to be done?")
 
-    def short(self, turn: int) -> str:
+    def short(self, turn: int) -> Task:
         """A request of a few tokens."""
-        return f"Pump {turn % 3} has a discharge pressure of"
+        return Task("", f"Pump {turn} has a discharge pressure of 9 bar. Is that normal?")
 
-    def sensor(self, kind: str, turn: int) -> tuple[SensorRequest, SensorRequest]:
+    def sensor(self, kind: str, turn: int) -> tuple[Task, Task]:
         """Two requests of the workload with the same system prompt and schema, others in the next turn."""
-        choice = workload.of(_DOMAINS[kind], kind)
+        choice = [
+            Task(item.system, f"Readings:\n{item.readings}", item.schema)
+            for item in workload.of(_DOMAINS[kind], kind)
+        ]
         return choice[turn % len(choice)], choice[(turn + 1) % len(choice)]
 
     def tokens(self, text: str) -> int:
         """Tokens of a text, by Gemma's own tokenizer, whoever wrote it."""
         return len(self._tokenizer.encode(text))
 
-    def _ask(self, turn: int, question: str) -> str:
-        return f"Site {self._run}-{turn}. {self._system}\n\nReadings:\n{question}\n\nAnswer:"
+    def _new_system(self, turn: int) -> str:
+        return f"Site {self._run}-{turn}. {self._system}"
 
 
 class Answered:
@@ -63,14 +83,15 @@ class Answered:
         """Percent of the answers that were JSON objects with all members that the schema requires."""
         return 100 * self._valid / max(self._all, 1)
 
-    def rate(self, tasks: Tasks, task: SensorRequest, text: str, seconds: float) -> float:
+    def rate(self, tasks: Tasks, task: Task, text: str, seconds: float) -> float:
         """Note an answer; returns its tokens per second, from the request on."""
         self._all += 1
         self._valid += _is_valid(text, task)
         return tasks.tokens(text) / seconds
 
 
-def _is_valid(text: str, task: SensorRequest) -> bool:
+def _is_valid(text: str, task: Task) -> bool:
+    assert task.schema is not None
     try:
         answer = json.loads(text)
     except ValueError:
