@@ -29,23 +29,24 @@ BIN = Path(sys.executable).parent
 SCHEMA = {
     "type": "object",
     "properties": {
-        "status": {"enum": ["ok", "warning", "alarm"]},
-        "reason": {"type": "string", "maxLength": 60},
+        "machine": {"type": "string", "maxLength": 20},
+        "place": {"type": "string", "maxLength": 20},
         "pressure_bar": {"type": "number"},
+        "running": {"type": "boolean"},
     },
-    "required": ["status", "reason", "pressure_bar"],
+    "required": ["machine", "place", "pressure_bar", "running"],
     "additionalProperties": False,
 }
 
-EXAMPLES = """Reports on pumps. Pressure below 2 bar is an alarm, below 4 bar a warning, else ok.
-Reading: pressure 7.4 bar, flow 3.1 l/s
-Report: {"status":"ok","reason":"pressure is 7.4 bar","pressure_bar":7.4}
-Reading: pressure 1.1 bar, flow 0.2 l/s
-Report: {"status":"alarm","reason":"pressure of 1.1 bar is below 2 bar","pressure_bar":1.1}
-Reading: pressure 3.2 bar, flow 1.9 l/s
-Report: {"status":"warning","reason":"pressure of 3.2 bar is below 4 bar","pressure_bar":3.2}
-Reading: pressure 1.6 bar, flow 0.9 l/s
-Report: """
+REPORT = """Field reports as JSON.
+Report: Compressor 2 in hall B stands still, 0.4 bar.
+JSON: {"machine":"compressor 2","place":"hall B","pressure_bar":0.4,"running":false}
+Report: 7.9 bar at pump 11, pump house north, running smoothly.
+JSON: {"machine":"pump 11","place":"pump house north","pressure_bar":7.9,"running":true}
+Report: The boiler in the greenhouse runs at 1.8 bar.
+JSON: {"machine":"boiler","place":"greenhouse","pressure_bar":1.8,"running":true}
+Report: Pump 7 in the cellar has stopped, pressure is down to 3.6 bar.
+JSON: """
 
 
 def show(title: str, command: list[str]) -> None:
@@ -106,8 +107,8 @@ def ask(port: int, schema: Path) -> None:
     free = [*client, "--max-tokens", "40", "--stats", "A pump that loses pressure at night most likely has"]
     show("3. Ask it something (a base model: it continues the text)", free)
     subprocess.run(free, check=True)
-    reading = [*client, "--schema", str(schema), "--stats", EXAMPLES]
-    show("4. Give it a reading, and take JSON that always follows your schema", reading)
+    reading = [*client, "--schema", str(schema), "--stats", REPORT]
+    show("4. Hand it a report: the answer always follows your schema", reading)
     subprocess.run(reading, check=True)
 
 
