@@ -186,9 +186,16 @@ def _read_text(path: Path) -> str:
 
 
 def _peak_memory() -> int:
-    """Most resident bytes that this process has had, file pages included."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    """Most resident bytes that this process has had, file pages included.
+
+    Linux's ru_maxrss would count what the parent had when it started us.
+    """
+    try:
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _description(bundle: Path, manifest: Manifest) -> str:

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converters.checkpoints.base import Checkpoint, ExactCodes
-from converters.decoder_graph import build, stacked_matrices, widths_of
+from converters.decoder_graph import Widths, build, stacked_matrices, widths_of
 from converters.encoding import Encoder, NearestCodes, Quantizer
 from converters.quantization import Format, tensor_group
 from converters.recipes import Plan, choose_recipe, plan_that_keeps, stored_format
@@ -68,9 +68,11 @@ def convert(
     context: int = DEFAULT_CONTEXT,
     report: Callable[[Progress], None] = lambda _progress: None,
     quantizer: Quantizer | None = None,
+    widths: Widths | None = None,
 ) -> Converted:
-    """Write the bundle `target`, which must not exist. `recipe` None lets `choose_recipe` choose.
+    """Write the bundle `target`, which must not exist.
 
+    None lets `choose_recipe` choose the recipe, and `widths_of` the widths of the signatures.
     Raises CheckpointError for a wrong tensor, EdgeError if the recipe does not suit the checkpoint or the
     target exists or can't be written. Whatever is raised, KeyboardInterrupt included, nothing is left behind.
     """
@@ -85,7 +87,9 @@ def convert(
     }
     with _whole_or_nothing(target, _estimate(arch, plan)) as scratch, ThreadPoolExecutor(1) as pool:
         digests = pool.submit(_digests, checkpoint.source_files)
-        job = _Conversion(checkpoint, plan, carried, scratch, report, quantizer or NearestCodes())
+        advance = _Counter(_values_in(arch), report).advance
+        encoder = Encoder(checkpoint.tensors, carried, quantizer or NearestCodes(), advance)
+        job = _Conversion(checkpoint, plan, widths or widths_of(arch), scratch, encoder)
         tables = job.run()
         manifest = _manifest(checkpoint, recipe, context, job, tables, scratch, digests)
         (scratch / MANIFEST).write_text(manifest.to_json())
@@ -172,6 +176,24 @@ def matrix_shapes(arch: Architecture) -> dict[str, tuple[int, int]]:
     }
 
 
+def _values_in(arch: Architecture) -> int:
+    """How many values a conversion quantises."""
+    total = sum(rows * columns for rows, columns in matrix_shapes(arch).values())
+    total += arch.vocabulary * len(arch.layers) * arch.per_layer_width
+    return total + (0 if arch.tied_head else arch.vocabulary * arch.hidden)
+
+
+class _Counter:
+    """Adds up the values that are done, and reports."""
+
+    def __init__(self, total: int, report: Callable[[Progress], None]) -> None:
+        self._done, self._total, self._report = 0, total, report
+
+    def advance(self, name: str, values: int) -> None:
+        self._done += values
+        self._report(Progress(self._done, self._total, name))
+
+
 @dataclass(frozen=True)
 class _Tables:
     """Where rows that are gathered one by one lie."""
@@ -188,22 +210,16 @@ class _Conversion:
         self,
         checkpoint: Checkpoint,
         plan: Plan,
-        carried: Mapping[str, ExactCodes],
+        widths: Widths,
         directory: Path,
-        report: Callable[[Progress], None],
-        quantizer: Quantizer,
+        encoder: Encoder,
     ) -> None:
-        self.checkpoint, self.plan, self.directory = checkpoint, plan, directory
-        self.encoder = Encoder(checkpoint.tensors, carried, quantizer, self._advance)
+        self.checkpoint, self.plan, self.widths, self.directory = checkpoint, plan, widths, directory
+        self.encoder = encoder
         self.shapes = matrix_shapes(checkpoint.architecture)
         self.bytes_per_token = sum(
             _stored_bytes(plan.matrices[name], *shape) for name, shape in self.shapes.items()
         )
-        self._report, self._done = report, 0
-        arch = checkpoint.architecture
-        self._total = sum(rows * columns for rows, columns in self.shapes.values())
-        self._total += arch.vocabulary * len(arch.layers) * arch.per_layer_width
-        self._total += 0 if arch.tied_head else arch.vocabulary * arch.hidden
 
     def run(self) -> _Tables:
         """Write every file but the manifest. Returns where the rows lie that are gathered one by one."""
@@ -231,10 +247,6 @@ class _Conversion:
             )
         return lines
 
-    def _advance(self, name: str, values: int) -> None:
-        self._done += values
-        self._report(Progress(self._done, self._total, name))
-
     def _decoder(self) -> RowTable:
         """Write the graph and its weights. Returns where the head's rows lie."""
         arch = self.checkpoint.architecture
@@ -244,7 +256,7 @@ class _Conversion:
         def vector(name: str) -> NDArray[np.float32]:
             return self.checkpoint.tensors[name].array()
 
-        model = build(arch, widths_of(arch), weights, vector)
+        model = build(arch, self.widths, weights, vector)
         channels = {name: shape[0] for name, shape in self.shapes.items() if weights[name].scales_key}
         with contextlib.closing(ModelWriter(self.directory / DECODER, model, channels)) as writer:
             for name, parts in stacked_matrices(arch).items():
@@ -314,12 +326,11 @@ def _manifest(
     digests: Future[dict[str, str]],
 ) -> Manifest:
     paths = {path.name: path for path in sorted(scratch.iterdir())}
-    widths = widths_of(checkpoint.architecture)
     return Manifest(
         architecture=checkpoint.architecture,
         context=context,
-        verify_width=widths.verify,
-        prefill_widths=widths.prefill,
+        verify_width=job.widths.verify,
+        prefill_widths=job.widths.prefill,
         prompt_format=checkpoint.chat.prompt_format,
         bos_id=checkpoint.chat.bos_id,
         stop_ids=checkpoint.chat.stop_ids,
