@@ -21,10 +21,10 @@ from typing import Any, Protocol
 import click
 
 from benchmarks import gate, models
-from benchmarks.litert_lm import LiteRtLm
-from benchmarks.llama_cpp import LlamaCpp
-from benchmarks.llama_cpp import find as find_llama_cpp
 from benchmarks.ours import Ours
+from benchmarks.peer_litert_lm import LiteRtLm
+from benchmarks.peer_llama_cpp import LlamaCpp
+from benchmarks.peer_llama_cpp import find as find_llama_cpp
 from benchmarks.results import MACHINE, MEASURES, Results, table
 from benchmarks.speed import read_bandwidth, seconds
 from benchmarks.tasks import Tasks

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks.results import MACHINE, MEASURES, Results, pairs
+from benchmarks.results import COMPARED, MACHINE, MEASURES, Results, pairs
 
 BASELINE = Path(__file__).with_name("baseline.json")
 TOLERANCE = 0.25
@@ -35,7 +35,10 @@ def _all_ratios(results: Results) -> Iterator[tuple[str, list[float]]]:
             continue
         bound = results.of(engine, "bound")
         for row in _RATES:
-            yield f"{engine}: {row.label} / bandwidth bound", _divided(results.of(engine, row.key), bound)
+            yield (
+                f"{engine}: {row.label.strip()} / bandwidth bound",
+                _divided(results.of(engine, row.key), bound),
+            )
         interpreter = results.of(MACHINE, "interpreter")
         for row in _STARTS:
             name = f"{engine}: bare interpreter / {row.label.strip()}"
@@ -44,7 +47,7 @@ def _all_ratios(results: Results) -> Iterator[tuple[str, list[float]]]:
         yield f"{engine}: first token, new / repeated system prompt", _divided(new, repeated)
         yield f"{engine}: 100 MB / RssAnon", [1e8 / value for value in results.of(engine, "anonymous")]
     for ours, peer in pairs(results):
-        for row in MEASURES:
+        for row in COMPARED:
             yield f"{ours}: {row.label.strip()}, times {peer}", results.advantage(row, ours, peer)
 
 

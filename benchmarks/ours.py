@@ -48,6 +48,7 @@ class Ours:
             "first_token_new": lambda i: self._first_token(tasks.new(i)),
             "first_token_repeated": lambda i: self._first_token(tasks.repeated(i)),
             **{f"json_{kind}": partial(self._answer, kind) for kind in tasks.kinds},
+            "json_all": lambda _: self._answered.overall_rate,
             "json_valid": lambda _: self._answered.valid_share,
             "first_ready": lambda _: self._first_ready_s,
             "ready": lambda _: self._ready(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +28,8 @@ class Task:
 
     @property
     def text(self) -> str:
-        """The same in Gemma 3's turns, for engines that are given the whole prompt as text."""
-        system = f"{self.system}\n\n" if self.system else ""
-        return f"<start_of_turn>user\n{system}{self.user}<end_of_turn>\n<start_of_turn>model\n"
+        """The same as one text, for engines that get no messages; without turns, so it is no longer."""
+        return f"{self.system}\n\n{self.user}\n".lstrip()
 
 
 class Tasks:
@@ -77,16 +77,24 @@ class Answered:
 
     def __init__(self) -> None:
         self._valid = self._all = 0
+        self._latest: deque[tuple[int, float]] = deque(maxlen=len(Tasks.kinds))
 
     @property
     def valid_share(self) -> float:
         """Percent of the answers that were JSON objects with all members that the schema requires."""
         return 100 * self._valid / max(self._all, 1)
 
-    def rate(self, tasks: Tasks, task: Task, text: str, seconds: float) -> float:
-        """Note an answer; returns its tokens per second, from the request on."""
+    @property
+    def overall_rate(self) -> float:
+        """Tokens per second of the latest answer of each kind, with all that had to be set up for them."""
+        tokens, seconds = zip(*self._latest, strict=True)
+        return float(sum(tokens) / sum(seconds))
+
+    def rate(self, tasks: Tasks, task: Task, text: str, seconds: float, setup_s: float = 0.0) -> float:
+        """Note an answer; returns its tokens per second, from the request on, without set-up."""
         self._all += 1
         self._valid += _is_valid(text, task)
+        self._latest.append((tasks.tokens(text), seconds + setup_s))
         return tasks.tokens(text) / seconds
 
 

@@ -62,6 +62,7 @@ class LlamaCpp:
             "first_token_new": lambda i: self._first_token(tasks.new(i)),
             "first_token_repeated": lambda i: self._first_token(tasks.repeated(i)),
             **{f"json_{kind}": partial(self._answer, kind) for kind in tasks.kinds},
+            "json_all": lambda _: self._answered.overall_rate,
             "json_valid": lambda _: self._answered.valid_share,
             "ready": lambda _: self._ready(),
             "text": lambda i: startup.first_text_s(self._completion(tasks.short(i)), {}),

@@ -1,8 +1,8 @@
 """LiteRT-LM in a process of its own. Needs `litert-lm-api` and nothing of this project.
 
-python litert_lm_worker.py serve MODEL CACHE THREADS             JSON lines in, JSON lines out
-python litert_lm_worker.py first MODEL CACHE THREADS TEXT        print the first token of an answer
-python litert_lm_worker.py bench MODEL CACHE THREADS PREFILL DECODE    its own benchmark, once
+python peer_litert_lm_worker.py serve MODEL CACHE THREADS             JSON lines in, JSON lines out
+python peer_litert_lm_worker.py first MODEL CACHE THREADS TEXT        print the first token of an answer
+python peer_litert_lm_worker.py bench MODEL CACHE THREADS PREFILL DECODE    its own benchmark, once
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ from typing import Any
 
 lm: Any = importlib.import_module("litert_lm")
 
-# The text is the prompt: a base model has no turns.
-TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+# The text is the prompt, as it is.
+TEMPLATE = (
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{{ part['text'] }}{% endfor %}{% endfor %}"
+)
 
 
 class Work:
@@ -27,21 +30,27 @@ class Work:
         self._engine = lm.Engine(model, backend=backend, cache_dir=cache)
 
     def answer(self, text: str, schema: dict[str, Any] | None, max_tokens: int) -> dict[str, Any]:
-        """The greedy answer, by a JSON schema if there is one, and the seconds it took."""
-        started = time.perf_counter()
+        """The greedy answer, by a JSON schema if there is one.
+
+        `seconds` is what the message took, `setup` what its conversation took before: with a grammar that is
+        seconds, because the vocabulary is prepared again for each.
+        """
         constrained = lm.ConstrainedDecodingConfig(provider=lm.LiteRtLmConstraintProviderType.LL_GUIDANCE)
+        started = time.perf_counter()
         conversation = self._engine.create_conversation(
             chat_template=TEMPLATE,
             sampler_config=lm.SamplerConfig(top_k=1, temperature=0.0),
             constrained_decoding_config=constrained if schema else None,
         )
+        created = time.perf_counter()
         with conversation:
             message = conversation.send_message(
                 text,
                 max_output_tokens=max_tokens,
                 response_format=lm.ResponseFormat.json(schema) if schema else None,
             )
-        return {"seconds": time.perf_counter() - started, "text": str(message.contents)}
+        taken = time.perf_counter() - created
+        return {"seconds": taken, "setup": created - started, "text": str(message.contents)}
 
 
 def bench(model: str, cache: str, threads: int, prefill: int, decode: int) -> dict[str, Any]:
