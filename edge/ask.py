@@ -77,7 +77,7 @@ class _Text:
         if isinstance(answer, Failure):
             self._end_line()
             retry = f" (try again in {answer.retry_after_ms} ms)" if answer.retry_after_ms else ""
-            click.echo(f"edge-ask: {answer.code}: {_harmless(answer.message)}{retry}", err=True)
+            click.echo(f"Error: {answer.code}: {_harmless(answer.message)}{retry}", err=True)
             return
         if not answer.text.startswith(self._shown):
             self._end_line()
@@ -86,7 +86,7 @@ class _Text:
         for call in answer.tool_calls:
             click.echo(f"{call.name}({_harmless(str(dict(call.arguments)))})")
         if answer.finish_reason in EXIT_CODES:
-            click.echo(f"edge-ask: the answer is not complete: {answer.finish_reason}", err=True)
+            click.echo(f"Error: the answer is not complete: {answer.finish_reason}", err=True)
 
     def _end_line(self) -> None:
         if self._shown:

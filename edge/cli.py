@@ -1,26 +1,19 @@
-"""The commands `edge-daemon` and `edge-ask`: options in, exit codes out. Errors are one line."""
+"""The commands `edge-daemon` and `edge-ask`: options in, exit codes out; an EdgeError shows itself."""
 
 from __future__ import annotations
 
-import functools
 import logging
 import sys
 import uuid
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
-
-from edge.errors import EdgeError
 
 if TYPE_CHECKING:
     from edge.links import Link
     from edge.messages import Request
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 FILE = click.Path(path_type=Path)
 
@@ -44,20 +37,6 @@ Exit codes:
 """
 
 
-def _one_line(function: Callable[P, R]) -> Callable[P, R]:
-    """Show an EdgeError as one line, with its exit code."""
-
-    @functools.wraps(function)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return function(*args, **kwargs)
-        except EdgeError as error:
-            click.echo(f"{click.get_current_context().command_path}: {error}", err=True)
-            raise SystemExit(error.exit_code) from None
-
-    return wrapped
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="edge-gemma")
 def daemon() -> None:
@@ -66,7 +45,6 @@ def daemon() -> None:
 
 @daemon.command()
 @click.option("--config", "path", type=FILE, required=True, help="The configuration, a TOML file.")
-@_one_line
 def run(path: Path) -> None:
     """Serve in the foreground until SIGTERM or Ctrl-C.
 
@@ -108,7 +86,6 @@ def run(path: Path) -> None:
 @click.option("--timeout", type=click.FloatRange(0.001, 86_400), help="Give up after so many seconds.")
 @click.option("--json", "as_json", is_flag=True, help="Print the whole answer as one line of JSON.")
 @click.option("--stats", is_flag=True, help="Print token counts and times to stderr.")
-@_one_line
 def ask(prompt: str | None, as_json: bool, stats: bool, **options: Any) -> None:
     """Ask a model on the edge. Without PROMPT, or with -, it is read from stdin."""
     ways = [name for name in ("serial", "bundle") if options[name] is not None]

@@ -124,7 +124,7 @@ def test_a_node_is_found_by_itself_or_named(served: Field) -> None:
     assert run("--port", port, "--node", "pump", "--max-tokens", "1", "x").returncode == 0
     done = run("--port", port, "--node", "tank", "x")
     assert done.returncode == 6
-    assert done.stderr == f"edge-ask: node tank at broker 127.0.0.1:{port} is not known; online are pump\n"
+    assert done.stderr == f"Error: node tank at broker 127.0.0.1:{port} is not known; online are pump\n"
 
 
 def test_a_node_that_is_offline_is_named(mosquitto: Mosquitto) -> None:
@@ -144,7 +144,7 @@ def test_a_broker_that_is_not_there_or_refuses_is_named(
     done = run("--port", str(port), "x")
     assert done.returncode == 6
     assert done.stderr == (
-        f"edge-ask: broker 127.0.0.1:{port}: can't be reached: Connection refused; "
+        f"Error: broker 127.0.0.1:{port}: can't be reached: Connection refused; "
         "is it running, and are host and port right?\n"
     )
     (tmp_path / "passwords").touch(mode=0o600)
