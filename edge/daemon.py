@@ -1,4 +1,4 @@
-"""The daemon: a generator, an engine, the transports of the configuration, and systemd told about it all.
+"""The daemon: a generator, an engine, a journal, the transports of the configuration, and systemd told of it.
 
 SIGTERM and SIGINT drain: new requests are refused, those there are get their answers for up to `drain_s`
 seconds, the rest a typed error; a second signal ends the process at once.
@@ -18,14 +18,17 @@ from edge.config import Config
 from edge.engine import Engine
 from edge.errors import EdgeError, TransportError
 from edge.generation import Generator
+from edge.journal import Journal
+from edge.journaling import JournaledEngine, Origin
 from edge.systemd import Watchdog, notify, watchdog_s
-from edge.transports.mqtt import MqttTransport
+from edge.transports.mqtt import CLIENT, MqttTransport
 from edge.transports.serial import SerialTransport
 
 log = logging.getLogger(__name__)
 
 CHECK_S = 0.5  # between two looks at whether a thread has ended
 WATCH_S = 5.0  # between two looks at their progress; each ticks about once a second
+JOURNAL = "journal.sqlite"  # in the state directory
 CLOSE_S = 5.0  # for a transport to send what it has
 
 
@@ -35,7 +38,8 @@ class Daemon:
     def __init__(self, config: Config) -> None:
         """Open the bundle and prepare the rest.
 
-        Raises BundleError, RuntimeFailure or TransportError (a TLS file that can't be used).
+        Raises BundleError, RuntimeFailure, TransportError (a TLS file that can't be used), or EdgeError if
+        another process holds the journal.
         """
         self._config = config
         self._watched = time.monotonic()
@@ -45,16 +49,21 @@ class Daemon:
             config.bundle, config.cache_directory, config.threads, config.context
         )
         self._engine = Engine(self._generator, config.queue)
+        self._journal = Journal(config.state_directory / JOURNAL)
+        self._journaled = JournaledEngine(self._engine, self._journal)
         self._mqtt: MqttTransport | None = None
         if config.mqtt is not None:
-            self._mqtt = MqttTransport(config.mqtt, config.node, self._engine, self._status(), self._health)
-        self._ports = [SerialTransport(port, config.node, self._engine) for port in config.serial]
+            self._mqtt = MqttTransport(
+                config.mqtt, config.node, self._journaled, self._status(), self._health
+            )
+        self._ports = [SerialTransport(port, config.node, self._journaled) for port in config.serial]
         self._watchdog = Watchdog({name: part[0] for name, part in self._parts().items()})
 
     def run(self) -> None:
         """Serve until a signal comes. Raises EdgeError if a part has ended that must not."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
+        self._journaled.resume(self._origin)
         self._engine.start()
         for transport in self._transports():
             transport.start()
@@ -103,8 +112,15 @@ class Daemon:
             self._engine.stop(self._config.drain_s)
             for transport in self._transports():
                 transport.stop(CLOSE_S)
+            self._journal.close()
         finally:
             done.set()
+
+    def _origin(self, client: str) -> Origin | None:
+        """Find where the requests of a client come from."""
+        if client.startswith(CLIENT):
+            return self._mqtt
+        return next((port for port in self._ports if port.client == client), None)
 
     def _transports(self) -> list[MqttTransport | SerialTransport]:
         return [*([self._mqtt] if self._mqtt else []), *self._ports]
@@ -137,6 +153,7 @@ class Daemon:
             "answered": engine.answered,
             "failed": engine.failed,
             "last_error": engine.last_error,
+            "journal": self._journal.problem,
         }
 
 

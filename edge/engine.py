@@ -4,8 +4,6 @@
 answers `busy`, a deadline that passes while a request waits `expired`, an exception of the generator
 `internal`. Deadlines and cancellation take effect within one decode step or prefill chunk. Sinks are called
 in the decoder thread or in the caller's, never under the engine's lock; they must not block.
-
-Transports need no more of the engine than RequestHandler, so what remembers answers can stand between.
 """
 
 from __future__ import annotations
@@ -40,16 +38,6 @@ class Generates(Protocol):
         """Yield pieces of the answer and at last one Completion."""
 
 
-class RequestHandler(Protocol):
-    """What a transport hands requests to. `client` is the name space of the ids: a topic, a port."""
-
-    def submit(self, client: str, request: Request, sink: Sink) -> None:
-        """Answer `request` through `sink`; a repeat of one that is being worked on changes nothing."""
-
-    def cancel(self, client: str, request_id: str) -> bool:
-        """Cancel a request; False if there is none of this id."""
-
-
 @dataclass(eq=False)
 class _Job:
     """A request on its way; times are those of `time.monotonic`."""
@@ -57,6 +45,7 @@ class _Job:
     client: str
     request: Request
     sink: Sink
+    started_work: Callable[[], None]
     arrived: float = field(default_factory=time.monotonic)
     started: float = 0.0
     cancelled: bool = False
@@ -110,16 +99,25 @@ class Engine:
         """Whether a request is being answered now."""
         return len(self._jobs) > len(self._queue)
 
-    def submit(self, client: str, request: Request, sink: Sink) -> None:
+    def submit(
+        self,
+        client: str,
+        request: Request,
+        sink: Sink,
+        started: Callable[[], None] = lambda: None,
+        resumed: bool = False,
+    ) -> None:
         """Queue `request`; `sink` gets its Partials and then its one Final or Failure.
 
-        A request with the client and id of one that is not answered yet is taken for a repeat and ignored.
+        `client` is the name space of the ids. A request with the client and id of one that is not answered
+        yet is taken for a repeat and ignored. `started` is called in the decoder thread when work on it
+        begins. One that is `resumed` was in the queue of an earlier run, so a full queue does not refuse it.
         """
-        job = _Job(client, request, sink)
+        job = _Job(client, request, sink, started)
         with self._lock:
             if job.key in self._jobs:
                 return
-            refusal = self._refusal(request)
+            refusal = None if resumed else self.refusal(request)
             if refusal is None:
                 self._jobs[job.key] = job
                 self._queue.append(job)
@@ -148,7 +146,8 @@ class Engine:
             self._deliver(job, _stopping(job.request))
         self._thread.join(ABANDON_S)
 
-    def _refusal(self, request: Request) -> Failure | None:
+    def refusal(self, request: Request) -> Failure | None:
+        """Say why a new request would be refused now, or None."""
         if self._stopping:
             return _stopping(request)
         if len(self._queue) < self._queue_length:
@@ -193,6 +192,7 @@ class Engine:
         job.started = time.monotonic()
         answer: Final | Failure
         try:
+            job.started_work()
             answer = self._generate(job)
         except RequestError as error:
             answer = Failure(job.request.id, error.code, str(error), error.retry_after_ms)

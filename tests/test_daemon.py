@@ -186,7 +186,7 @@ def test_a_bundle_that_is_missing_or_damaged_is_named(
         daemon.start(wait=False)
         assert daemon.end() == 3
         (line,) = daemon.log.read_text().splitlines()
-        assert line.startswith(f"edge-daemon run: {place}")
+        assert line.startswith(f"Error: {place}")
         assert said in line
 
 
@@ -199,7 +199,7 @@ def test_a_broker_that_refuses_the_password_ends_it(
     daemon.start(wait=False)
     assert daemon.end() == 6
     assert daemon.log.read_text().splitlines()[-1] == (
-        f"edge-daemon run: broker 127.0.0.1:{broker.port}: it refuses the connection: Not authorized; "
+        f"Error: broker 127.0.0.1:{broker.port}: it refuses the connection: Not authorized; "
         "check user name, password and its access list."
     )
 

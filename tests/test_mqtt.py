@@ -21,6 +21,8 @@ from speller import Speller
 from edge.config import Broker, MqttConfig
 from edge.engine import Engine
 from edge.errors import TransportError
+from edge.journal import Journal
+from edge.journaling import JournaledEngine
 from edge.messages import MAX_REQUEST_BYTES, Answer, Failure, Final, Partial, Request, parse_answer
 from edge.transports.mqtt import MqttTransport
 
@@ -120,7 +122,7 @@ class Node:
         transport = MqttTransport(
             MqttConfig(broker, session_expiry_s, prefixes),
             "pump",
-            engine,
+            JournaledEngine(engine, Journal(None)),
             {"version": "1"},
             lambda: {"queue": engine.waiting},
         )

@@ -18,6 +18,8 @@ from speller import Speller
 from edge.config import SerialConfig
 from edge.engine import Engine
 from edge.framing import Damaged, FrameDecoder, encode
+from edge.journal import Journal
+from edge.journaling import JournaledEngine
 from edge.messages import Request
 from edge.transports.serial import MAX_LINE_BYTES, SerialTransport
 from edge.transports.serial_port import MAX_WAITING_BYTES
@@ -73,7 +75,7 @@ class Node:
         speller = Speller()
         engine = Engine(speller, queue_length=3, partial_interval_s=0)
         config = SerialConfig(str(port), 115_200, "none", lenient)
-        node = cls(speller, engine, SerialTransport(config, "pump", engine))
+        node = cls(speller, engine, SerialTransport(config, "pump", JournaledEngine(engine, Journal(None))))
         engine.start()
         node.transport.start()
         return node

@@ -6,12 +6,14 @@ deadline.
 
 A request is acknowledged when the broker has acknowledged its final answer, so neither a crash nor a lost
 connection loses one. Redelivery of a request that is being worked on, or whose answer is out, is recognised
-by its response topic and id. Acknowledgements are sent as answers come, not in the order of arrival that
-MQTT 5, 4.6 wants: a refusal must not wait behind a long answer, and brokers go by the packet identifier.
+by its response topic and id; across runs it is the journal that does. Acknowledgements are sent as answers
+come, not in the order of arrival that MQTT 5, 4.6 wants: a refusal must not wait behind a long answer, and
+brokers go by the packet identifier.
 """
 
 from __future__ import annotations
 
+import base64
 import logging
 import time
 from collections import OrderedDict
@@ -22,8 +24,9 @@ from typing import Any, TypeGuard
 
 from edge.checks import FieldError, mapping
 from edge.config import MqttConfig
-from edge.engine import RequestHandler
+from edge.engine import Sink
 from edge.errors import RequestError
+from edge.journaling import JournaledEngine
 from edge.messages import Answer, Failure, Partial, Request, parse_request, salvage
 from edge.request_fields import request_id, response_topic
 from edge.strict_json import StrictJsonError, dumps, loads, printable
@@ -32,6 +35,7 @@ from edge.transports.mqtt_connection import MqttConnection, Outgoing, Received, 
 log = logging.getLogger(__name__)
 
 ROOT = "edge/v1"
+CLIENT = "mqtt:"  # and the response topic: the name space of ids
 REMEMBERED = 512  # answered requests whose redelivery is recognised
 HEALTH_CHANGED_S, HEALTH_SAME_S = 1.0, 60.0  # health is published at most, and at least, this often
 OVERHEAD_BYTES = 128  # of a PUBLISH packet beside topic, payload and correlation data
@@ -53,14 +57,14 @@ class MqttTransport:
         self,
         config: MqttConfig,
         node: str,
-        handler: RequestHandler,
+        engine: JournaledEngine,
         status: Mapping[str, Any],
         health: Callable[[], Mapping[str, Any]],
     ) -> None:
         """Prepare the transport. Raises TransportError if a TLS file can't be used."""
         self._base = f"{ROOT}/{node}"
         self._prefixes = (f"{self._base}/reply/", *config.reply_prefixes)
-        self._handler = handler
+        self._engine = engine
         self._status = dict(status)
         self._health = health
         self.online = False
@@ -88,6 +92,12 @@ class MqttTransport:
             time.sleep(0.02)
         self.connection.post(self._say_offline)
         self.connection.stop(timeout_s)
+
+    def sink(self, client: str, request_id: str, note: str) -> Sink:
+        """Make a sink for a request of an earlier run; to be called before the start."""
+        key = (client.removeprefix(CLIENT), request_id)
+        self._deliveries[key] = delivery = _Delivery(key[0], base64.b64decode(note) if note else None)
+        return partial(self._sink, key, delivery)
 
     # What follows is called in the connection's thread only.
 
@@ -126,6 +136,11 @@ class MqttTransport:
         delivery = self._deliveries.pop(key)
         if refused:
             log.warning("%s: the broker refuses an answer: %s", printable(delivery.reply, 200), refused)
+        self._engine.delivered(_client(delivery.reply), key[1])
+        self._finish(key, delivery)
+
+    def _finish(self, key: tuple[str, str], delivery: _Delivery) -> None:
+        """Acknowledge a request that is done."""
         for token in delivery.tokens:
             self.connection.acknowledge(token)
         self._answered[key] = None
@@ -167,11 +182,14 @@ class MqttTransport:
         if refusal is not None:
             self._send(key, delivery, refusal)
         elif request is not None:
-            self._submit(key, delivery, _with_expiry(request, message.expiry_s))
+            self._submit(key, delivery, _with_expiry(request, message.expiry_s), message.repeated)
 
-    def _submit(self, key: tuple[str, str], delivery: _Delivery, request: Request) -> None:
+    def _submit(self, key: tuple[str, str], delivery: _Delivery, request: Request, repeated: bool) -> None:
+        note = base64.b64encode(delivery.correlation).decode() if delivery.correlation else ""
+        sink = partial(self._sink, key, delivery)
         try:
-            self._handler.submit(f"mqtt:{delivery.reply}", request, partial(self._sink, key, delivery))
+            if not self._engine.submit(_client(delivery.reply), request, sink, note, repeated):
+                self._finish(key, self._deliveries.pop(key))
         except Exception:
             log.exception("request %s could not be taken on", request.id)
             self._send(key, delivery, Failure(request.id, "internal", "the daemon failed; its log says why"))
@@ -203,7 +221,7 @@ class MqttTransport:
                 "%s: ignored: %s; the request's id and response topic are needed", message.topic, error
             )
             return
-        self._handler.cancel(f"mqtt:{reply}", name)
+        self._engine.cancel(_client(reply), name)
 
     def _sink(self, key: tuple[str, str], delivery: _Delivery, answer: Answer) -> None:
         """Take an answer, in any thread."""
@@ -236,6 +254,11 @@ class MqttTransport:
 
     def _state(self, state: str) -> Outgoing:
         return Outgoing(f"{self._base}/status", dumps({"state": state, **self._status}), retain=True)
+
+
+def _client(reply: str) -> str:
+    """Give the name space of a response topic's ids."""
+    return CLIENT + reply
 
 
 def _with_expiry(request: Request, expiry_s: int | None) -> Request:

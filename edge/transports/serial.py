@@ -5,7 +5,7 @@ the protocol's version, when the port is opened and when it is asked for; `ack` 
 arrived whole; `nak` for a line that noise has spoilt, which is to be sent again; `partial`, `final`, `error`.
 
 Who gets neither `ack` nor `nak` sends the request again with the same id: while it is being answered a repeat
-is acknowledged and changes nothing.
+is acknowledged and changes nothing, later it gets the same answer again.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import logging
 
 from edge.checks import FieldError, mapping, one_of
 from edge.config import SerialConfig
-from edge.engine import RequestHandler
+from edge.engine import Sink
 from edge.errors import RequestError
 from edge.framing import Damaged
+from edge.journaling import JournaledEngine
 from edge.messages import Answer, Failure, Partial, parse_request, salvage
 from edge.request_fields import request_id
 from edge.strict_json import StrictJsonError, dumps, loads
@@ -32,9 +33,9 @@ NOISE = ("crc", "no_crc")  # damage that another try may not have
 class SerialTransport:
     """Serves one node on one port."""
 
-    def __init__(self, config: SerialConfig, node: str, handler: RequestHandler) -> None:
-        self._client = f"serial:{config.port}"
-        self._handler = handler
+    def __init__(self, config: SerialConfig, node: str, engine: JournaledEngine) -> None:
+        self.client = f"serial:{config.port}"
+        self._engine = engine
         self._hello = dumps({"type": "hello", "protocol": PROTOCOL, "node": node})
         self.port = SerialPort(config, MAX_LINE_BYTES, self._greet, self._received)
 
@@ -46,13 +47,17 @@ class SerialTransport:
         """Write the answers that wait and close the port."""
         self.port.stop(timeout_s)
 
+    def sink(self, _client: str, _request_id: str, _note: str) -> Sink:
+        """Make a sink for a request of an earlier run."""
+        return self._answer
+
     def _greet(self) -> None:
         self.port.send(self._hello)
 
     def _received(self, item: str | Damaged) -> None:
         """Take a line, in the port's thread."""
         if isinstance(item, Damaged) and item.reason in NOISE:
-            log.info("%s: %s", self._client, item)
+            log.info("%s: %s", self.client, item)
             self.port.send(dumps({"type": "nak", "reason": item.reason}))
         elif isinstance(item, Damaged):
             self._answer(Failure(None, "bad_request", str(item)))
@@ -69,7 +74,7 @@ class SerialTransport:
                 self._greet()
             else:
                 mapping("cancel", data, ("type", "id"), ("id",))
-                self._handler.cancel(self._client, request_id("id", data["id"]))
+                self._engine.cancel(self.client, request_id("id", data["id"]))
         except StrictJsonError:
             return False
         except FieldError as error:
@@ -84,11 +89,18 @@ class SerialTransport:
             return
         self.port.send(dumps({"type": "ack", "id": request.id}))
         try:
-            self._handler.submit(self._client, request, self._answer)
+            self._engine.submit(self.client, request, self._answer)
         except Exception:
             log.exception("request %s could not be taken on", request.id)
             self._answer(Failure(request.id, "internal", "the daemon failed; its log says why"))
 
     def _answer(self, answer: Answer) -> None:
         """Send an answer, from any thread."""
-        self.port.send(answer.to_json(), droppable=isinstance(answer, Partial))
+        if isinstance(answer, Partial):
+            self.port.send(answer.to_json(), droppable=True)
+        else:
+            self.port.send(answer.to_json(), written=lambda: self._delivered(answer.id))
+
+    def _delivered(self, request_id: str | None) -> None:
+        if request_id is not None:
+            self._engine.delivered(self.client, request_id)

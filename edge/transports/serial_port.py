@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import serial
 
@@ -28,6 +28,14 @@ REOPEN_S = 0.5  # between two tries to open the port
 CHUNK_BYTES = 256  # written between two looks at what came in
 WRITE_S = 5.0  # a port that takes nothing for so long (flow control) is opened anew
 MAX_WAITING_BYTES = 1024 * 1024  # of frames that wait for the port
+
+
+class _Frame(NamedTuple):
+    """A frame that waits for the port."""
+
+    data: bytes
+    droppable: bool
+    written: Callable[[], None]
 
 
 class SerialPort:
@@ -53,7 +61,7 @@ class SerialPort:
         self._stopping = False
         self._lock = threading.Lock()
         self._port: Any = None
-        self._waiting: deque[tuple[bytes, bool]] = deque()
+        self._waiting: deque[_Frame] = deque()
         self._waiting_bytes = 0
         self._rest = b""  # of the frame at the head of the queue
         self._idle = threading.Event()
@@ -82,17 +90,20 @@ class SerialPort:
         """Whether the port is open."""
         return self._port is not None
 
-    def send(self, text: str, droppable: bool = False) -> None:
-        """Queue a frame, from any thread. Raises ValueError if `text` is not printable ASCII."""
-        frame = encode(text)
+    def send(self, text: str, droppable: bool = False, written: Callable[[], None] = lambda: None) -> None:
+        """Queue a frame, from any thread; `written` is called in the port's when it has been written.
+
+        Raises ValueError if `text` is not printable ASCII.
+        """
+        frame = _Frame(encode(text), droppable, written)
         with self._lock:
-            full = self._waiting_bytes + len(frame) > MAX_WAITING_BYTES
+            full = self._waiting_bytes + len(frame.data) > MAX_WAITING_BYTES
             if full or (droppable and self._port is None):
                 if not droppable:
-                    log.warning("port %s: nobody reads what waits for it; an answer is lost", self.name)
+                    log.warning("port %s: nobody reads what waits for it; an answer is dropped", self.name)
                 return
-            self._waiting.append((frame, droppable))
-            self._waiting_bytes += len(frame)
+            self._waiting.append(frame)
+            self._waiting_bytes += len(frame.data)
             self._idle.clear()
             if len(self._waiting) > 1:
                 return
@@ -150,19 +161,21 @@ class SerialPort:
                 if not self._waiting:
                     self._idle.set()
                     return False
-                self._rest = self._waiting[0][0]
+                self._rest = self._waiting[0].data
         port.write(self._rest[:CHUNK_BYTES])
         self._rest = self._rest[CHUNK_BYTES:]
         if not self._rest:
             with self._lock:
-                self._waiting_bytes -= len(self._waiting.popleft()[0])
+                frame = self._waiting.popleft()
+                self._waiting_bytes -= len(frame.data)
+            frame.written()
         return True
 
     def _close(self) -> None:
         with self._lock:
             port, self._port, self._rest = self._port, None, b""
-            self._waiting = deque(item for item in self._waiting if not item[1])
-            self._waiting_bytes = sum(len(frame) for frame, _ in self._waiting)
+            self._waiting = deque(frame for frame in self._waiting if not frame.droppable)
+            self._waiting_bytes = sum(len(frame.data) for frame in self._waiting)
         if port is not None:
             port.close()
 
