@@ -27,8 +27,8 @@ _BASE_SLIDING, _BASE_FULL, _ROTATED_SHARE = 1e4, 1e6, 0.25
 
 def from_config(config: Fields) -> Architecture:
     """The architecture that a config.json (its text part) describes; raises CheckpointError."""
-    for key in ("attention_k_eq_v", "enable_moe_block", "attention_bias"):
-        config.expect(key, False)
+    _refuse_bigger(config, ("attention_k_eq_v", "enable_moe_block"), "hidden_size_per_layer_input")
+    config.expect("attention_bias", False)
     config.expect("use_bidirectional_attention", False, "vision")
     config.expect("hidden_activation", "gelu_pytorch_tanh")
     config.expect("tie_word_embeddings", True, False)
@@ -71,7 +71,7 @@ def from_metadata(metadata: Fields, vocabulary: int, tied_head: bool, rotated_sh
 
     `rotated_share` is what the file's `rope_freqs.weight` says, see `rotated_share`.
     """
-    metadata.expect("expert_count", 0)
+    _refuse_bigger(metadata, ("expert_count",), "embedding_length_per_layer_input")
     metadata.expect("rope.scaling.type", "none")
     count = metadata.integer("block_count", maximum=MAX_LAYERS)
     kv_heads = metadata.integers("attention.head_count_kv", count)
@@ -101,6 +101,16 @@ def from_metadata(metadata: Fields, vocabulary: int, tied_head: bool, rotated_sh
         logit_softcap=metadata.optional_number("final_logit_softcapping"),
         tied_head=tied_head,
     )
+
+
+def _refuse_bigger(fields: Fields, features: tuple[str, ...], per_layer: str) -> None:
+    """Refuse what has one of `features`, or no per-layer embeddings: 12B, 26B and 31B."""
+    which = "is of the bigger Gemma 4 (12B, 26B, 31B); E2B and E4B are supported"
+    for key in features:
+        if fields.get(key):
+            raise fields.wrong(key, f"= {fields.get(key)!r:.60} {which}")
+    if fields.get(per_layer) in (None, 0):
+        raise fields.wrong(per_layer, f"= {fields.get(per_layer)} {which}")
 
 
 def _metadata_head_dims(metadata: Fields) -> dict[str, int]:
