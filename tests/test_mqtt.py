@@ -234,6 +234,13 @@ def test_message_expiry_is_a_deadline(node: Node, sensor: Sensor) -> None:
     assert sensor.final().finish_reason == "deadline"
 
 
+def test_a_request_asked_again_gets_its_answer_again(node: Node, sensor: Sensor) -> None:
+    for _ in range(2):
+        sensor.ask(request("a", stream=False), ResponseTopic=REPLY)
+        assert sensor.final().text == "cba fed "
+    assert node.speller.asked == ["a"]
+
+
 def test_a_full_queue_answers_busy_at_once(node: Node, sensor: Sensor) -> None:
     node.speller.gate.clear()
     sensor.ask(request("held"), ResponseTopic=REPLY)

@@ -176,6 +176,13 @@ def test_a_repeat_while_it_is_answered_is_acknowledged_and_answered_once(node: N
     assert node.speller.asked == ["7"]
 
 
+def test_a_repeat_after_the_answer_gets_it_again(node: Node, board: Board) -> None:
+    for _ in range(2):
+        board.say(request("7"))
+        assert board.hear("final")["text"] == "cba fed "
+    assert node.speller.asked == ["7"]
+
+
 def test_a_person_may_type_where_the_port_is_lenient(ptys: PtyPair, board: Board) -> None:
     node = Node.start(ptys.near, lenient=True)
     wait_for(lambda: node.transport.port.is_open)
