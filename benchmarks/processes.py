@@ -1,8 +1,10 @@
-"""Processes that are measured: their memory, and a child that answers one JSON line with another."""
+"""Processes that are measured, and those that disturb: memory, processor time, children that answer JSON."""
 
 from __future__ import annotations
 
 import json
+import os
+import resource
 import subprocess
 import time
 from collections.abc import Sequence
@@ -28,6 +30,32 @@ def memory_of(pid: int | str) -> Memory:
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     fields = dict(line.split(":", 1) for line in lines)
     return Memory(*(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "VmHWM")))
+
+
+class OtherPrograms:
+    """What share of the processors' time programs other than ours took since this was made."""
+
+    def __init__(self) -> None:
+        self._ours, (self._busy, self._all) = self._own_seconds(), self._machine_seconds()
+
+    def share(self) -> float:
+        """From 0 to 1; our children count as ours once they have ended."""
+        ours, (busy, everything) = self._own_seconds(), self._machine_seconds()
+        others = (busy - self._busy) - (ours - self._ours)
+        return max(0.0, others / max(everything - self._all, 1e-9))
+
+    @staticmethod
+    def _own_seconds() -> float:
+        used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        return sum(one.ru_utime + one.ru_stime for one in used)
+
+    @staticmethod
+    def _machine_seconds() -> tuple[float, float]:
+        """Busy and all seconds of all processors (proc(5), the first 8 columns of `cpu`)."""
+        ticks = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        idle = ticks[3] + ticks[4]
+        unit = os.sysconf("SC_CLK_TCK")
+        return (sum(ticks) - idle) / unit, sum(ticks) / unit
 
 
 class Worker:

@@ -64,10 +64,14 @@ COMPARED = [measure for measure in MEASURES if measure.unit != "%"]
 
 @dataclass
 class Results:
-    """Values of every round, by engine and measure; `facts` are engines' properties that do not vary."""
+    """Values of every round, by engine and measure; `facts` are engines' properties that do not vary.
+
+    `others`: the share of the processors' time that other programs took meanwhile.
+    """
 
     values: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    others: float = 0.0
 
     def add(self, engine: str, key: str, value: float) -> None:
         """Note a value of the current round."""
@@ -107,6 +111,7 @@ def table(results: Results) -> str:
         parts.append("How many times better, median of the ratios of each round:")
         names = [f"{ours} / {peer}" for ours, peer in pairs(results)]
         parts.append(_markdown(["", *names], [*_ratio_rows(results)]))
+    parts.append(f"Other programs took {100 * results.others:.0f}% of the processors' time.")
     return "\n\n".join(parts)
 
 
