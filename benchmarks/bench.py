@@ -55,6 +55,14 @@ class Peers:
     litert_lm: Mapping[str, Path]
     litert_lm_python: Path
 
+    def missing(self) -> str:
+        """Which columns the table will not have, and the option for each; empty if it has all."""
+        options = [] if self.llama_cpp else ["llama.cpp (--llama-cpp DIR)"]
+        for recipe in models.RECIPES:
+            if recipe not in self.litert_lm:
+                options.append(f"LiteRT-LM {recipe} (--litert-lm-{recipe} FILE)")
+        return ", ".join(options)
+
 
 def measure(engines: Sequence[Engine], rounds: int, threads: int) -> Results:
     """Measure all engines, interleaved."""
@@ -132,6 +140,8 @@ def main(
     files = {"int4": litert_lm_int4, "int8": litert_lm_int8}
     given = {recipe: file for recipe, file in files.items() if file is not None}
     peers = Peers(llama_cpp or find_llama_cpp(), given, litert_lm_python)
+    if peers.missing():
+        click.echo(f"our own columns; not measured: {peers.missing()}", err=True)
     others = OtherPrograms()
     with ExitStack() as stack:
         engines = _engines(stack, threads, Tasks(models.bundle("int4")), peers)

@@ -29,9 +29,11 @@ TYPES = {"int4": "Q4_0", "int8": "Q8_0"}
 
 
 def find() -> Path | None:
-    """The directory on PATH that has llama.cpp's programs."""
+    """The directory on PATH that has llama.cpp's programs, if it has them all."""
     found = shutil.which(PROGRAMS[0])
-    return Path(found).parent if found else None
+    directory = Path(found).parent if found else None
+    complete = directory is not None and all((directory / name).is_file() for name in PROGRAMS)
+    return directory if complete else None
 
 
 class LlamaCpp:
