@@ -25,6 +25,8 @@ from speller import Speller
 
 from edge.config import SerialConfig
 from edge.engine import Engine
+from edge.journal import Journal
+from edge.journaling import JournaledEngine
 from edge.framing import FrameDecoder, encode
 from edge.transports.serial import SerialTransport
 
@@ -110,7 +112,8 @@ def start_node() -> Iterator[Callable[[Line], Node]]:
         speller = Speller()
         engine = Engine(speller, queue_length=4, partial_interval_s=0)
         config = SerialConfig(wire.daemon_port, 115_200, "none", lenient=False)
-        nodes.append(Node(speller, SerialTransport(config, "pump", engine), engine))
+        journaled = JournaledEngine(engine, Journal(None))
+        nodes.append(Node(speller, SerialTransport(config, "pump", journaled), engine))
         engine.start()
         nodes[-1].transport.start()
         return nodes[-1]
