@@ -25,9 +25,9 @@ from speller import Speller
 
 from edge.config import SerialConfig
 from edge.engine import Engine
+from edge.framing import FrameDecoder, encode
 from edge.journal import Journal
 from edge.journaling import JournaledEngine
-from edge.framing import FrameDecoder, encode
 from edge.transports.serial import SerialTransport
 
 PROJECT = Path(__file__).parent.parent
