@@ -7,7 +7,7 @@ import sys
 import uuid
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from edge.links import Link
     from edge.messages import Request
 
+CONFIG = "/etc/edge-gemma/edge-daemon.toml"  # where the package's unit reads it
 FILE = click.Path(path_type=Path)
 
 ASK_EPILOG = """
@@ -60,6 +61,45 @@ def run(path: Path) -> None:
 
     log_to_stderr()
     Daemon(config).run()
+
+
+@daemon.command()
+@click.option("--config", "path", type=FILE, default=CONFIG, show_default=True, help="The configuration.")
+@click.option("--json", "as_json", is_flag=True, help="Print all findings as one line of JSON.")
+def doctor(path: Path, as_json: bool) -> None:
+    """Say what is wrong with this board, and the command that mends it. Nothing is changed.
+
+    \b
+    Exit codes: 0 no problem, 1 a problem was found, 2 wrong command line, 5 wrong configuration.
+    """
+    from edge import doctor as examining
+    from edge.config import load
+
+    logging.getLogger("edge").addHandler(logging.NullHandler())  # the findings say it
+    findings = examining.examine(load(path))
+    click.echo((examining.as_json if as_json else examining.as_text)(findings))
+    sys.exit(any(finding.state == "problem" for finding in findings))
+
+
+@daemon.group()
+def routes() -> None:
+    """Work with the [[route]] tables of the configuration."""
+
+
+@routes.command()
+@click.option("--config", "path", type=FILE, default=CONFIG, show_default=True, help="The configuration.")
+@click.argument("recording", type=click.File(encoding="utf-8", errors="replace"))
+def test(path: Path, recording: TextIO) -> None:
+    """Play a RECORDING of readings (- is stdin) through the routes; print what would be said and asked.
+
+    \b
+    Record with: mosquitto_sub -t 'sensors/#' -F '%U %t %p' > readings.txt
+    """
+    from edge.config import load
+    from edge.route_replay import describe, replay
+
+    for at, outcome in replay(load(path).routes, recording, recording.name):
+        click.echo(describe(at, outcome))
 
 
 @click.command(epilog=ASK_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})

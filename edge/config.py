@@ -11,6 +11,8 @@
     [[serial]]
     port = "/dev/ttyUSB0"
 
+    [[route]]                          # see `edge.route_config`
+
 Secrets stand in files or systemd credentials, never in the TOML itself.
 """
 
@@ -20,13 +22,15 @@ import os
 import re
 import socket
 import tomllib
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from edge.checks import FieldError, array, flag, integer, number, one_of, text
 from edge.errors import ConfigError
+from edge.route_config import Route, parse_routes
 from edge.strict_json import printable
 
 _NODE = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -93,6 +97,7 @@ class Config:
     drain_s: float
     mqtt: MqttConfig | None
     serial: tuple[SerialConfig, ...]
+    routes: tuple[Route, ...]
 
 
 class _Key(NamedTuple):
@@ -129,14 +134,18 @@ class _Reader:
 
     def config(self, document: Mapping[str, Any]) -> Config:
         top = self._section("", document, _TOP)
-        mqtt, ports = top.pop("mqtt"), top.pop("serial")
+        mqtt, ports, routes = top.pop("mqtt"), top.pop("serial"), top.pop("route")
         if mqtt is None and not ports:
             raise ConfigError(f"{self._path}: neither [mqtt] nor [[serial]] is there; at least one is needed")
         for name in ("bundle", "cache_directory", "state_directory"):
             top[name] = self._from_here(top[name])
         serial = [self._serial(index, table) for index, table in enumerate(ports)]
         return Config(
-            path=self._path, mqtt=None if mqtt is None else self._mqtt(mqtt), serial=tuple(serial), **top
+            path=self._path,
+            mqtt=None if mqtt is None else self._mqtt(mqtt),
+            serial=tuple(serial),
+            routes=self._routes(routes),
+            **top,
         )
 
     def _mqtt(self, table: Mapping[str, Any]) -> MqttConfig:
@@ -159,6 +168,13 @@ class _Reader:
 
     def _serial(self, index: int, table: Mapping[str, Any]) -> SerialConfig:
         return SerialConfig(**self._section(f"serial[{index}]", table, _SERIAL))
+
+    def _routes(self, tables: Sequence[Mapping[str, Any]]) -> tuple[Route, ...]:
+        try:
+            return parse_routes(tables)
+        except ConfigError as error:
+            key = re.match(r"[\w.\[\]]*", str(error))
+            raise self._error(key[0] if key else "route", str(error)) from None
 
     def _section(self, where: str, table: Mapping[str, Any], keys: Mapping[str, _Key]) -> dict[str, Any]:
         """Check the keys of one table; the defaults are filled in."""
@@ -204,21 +220,26 @@ class _Reader:
 
 
 def _find(lines: list[str], key: str) -> int:
-    """Find the line, from 1, of a key such as `serial[1].baud`, or of its table; 0 if neither is there."""
-    table, _, name = key.rpartition(".") if "." in key else ("", "", key)
-    current, tables, found = "", 0, 0
-    for number_, line in enumerate(lines, 1):
-        stripped = line.strip()
-        header = re.match(r"(\[\[?)\s*([\w-]+)\s*\]", stripped)
+    """Find the line, from 1, of a key such as `serial[1].baud`, or of what it is in; 0 if there is none."""
+    while key:
+        for number_, (table, name) in enumerate(_places(lines), 1):
+            if f"{table}.{name}".strip(".") == key:
+                return number_
+        key = key[: max(key.rfind("."), key.rfind("["), 0)]
+    return 0
+
+
+def _places(lines: list[str]) -> Iterator[tuple[str, str]]:
+    """Give for each line the table that it is in, and the key that it begins with; a header has none."""
+    table, counts = "", Counter[str]()
+    for line in lines:
+        header = re.match(r"\s*(\[\[?)\s*([\w.-]+)\s*\]", line)
+        key = re.match(r"\s*[\"']?([\w-]+)[\"']?\s*[.=]", line)
         if header:
-            current = header[2]
-            if header[1] == "[[":
-                current = f"{header[2]}[{tables}]"
-                tables += 1
-            found = found or (number_ if current in (key, table) else 0)
-        elif current == table and re.match(rf"[\"']?{re.escape(name)}[\"']?\s*[.=]", stripped):
-            return number_
-    return found
+            first, dot, rest = header[2].partition(".")
+            counts[first] += header[1] == "[[" and not dot
+            table = first + (f"[{counts[first] - 1}]" if counts[first] else "") + dot + rest
+        yield table, key[1] if key and not header else ""
 
 
 def _node(path: str, value: Any) -> str:
@@ -285,6 +306,7 @@ _TOP = {
     "drain_s": _Key(number(0, 600), 20.0),
     "mqtt": _Key(_table, None),
     "serial": _Key(_tables, ()),
+    "route": _Key(_tables, ()),
 }
 
 _MQTT = {

@@ -10,18 +10,21 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from edge import route_runner
 from edge.config import Config
 from edge.engine import Engine
 from edge.errors import EdgeError, TransportError
 from edge.generation import Generator
 from edge.journal import Journal
 from edge.journaling import JournaledEngine, Origin
+from edge.route_runner import RouteRunner
 from edge.systemd import Watchdog, notify, watchdog_s
-from edge.transports.mqtt import CLIENT, MqttTransport
+from edge.transports import mqtt
+from edge.transports.mqtt import MqttTransport
 from edge.transports.serial import SerialTransport
 
 log = logging.getLogger(__name__)
@@ -51,12 +54,18 @@ class Daemon:
         self._engine = Engine(self._generator, config.queue)
         self._journal = Journal(config.state_directory / JOURNAL)
         self._journaled = JournaledEngine(self._engine, self._journal)
+        self._routes: RouteRunner | None = None
+        if config.routes:
+            plain = self._generator.bundle.manifest.prompt_format == "plain"
+            self._routes = RouteRunner(config.routes, plain, self._journaled, self._publish)
         self._mqtt: MqttTransport | None = None
         if config.mqtt is not None:
             self._mqtt = MqttTransport(
-                config.mqtt, config.node, self._journaled, self._status(), self._health
+                config.mqtt, config.node, self._journaled, self._status(), self._health, self._routes
             )
-        self._ports = [SerialTransport(port, config.node, self._journaled) for port in config.serial]
+        self._ports = [
+            SerialTransport(port, config.node, self._journaled, self._routes) for port in config.serial
+        ]
         self._watchdog = Watchdog({name: part[0] for name, part in self._parts().items()})
 
     def run(self) -> None:
@@ -65,6 +74,8 @@ class Daemon:
             signal.signal(number, self._on_signal)
         self._journaled.resume(self._origin)
         self._engine.start()
+        if self._routes is not None:
+            self._routes.start()
         for transport in self._transports():
             transport.start()
         log.info("node %s answers with %s", self._config.node, self._config.bundle)
@@ -109,6 +120,8 @@ class Daemon:
 
     def _stop_parts(self, done: threading.Event) -> None:
         try:
+            if self._routes is not None:
+                self._routes.stop(CLOSE_S)
             self._engine.stop(self._config.drain_s)
             for transport in self._transports():
                 transport.stop(CLOSE_S)
@@ -116,10 +129,20 @@ class Daemon:
         finally:
             done.set()
 
+    def _publish(self, topic: str, payload: str, delivered: Callable[[], None]) -> None:
+        """Publish what a route says: to the broker, or, where there is none, on every port."""
+        if self._mqtt is not None:
+            self._mqtt.publish(topic, payload, delivered)
+        else:
+            for port in self._ports:
+                port.publish(topic, payload, delivered)
+
     def _origin(self, client: str) -> Origin | None:
         """Find where the requests of a client come from."""
-        if client.startswith(CLIENT):
+        if client.startswith(mqtt.CLIENT):
             return self._mqtt
+        if client.startswith(route_runner.CLIENT):
+            return self._routes
         return next((port for port in self._ports if port.client == client), None)
 
     def _transports(self) -> list[MqttTransport | SerialTransport]:
@@ -127,10 +150,13 @@ class Daemon:
 
     def _parts(self) -> dict[str, tuple[Any, Any]]:
         """By name: a function for the progress of each thread, and one for whether it runs."""
-        engine, mqtt = self._engine, self._mqtt
+        engine, broker = self._engine, self._mqtt
         parts: dict[str, tuple[Any, Any]] = {"decoder": (lambda: engine.progress, lambda: engine.alive)}
-        if mqtt is not None:
-            parts["mqtt"] = (lambda: mqtt.connection.progress, lambda: mqtt.connection.alive)
+        if broker is not None:
+            parts["mqtt"] = (lambda: broker.connection.progress, lambda: broker.connection.alive)
+        routes = self._routes
+        if routes is not None:
+            parts["routes"] = (lambda: routes.progress, lambda: routes.alive)
         for transport in self._ports:
             port = transport.port
             parts[f"port {port.name}"] = (lambda p=port: p.progress, lambda p=port: p.alive)

@@ -6,11 +6,13 @@ A recording has one reading a line: seconds since the epoch, topic, payload, as
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import UTC, datetime
 
 from edge.errors import EdgeError
 from edge.route_config import Route
-from edge.routes import Outcome, Router
+from edge.routes import Event, Ignored, Outcome, Router
 from edge.strict_json import printable
 
 
@@ -32,6 +34,21 @@ def replay(routes: Sequence[Route], lines: Iterable[str], name: str) -> Iterator
             yield from ((now, outcome) for outcome in router.tick(now))
         now = time
         yield from ((now, outcome) for outcome in router.reading(topic, payload.encode(), now))
+
+
+def describe(at: float, outcome: Outcome) -> str:
+    """Write an outcome for people: a line with its time (UTC), and the prompt of a question below it."""
+    when = datetime.fromtimestamp(at, UTC).isoformat(sep=" ", timespec="milliseconds").removesuffix("+00:00")
+    if isinstance(outcome, Event):
+        return f"{when} event    {outcome.topic} {outcome.payload}"
+    if isinstance(outcome, Ignored):
+        return f"{when} ignored  {outcome.topic} by route {outcome.route}: {outcome.why}"
+    request = outcome.request
+    prompt = "\n\n".join(message.content for message in request.messages)
+    return (
+        f"{when} question {outcome.topic} by route {outcome.route}, {outcome.reason}; "
+        f"answer to {outcome.answer_topic}\n{textwrap.indent(prompt, '    ')}"
+    )
 
 
 def _reading(line: str, where: str) -> tuple[float, str, str]:

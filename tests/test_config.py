@@ -177,6 +177,24 @@ def test_a_password_is_not_shown(tmp_path: Path) -> None:
             ":3: mqtt.reply_prefixes[0] is not the beginning",
         ),
         ('bundle = "b"\n[mqtt]\nreply_prefixes = [""]\n', ":3: mqtt.reply_prefixes[0] is empty"),
+        (
+            'bundle = "b"\n[[serial]]\nport = "a"\n[[route]]\nname = "r"\ntopics = ["s/#"]\n'
+            '[route.trigger]\nwhen = "last >"\n',
+            ":8: route[0].trigger.when is not JMESPath",
+        ),
+        (
+            'bundle = "b"\n[mqtt]\n[[route]]\nname = "r"\nevent_topic = "e"\ntopics = ["s/#"]\n'
+            "trigger = { every_s = 1 }\n[[route]]\n\ntrigger = { every = 5 }\n",
+            ":8: route[1].name is missing",
+        ),
+        (
+            'bundle = "b"\n[mqtt]\n[[route]]\nname = "r"\ntopics = ["s/#", "s#"]\ntrigger = { every = 5 }\n',
+            ":5: route[0].topics[1] is 's#'; allowed: a topic filter",
+        ),
+        (
+            'bundle = "b"\n[mqtt]\n[[route]]\nname = "r"\ntopics = []\ntrigger.every = 5\n',
+            ":5: route[0].topics has 0 items",
+        ),
         ('bundle = "b"\nbundle = "c"\n', ": not TOML: Cannot overwrite a value (at line 2"),
         ("bundle", ": not TOML: "),
     ],

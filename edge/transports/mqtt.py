@@ -29,6 +29,7 @@ from edge.errors import RequestError
 from edge.journaling import JournaledEngine
 from edge.messages import Answer, Failure, Partial, Request, parse_request, salvage
 from edge.request_fields import request_id, response_topic
+from edge.route_runner import RouteRunner
 from edge.strict_json import StrictJsonError, dumps, loads, printable
 from edge.transports.mqtt_connection import MqttConnection, Outgoing, Received, Token
 
@@ -60,6 +61,7 @@ class MqttTransport:
         engine: JournaledEngine,
         status: Mapping[str, Any],
         health: Callable[[], Mapping[str, Any]],
+        routes: RouteRunner | None = None,
     ) -> None:
         """Prepare the transport. Raises TransportError if a TLS file can't be used."""
         self._base = f"{ROOT}/{node}"
@@ -67,6 +69,8 @@ class MqttTransport:
         self._engine = engine
         self._status = dict(status)
         self._health = health
+        self._routes = routes
+        self._delivered: dict[int, Callable[[], None]] = {}
         self.online = False
         self._health_said, self._health_at = "", float("-inf")
         self._deliveries: dict[tuple[str, str], _Delivery] = {}
@@ -99,11 +103,16 @@ class MqttTransport:
         self._deliveries[key] = delivery = _Delivery(key[0], base64.b64decode(note) if note else None)
         return partial(self._sink, key, delivery)
 
+    def publish(self, topic: str, payload: str, delivered: Callable[[], None]) -> None:
+        """Publish what a route says, from any thread; `delivered` is called when the broker has it."""
+        self.connection.post(lambda: self._publish(topic, payload, delivered))
+
     # What follows is called in the connection's thread only.
 
     def connected(self) -> None:
-        """Subscribe."""
-        self.connection.subscribe(f"{self._base}/request", f"{self._base}/cancel")
+        """Subscribe to requests and, at QoS 0, to readings: those of an hour ago would be taken for new."""
+        readings = self._routes.filters if self._routes else ()
+        self.connection.subscribe(f"{self._base}/request", f"{self._base}/cancel", at_most_once=readings)
 
     def subscribed(self) -> None:
         """Tell the world that requests are heard."""
@@ -116,20 +125,35 @@ class MqttTransport:
         self.online = False
 
     def received(self, message: Received) -> None:
-        """Take a request or a cancellation."""
-        if message.retained:
+        """Take a request, a cancellation or a reading."""
+        if not message.topic.startswith(f"{self._base}/"):
+            self._reading(message)
+        elif message.retained:
             log.warning(
                 "%s: a retained request was ignored; publish it without the retain flag", message.topic
             )
             self.connection.acknowledge(message.token)
-        elif message.topic.endswith("/cancel"):
+        elif message.topic == f"{self._base}/cancel":
             self._cancel(message)
             self.connection.acknowledge(message.token)
-        else:
+        elif message.topic == f"{self._base}/request":
             self._request(message)
+
+    def _reading(self, message: Received) -> None:
+        if self._routes is not None and not message.topic.startswith(f"{ROOT}/"):
+            self._routes.reading(message.topic, message.payload)
+        self.connection.acknowledge(message.token)
+
+    def _publish(self, topic: str, payload: str, delivered: Callable[[], None]) -> None:
+        mid = self.connection.publish(Outgoing(topic, payload))
+        if mid is None:
+            log.error("%s: too many messages wait for the broker; one is given up", printable(topic, 200))
+        else:
+            self._delivered[mid] = delivered
 
     def published(self, mid: int, refused: str | None) -> None:
         """The broker has an answer, or will never take it: the request is done."""
+        self._delivered.pop(mid, lambda: None)()
         key = self._publishing.pop(mid, None)
         if key is None:
             return

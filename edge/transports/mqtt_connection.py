@@ -18,7 +18,7 @@ import ssl
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -171,13 +171,18 @@ class MqttConnection:
             info.mid if info.rc in (MQTTErrorCode.MQTT_ERR_SUCCESS, MQTTErrorCode.MQTT_ERR_NO_CONN) else None
         )
 
-    def subscribe(self, *topics: str, retained: bool = False) -> None:
-        """Subscribe at QoS 1; what is retained there comes only if wanted (MQTT 5, 3.8.3.1)."""
+    def subscribe(self, *topics: str, retained: bool = False, at_most_once: Sequence[str] = ()) -> None:
+        """Subscribe at QoS 1; what is retained there comes only if wanted (MQTT 5, 3.8.3.1).
+
+        Topics `at_most_once` are subscribed to at QoS 0: nothing of them is kept for an absent client.
+        """
         handling = (
             SubscribeOptions.RETAIN_SEND_ON_SUBSCRIBE if retained else SubscribeOptions.RETAIN_DO_NOT_SEND
         )
-        options = SubscribeOptions(qos=1, retainHandling=handling)
-        self._client.subscribe([(topic, options) for topic in topics])
+        wanted = [(topic, 1) for topic in topics] + [(topic, 0) for topic in at_most_once]
+        self._client.subscribe(
+            [(topic, SubscribeOptions(qos=qos, retainHandling=handling)) for topic, qos in wanted]
+        )
 
     def acknowledge(self, token: Token | None) -> None:
         """Acknowledge a delivery, unless it came over an earlier connection."""

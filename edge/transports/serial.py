@@ -1,8 +1,10 @@
 """Requests and answers over a serial port, one frame each (`edge.framing`).
 
-From the sensor: a request; `{"type": "cancel", "id": ...}`; `{"type": "hello"}`. To the sensor: `hello` with
+From the sensor: a request; `{"type": "cancel", "id": ...}`; `{"type": "hello"}`; and
+`{"type": "reading", "topic": ..., "payload": ...}` for the routes. To the sensor: `hello` with
 the protocol's version, when the port is opened and when it is asked for; `ack` with the id of a request that
-arrived whole; `nak` for a line that noise has spoilt, which is to be sent again; `partial`, `final`, `error`.
+arrived whole; `nak` for a line that noise has spoilt, which is to be sent again; `partial`, `final`, `error`;
+`{"type": "message", "topic": ..., "payload": ...}`, what routes say where there is no broker.
 
 Who gets neither `ack` nor `nak` sends the request again with the same id: while it is being answered a repeat
 is acknowledged and changes nothing, later it gets the same answer again.
@@ -11,6 +13,8 @@ is acknowledged and changes nothing, later it gets the same answer again.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from edge.checks import FieldError, mapping, one_of
 from edge.config import SerialConfig
@@ -19,7 +23,8 @@ from edge.errors import RequestError
 from edge.framing import Damaged
 from edge.journaling import JournaledEngine
 from edge.messages import Answer, Failure, Partial, parse_request, salvage
-from edge.request_fields import request_id
+from edge.request_fields import request_id, response_topic
+from edge.route_runner import RouteRunner
 from edge.strict_json import StrictJsonError, dumps, loads
 from edge.transports.serial_port import SerialPort
 
@@ -33,9 +38,12 @@ NOISE = ("crc", "no_crc")  # damage that another try may not have
 class SerialTransport:
     """Serves one node on one port."""
 
-    def __init__(self, config: SerialConfig, node: str, engine: JournaledEngine) -> None:
+    def __init__(
+        self, config: SerialConfig, node: str, engine: JournaledEngine, routes: RouteRunner | None = None
+    ) -> None:
         self.client = f"serial:{config.port}"
         self._engine = engine
+        self._routes = routes
         self._hello = dumps({"type": "hello", "protocol": PROTOCOL, "node": node})
         self.port = SerialPort(config, MAX_LINE_BYTES, self._greet, self._received)
 
@@ -50,6 +58,11 @@ class SerialTransport:
     def sink(self, _client: str, _request_id: str, _note: str) -> Sink:
         """Make a sink for a request of an earlier run."""
         return self._answer
+
+    def publish(self, topic: str, payload: str, written: Callable[[], None]) -> None:
+        """Write what a route says as a frame, from any thread. `payload` is JSON."""
+        frame = f'{{"type":"message","topic":{dumps(topic)},"payload":{payload}}}'
+        self.port.send(frame, written=written)
 
     def _greet(self) -> None:
         self.port.send(self._hello)
@@ -70,8 +83,11 @@ class SerialTransport:
             data = loads(text, MAX_LINE_BYTES)
             if "type" not in data:
                 return False
-            if one_of("cancel", "hello")("type", data["type"]) == "hello":
+            kind = one_of("cancel", "hello", "reading")("type", data["type"])
+            if kind == "hello":
                 self._greet()
+            elif kind == "reading":
+                self._reading(mapping("reading", data, ("type", "topic", "payload"), ("topic", "payload")))
             else:
                 mapping("cancel", data, ("type", "id"), ("id",))
                 self._engine.cancel(self.client, request_id("id", data["id"]))
@@ -80,6 +96,11 @@ class SerialTransport:
         except FieldError as error:
             self._answer(Failure(salvage(text)[0], "bad_request", str(error)))
         return True
+
+    def _reading(self, data: Mapping[str, Any]) -> None:
+        topic = response_topic("reading.topic", data["topic"])
+        if self._routes is not None:
+            self._routes.reading(topic, dumps(data["payload"]).encode())
 
     def _request(self, text: str) -> None:
         try:

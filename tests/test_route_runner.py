@@ -1,0 +1,235 @@
+"""Routes in a running daemon: readings over MQTT and serial become events at once and answers later."""
+
+from __future__ import annotations
+
+import json
+import queue
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import bundles
+import pytest
+from counterparts import WAIT_S, DaemonProcess, Mosquitto, PtyPair, edge_command, wait_for
+from paho.mqtt.client import Client, MQTTMessage, MQTTv5
+from paho.mqtt.enums import CallbackAPIVersion
+
+from edge.config import SerialConfig
+from edge.framing import Damaged
+from edge.transports.serial_port import SerialPort
+
+ROUTE = """
+[[route]]
+name = "freezers"
+topics = ["sensors/+/temperature", "sensors/+/door"]
+event_topic = "alarms/{sensor}"
+answer_topic = "explanations/{sensor}"
+[route.trigger]
+when = "last > `-15`"
+min_interval_s = 0
+[route.ask]
+instructions = "You watch freezers."
+question = "Freezer {sensor}, {reason}: {statistics}."
+max_tokens = 400
+[route.ask.schema]
+type = "object"
+properties = { urgent = { type = "boolean" } }
+required = ["urgent"]
+additionalProperties = false
+"""
+LONG = '{"id":"long","prompt":"Pump?","max_tokens":2000,"stream":false,"reply_to":"edge/v1/pump/reply/x"}'
+
+
+class House:
+    """Sensors on the broker, and somebody who hears what the routes say."""
+
+    def __init__(self, broker: Mosquitto) -> None:
+        self.heard: queue.Queue[tuple[str, dict[str, Any]]] = queue.Queue()
+        self._client = Client(CallbackAPIVersion.VERSION2, protocol=MQTTv5)
+        self._client.on_message = self._on_message
+        ready: queue.Queue[bool] = queue.Queue()
+        self._client.on_subscribe = lambda *_: ready.put(True)
+        self._client.connect("127.0.0.1", broker.port)
+        self._client.loop_start()
+        self._client.subscribe([("alarms/#", 1), ("explanations/#", 1)])
+        assert ready.get(timeout=WAIT_S)
+
+    def say(self, topic: str, payload: str) -> None:
+        self._client.publish(topic, payload, 1).wait_for_publish(WAIT_S)
+
+    def hear(self) -> tuple[str, dict[str, Any]]:
+        return self.heard.get(timeout=WAIT_S)
+
+    def _on_message(self, _client: Client, _data: Any, message: MQTTMessage) -> None:
+        self.heard.put((message.topic, json.loads(message.payload)))
+
+    def close(self) -> None:
+        self._client.disconnect()
+        self._client.loop_stop()
+
+
+@pytest.fixture
+def daemon(tmp_path: Path, mosquitto: Mosquitto, ptys: PtyPair) -> Iterator[DaemonProcess]:
+    bundle = bundles.small_bundle("gemma4-two-kv-heads", "int8", context=2048)
+    config = f'[mqtt]\nport = {mosquitto.port}\n[[serial]]\nport = "{ptys.near}"\n{ROUTE}'
+    daemon = DaemonProcess(tmp_path, bundle, config)
+    daemon.start()
+    wait_for(lambda: mosquitto.retained("edge/v1/pump/status")["state"] == "online")
+    yield daemon
+    daemon.close()
+
+
+@pytest.fixture
+def house(mosquitto: Mosquitto) -> Iterator[House]:
+    house = House(mosquitto)
+    yield house
+    house.close()
+
+
+def test_a_condition_is_said_at_once_and_explained_as_the_schema_wants(
+    daemon: DaemonProcess, house: House
+) -> None:
+    house.say("sensors/left/temperature", "-18")
+    house.say("sensors/left/temperature", "-12.5")
+    topic, event = house.hear()
+    assert (topic, event["event"], event["statistics"]["last"]) == ("alarms/left", "condition", -12.5)
+    topic, said = house.hear()
+    assert (topic, said["route"], said["sensor"], said["reason"]) == (
+        "explanations/left",
+        "freezers",
+        "left",
+        "condition",
+    )
+    assert set(said["answer"]) == {"urgent"}
+    assert daemon.stop() == 0
+    assert "Traceback" not in daemon.log.read_text()
+
+
+def test_an_alarm_does_not_wait_for_the_model(
+    daemon: DaemonProcess, house: House, mosquitto: Mosquitto
+) -> None:
+    house.say("edge/v1/pump/request", LONG)
+    wait_for(lambda: mosquitto.retained("edge/v1/pump/health")["working"])
+    house.say("sensors/left/temperature", "-12")
+    topic, _ = house.hear()
+    working = mosquitto.retained("edge/v1/pump/health")["working"]
+    assert (topic, working) == ("alarms/left", True)
+    assert house.hear()[0] == "explanations/left"
+
+
+def test_readings_over_a_serial_line_are_readings(daemon: DaemonProcess, house: House, ptys: PtyPair) -> None:
+    board = Board(ptys.far)
+    board.port.send('{"type":"reading","topic":"sensors/cellar/temperature","payload":-3.5}')
+    assert house.hear()[0] == "alarms/cellar"
+    assert house.hear()[0] == "explanations/cellar"
+    board.port.send('{"type":"reading","topic":"sensors/+","payload":1}')
+    assert "reading.topic is not a topic" in board.hear("error")["message"]
+    board.port.stop(WAIT_S)
+
+
+def test_without_a_broker_what_routes_say_is_written_to_the_ports(tmp_path: Path, ptys: PtyPair) -> None:
+    bundle = bundles.small_bundle("gemma4-two-kv-heads", "int8", context=2048)
+    daemon = DaemonProcess(tmp_path, bundle, f'[[serial]]\nport = "{ptys.near}"\n{ROUTE}')
+    daemon.start()
+    board = Board(ptys.far)
+    board.port.send('{"type":"hello"}')
+    board.hear("hello")
+    board.port.send('{"type":"reading","topic":"sensors/cellar/temperature","payload":-3.5}')
+    event, answer = board.hear("message"), board.hear("message")
+    assert (event["topic"], event["payload"]["event"]) == ("alarms/cellar", "condition")
+    assert (answer["topic"], set(answer["payload"]["answer"])) == ("explanations/cellar", {"urgent"})
+    board.port.stop(WAIT_S)
+    assert daemon.stop() == 0
+    daemon.close()
+
+
+def test_a_question_survives_a_killed_daemon(
+    daemon: DaemonProcess, house: House, mosquitto: Mosquitto
+) -> None:
+    house.say("edge/v1/pump/request", LONG)
+    wait_for(lambda: mosquitto.retained("edge/v1/pump/health")["working"])
+    house.say("sensors/left/temperature", "-12")
+    assert house.hear()[0] == "alarms/left"
+    wait_for(lambda: mosquitto.retained("edge/v1/pump/health")["queue"] == 1)
+    assert daemon.process is not None
+    daemon.process.kill()
+    daemon.process.wait(WAIT_S)
+    daemon.start()
+    topic, said = house.hear()
+    assert (topic, said["sensor"], set(said["answer"])) == ("explanations/left", "left", {"urgent"})
+
+
+def test_a_reading_without_a_number_is_logged_once(daemon: DaemonProcess, house: House) -> None:
+    for payload in ("open", "open", "-12"):
+        house.say("sensors/left/door", payload)
+    assert house.hear()[0] == "alarms/left"
+    assert daemon.log.read_text().count("a reading on 'sensors/left/door' is ignored: not a number") == 1
+
+
+class Board:
+    """A microcontroller at the far end of the line."""
+
+    def __init__(self, port: Path) -> None:
+        self._lines: queue.Queue[str | Damaged] = queue.Queue()
+        self.port = SerialPort(
+            SerialConfig(str(port), 115_200, "none", lenient=False), 65536, lambda: None, self._lines.put
+        )
+        self.port.start()
+        wait_for(lambda: self.port.is_open)
+
+    def hear(self, kind: str) -> dict[str, Any]:
+        while True:
+            line = self._lines.get(timeout=WAIT_S)
+            if isinstance(line, str) and (frame := json.loads(line))["type"] == kind:
+                found: dict[str, Any] = frame
+                return found
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        edge_command("daemon", *arguments), capture_output=True, text=True, timeout=WAIT_S, check=False
+    )
+
+
+def test_routes_are_tried_with_a_recording(tmp_path: Path) -> None:
+    config, recording = tmp_path / "edge.toml", tmp_path / "readings.txt"
+    config.write_text(f'bundle = "b"\n[mqtt]\n{ROUTE}')
+    recording.write_text(
+        "1700000000 sensors/left/temperature -18\n"
+        "1700000060.5 sensors/left/temperature -12\n"
+        "1700000061 sensors/left/door ajar\n"
+    )
+    done = command("routes", "test", "--config", str(config), str(recording))
+    assert done.returncode == 0, done.stderr
+    event, question, _, _, prompt, ignored = done.stdout.splitlines()
+    assert event.startswith('2023-11-14 22:14:20.500 event    alarms/left {"route":"freezers"')
+    assert question.endswith(
+        "question sensors/left/temperature by route freezers, condition; answer to explanations/left"
+    )
+    assert prompt.startswith("    Freezer left, condition: 2 readings in 60.5 s, minimum -18")
+    assert ignored.endswith("ignored  sensors/left/door by route freezers: not a number: 'ajar'")
+    recording.write_text("soon sensors/left/temperature -18\n")
+    done = command("routes", "test", "--config", str(config), str(recording))
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"Error: {recording}:1: 'soon sensors/left/temperature -18' is not")
+
+
+def test_the_doctor_names_what_is_wrong_and_says_so_by_its_exit_code(
+    tmp_path: Path, mosquitto: Mosquitto
+) -> None:
+    config = tmp_path / "edge.toml"
+    config.write_text(f'bundle = "nowhere"\nstate_directory = "s"\n[mqtt]\nport = {mosquitto.port}\n')
+    done = command("doctor", "--config", str(config))
+    assert done.returncode == 1
+    assert f"problem  bundle   {tmp_path}/nowhere/manifest.json" in done.stdout
+    assert f"mend: copy a converted bundle to {tmp_path}/nowhere" in done.stdout
+    done = command("doctor", "--json", "--config", str(config))
+    found = json.loads(done.stdout)
+    assert done.returncode == 1
+    assert found["problems"] >= 1
+    broker = next(finding for finding in found["findings"] if finding["check"] == "broker")
+    assert (broker["state"], "mosquitto version" in broker["said"]) == ("ok", True)
+    config.write_text("bundel = 1\n")
+    done = command("doctor", "--config", str(config))
+    assert (done.returncode, done.stderr.startswith(f"Error: {config}:1: unknown key bundel")) == (5, True)
