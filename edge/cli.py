@@ -46,7 +46,8 @@ def daemon() -> None:
 
 @daemon.command()
 @click.option("--config", "path", type=FILE, required=True, help="The configuration, a TOML file.")
-def run(path: Path) -> None:
+@click.option("--force", is_flag=True, help="Run a bundle that the board has too little memory for.")
+def run(path: Path, force: bool) -> None:
     """Serve in the foreground until SIGTERM or Ctrl-C.
 
     \b
@@ -60,7 +61,7 @@ def run(path: Path) -> None:
     from edge.systemd import log_to_stderr
 
     log_to_stderr()
-    Daemon(config).run()
+    Daemon(config, force).run()
 
 
 @daemon.command()

@@ -15,12 +15,15 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from edge import route_runner
+from edge.board import Board
+from edge.bundle import read_manifest
 from edge.config import Config
 from edge.engine import Engine
 from edge.errors import EdgeError, TransportError
 from edge.generation import Generator
 from edge.journal import Journal
 from edge.journaling import JournaledEngine, Origin
+from edge.requirements import require_memory, requirements
 from edge.route_runner import RouteRunner
 from edge.systemd import Watchdog, notify, watchdog_s
 from edge.transports import mqtt
@@ -38,8 +41,8 @@ CLOSE_S = 5.0  # for a transport to send what it has
 class Daemon:
     """All the parts of a running daemon."""
 
-    def __init__(self, config: Config) -> None:
-        """Open the bundle and prepare the rest.
+    def __init__(self, config: Config, force: bool = False) -> None:
+        """Open the bundle, unless the board is too small for it and `force` is not set; prepare the rest.
 
         Raises BundleError, RuntimeFailure, TransportError (a TLS file that can't be used), or EdgeError if
         another process holds the journal.
@@ -48,6 +51,9 @@ class Daemon:
         self._watched = time.monotonic()
         self._watch_s = min(WATCH_S, (watchdog_s() or 4 * WATCH_S) / 4)
         self._stop = threading.Event()
+        if not force:
+            needed = requirements(read_manifest(config.bundle), config.context)
+            require_memory(str(config.bundle), needed, Board())
         self._generator = Generator.open(
             config.bundle, config.cache_directory, config.threads, config.context
         )

@@ -20,6 +20,7 @@ from edge.messages import Answer, Failure, Partial, Request
 from edge.route_config import Route
 from edge.routes import Event, Ignored, Outcome, Question, Router, answer_payload
 from edge.strict_json import dumps, loads, printable
+from edge.topic_filter import disjoint
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +64,8 @@ class RouteRunner:
 
     @property
     def filters(self) -> tuple[str, ...]:
-        """The topic filters to subscribe to."""
-        return self._router.filters
+        """The topic filters to subscribe to; none overlaps another, so that each reading comes once."""
+        return disjoint(self._router.filters)
 
     def reading(self, topic: str, payload: bytes) -> None:
         """Take in one message of a sensor."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 
 
 class TopicFilter:
@@ -26,3 +28,40 @@ class TopicFilter:
         """Return what each wildcard stands for in `topic`, or None if it does not match."""
         found = self._pattern.fullmatch(topic)
         return None if found is None else tuple(part for part in found.groups() if part is not None)
+
+
+def disjoint(filters: Iterable[str]) -> tuple[str, ...]:
+    """Give filters that match at least the same topics, and each topic only once.
+
+    For overlapping subscriptions a broker may deliver one copy each (MQTT 5, 3.3.4), and mosquitto does.
+    """
+    apart: list[list[str]] = []
+    for text in filters:
+        levels = text.split("/")
+        while (other := next((each for each in apart if _overlap(each, levels)), None)) is not None:
+            apart.remove(other)
+            levels = _merge(other, levels)
+        apart.append(levels)
+    return tuple("/".join(levels) for levels in apart)
+
+
+def _overlap(a: Sequence[str], b: Sequence[str]) -> bool:
+    """Whether there is a topic that both filters match."""
+    if a[0] != b[0] and (a[0].startswith("$") or b[0].startswith("$")):
+        return False
+    for one, other in zip_longest(a, b):
+        if "#" in (one, other):
+            return True
+        if one != other and (None in (one, other) or "+" not in (one, other)):
+            return False
+    return True
+
+
+def _merge(a: Sequence[str], b: Sequence[str]) -> list[str]:
+    """Give one filter for all topics of two that overlap."""
+    levels: list[str] = []
+    for one, other in zip_longest(a, b):
+        if "#" in (one, other):
+            return [*levels, "#"]
+        levels.append(one if one == other else "+")
+    return levels

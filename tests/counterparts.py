@@ -142,10 +142,10 @@ class DaemonProcess:
         self._environment = {**os.environ, "NOTIFY_SOCKET": str(directory / "notify"), **environment}
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self, wait: bool = True) -> None:
+    def start(self, *options: str, wait: bool = True) -> None:
         """Start the daemon, and wait until it is ready."""
         with self.log.open("ab") as log:
-            command = edge_command("daemon", "run", "--config", str(self._file))
+            command = edge_command("daemon", "run", "--config", str(self._file), *options)
             self.process = subprocess.Popen(command, stderr=log, env=self._environment)
         if wait:
             self.notice("READY=1")

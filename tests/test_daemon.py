@@ -1,6 +1,7 @@
 """The daemon as a process: what it tells systemd, how it stops, and how it says what is wrong."""
 
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -188,6 +189,22 @@ def test_a_bundle_that_is_missing_or_damaged_is_named(
         (line,) = daemon.log.read_text().splitlines()
         assert line.startswith(f"Error: {place}")
         assert said in line
+
+
+def test_a_bundle_that_the_board_is_too_small_for_is_refused_unless_forced(
+    make: Make, mosquitto: Mosquitto, bundle: Path, tmp_path: Path
+) -> None:
+    large = bundles.copy_of(bundle, tmp_path / "large")
+    manifest = json.loads((large / "manifest.json").read_text())
+    manifest["quantization"]["bytes_per_token"] = 10**15
+    (large / "manifest.json").write_text(json.dumps(manifest))
+    daemon = make(mqtt(mosquitto), large)
+    daemon.start(wait=False)
+    assert daemon.end() == 3
+    (line,) = daemon.log.read_text().splitlines()
+    assert line.startswith(f"Error: {large}: needs 1,000,000,")
+    daemon.start("--force")
+    assert daemon.stop() == 0
 
 
 def test_a_broker_that_refuses_the_password_ends_it(

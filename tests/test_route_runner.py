@@ -22,7 +22,7 @@ from edge.transports.serial_port import SerialPort
 ROUTE = """
 [[route]]
 name = "freezers"
-topics = ["sensors/+/temperature", "sensors/+/door"]
+topics = ["sensors/+/temperature", "sensors/+/door", "sensors/left/+"]
 event_topic = "alarms/{sensor}"
 answer_topic = "explanations/{sensor}"
 [route.trigger]
@@ -94,6 +94,7 @@ def test_a_condition_is_said_at_once_and_explained_as_the_schema_wants(
     house.say("sensors/left/temperature", "-12.5")
     topic, event = house.hear()
     assert (topic, event["event"], event["statistics"]["last"]) == ("alarms/left", "condition", -12.5)
+    assert event["statistics"]["count"] == 2
     topic, said = house.hear()
     assert (topic, said["route"], said["sensor"], said["reason"]) == (
         "explanations/left",

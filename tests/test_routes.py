@@ -20,7 +20,7 @@ from edge.route_config import parse_routes
 from edge.route_replay import replay
 from edge.route_statistics import Window
 from edge.routes import Event, Ignored, Outcome, Question, Router, answer_payload
-from edge.topic_filter import TopicFilter
+from edge.topic_filter import TopicFilter, disjoint
 
 FREEZER = """
 [[route]]
@@ -428,6 +428,29 @@ def test_a_window_holds_32_bytes_a_reading_at_most() -> None:
 )
 def test_topic_filters_match_as_mqtt_says(text: str, topic: str, wild: tuple[str, ...] | None) -> None:
     assert TopicFilter(text).match(topic) == wild
+
+
+filters = st.lists(st.sampled_from(["a", "b", "+", "#", "$c"]), min_size=1, max_size=4).map(
+    lambda levels: "/".join(
+        "+" if level == "#" and place < len(levels) - 1 else level for place, level in enumerate(levels)
+    )
+)
+topics = st.lists(st.sampled_from(["a", "b", "x", "", "$c"]), min_size=1, max_size=5).map("/".join)
+
+
+@given(st.lists(filters, max_size=6), topics)
+def test_disjoint_filters_match_all_that_the_given_ones_do_and_nothing_twice(
+    given_ones: list[str], topic: str
+) -> None:
+    matches = [one for one in disjoint(given_ones) if TopicFilter(one).match(topic) is not None]
+    assert len(matches) <= 1
+    if any(TopicFilter(one).match(topic) is not None for one in given_ones):
+        assert matches
+
+
+def test_filters_that_do_not_overlap_stay_as_they_are() -> None:
+    assert disjoint(["s/+/t", "s/+/u", "s/a/#"]) == ("s/+/#",)
+    assert disjoint(["s/+/t", "s/+/u", "s", "$SYS/#"]) == ("s/+/t", "s/+/u", "s", "$SYS/#")
 
 
 @settings(max_examples=300)
