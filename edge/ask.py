@@ -100,10 +100,9 @@ def _harmless(text: str) -> str:
 
 def _statistics(final: Final) -> str:
     usage, times = final.usage, final.timings
-    rate = usage.generated / times.decode_ms * 1000 if times.decode_ms else 0.0
     return (
-        f"{usage.prompt} prompt tokens ({usage.cached} cached), {usage.generated} generated at {rate:.1f}/s, "
-        f"queue {times.queue_ms:.0f} ms, first token after {times.first_token_ms:.0f} ms"
+        f"{usage.prompt} prompt tokens ({usage.cached} cached), {usage.generated} generated "
+        f"at {final.tokens_per_s or 0.0}/s, queue {times.queue_ms:.0f} ms, first token after {times.first_token_ms:.0f} ms"
     )
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 if TYPE_CHECKING:
+    from edge.config import Broker
     from edge.links import Link
     from edge.messages import Request
 
@@ -25,11 +26,13 @@ Examples:
   edge-ask --host broker.lan --node pump-house --schema answer.json "12 bar, is that normal?"
   journalctl -u pump -n 50 | edge-ask --system "Summarise this log in one sentence."
   edge-ask --serial /dev/ttyUSB0 --json "Hello" | jq -r .text
+  edge-ask --host broker.lan --status
   edge-ask --bundle ./gemma-270m --max-tokens 40 "The capital of France is"
 
 \b
 Exit codes:
   0    the answer is complete, or as long as --max-tokens lets it be
+  1    --status: no node is online
   2    the command line is wrong
   3    the bundle can't be used           6   broker, node or port can't be reached
   7    LiteRT failed                      8   the request was refused: wrong or too long
@@ -126,12 +129,17 @@ def test(path: Path, recording: TextIO) -> None:
 @click.option("--reasoning", is_flag=True, help="Let the model think first (Gemma 4).")
 @click.option("--timeout", type=click.FloatRange(0.001, 86_400), help="Give up after so many seconds.")
 @click.option("--json", "as_json", is_flag=True, help="Print the whole answer as one line of JSON.")
+@click.option("--status", is_flag=True, help="Ask nothing; say how the nodes at the broker are.")
 @click.option("--stats", is_flag=True, help="Print token counts and times to stderr.")
-def ask(prompt: str | None, as_json: bool, stats: bool, **options: Any) -> None:
+def ask(prompt: str | None, as_json: bool, stats: bool, status: bool, **options: Any) -> None:
     """Ask a model on the edge. Without PROMPT, or with -, it is read from stdin."""
     ways = [name for name in ("serial", "bundle") if options[name] is not None]
     if len(ways) == 2:
         raise click.UsageError("--serial and --bundle exclude each other")
+    if status and (ways or prompt is not None):
+        raise click.UsageError("--status goes with a broker only, and without a question")
+    if status:
+        sys.exit(_status(_broker(options), options["node"], as_json))
     if prompt in (None, "-"):
         prompt = sys.stdin.read()
     request = _request(prompt or "", as_json, options)
@@ -181,15 +189,21 @@ def _schema(path: Path) -> dict[str, Any]:
 
 
 def _link(options: dict[str, Any]) -> Link:
-    from edge.config import Broker, SerialConfig
+    from edge.config import SerialConfig
     from edge.links import BundleLink, MqttLink, SerialLink
 
     if options["bundle"] is not None:
         return BundleLink(options["bundle"])
     if options["serial"] is not None:
         return SerialLink(SerialConfig(options["serial"], options["baud"], "none", lenient=False))
+    return MqttLink(_broker(options), options["node"])
+
+
+def _broker(options: dict[str, Any]) -> Broker:
+    from edge.config import Broker
+
     tls: bool = options["tls"]
-    broker = Broker(
+    return Broker(
         options["host"],
         options["port"] or (8883 if tls else 1883),
         tls,
@@ -197,7 +211,21 @@ def _link(options: dict[str, Any]) -> Link:
         username=options["username"],
         password=_password(options["password_file"]),
     )
-    return MqttLink(broker, options["node"])
+
+
+def _status(broker: Broker, node: str | None, as_json: bool) -> bool:
+    """Print how the nodes are; whether none is online. Raises TransportError."""
+    from edge import nodes
+    from edge.errors import TransportError
+    from edge.strict_json import dumps
+
+    logging.getLogger("edge").addHandler(logging.NullHandler())
+    found = nodes.read_nodes(broker, node)
+    if not found:
+        raise TransportError(f"broker {broker.address}: it knows no node{f' {node}' if node else ''}")
+    for name, said in found.items():
+        click.echo(dumps({"node": name, **said}) if as_json else nodes.as_text(name, said))
+    return not any(said.get("state") == "online" for said in found.values())
 
 
 def _password(path: Path | None) -> str | None:

@@ -21,6 +21,7 @@ from edge.config import Config
 from edge.engine import Engine
 from edge.errors import EdgeError, TransportError
 from edge.generation import Generator
+from edge.health import health
 from edge.journal import Journal
 from edge.journaling import JournaledEngine, Origin
 from edge.requirements import require_memory, requirements
@@ -51,9 +52,10 @@ class Daemon:
         self._watched = time.monotonic()
         self._watch_s = min(WATCH_S, (watchdog_s() or 4 * WATCH_S) / 4)
         self._stop = threading.Event()
+        self._board = Board()
         if not force:
             needed = requirements(read_manifest(config.bundle), config.context)
-            require_memory(str(config.bundle), needed, Board())
+            require_memory(str(config.bundle), needed, self._board)
         self._generator = Generator.open(
             config.bundle, config.cache_directory, config.threads, config.context
         )
@@ -178,15 +180,7 @@ class Daemon:
         }
 
     def _health(self) -> Mapping[str, Any]:
-        engine = self._engine
-        return {
-            "queue": engine.waiting,
-            "working": engine.working,
-            "answered": engine.answered,
-            "failed": engine.failed,
-            "last_error": engine.last_error,
-            "journal": self._journal.problem,
-        }
+        return health(self._engine, self._journal, self._board)
 
 
 def _version() -> str:

@@ -70,6 +70,7 @@ class Engine:
         self.progress = 0
         self.answered = self.failed = 0
         self.last_error: str | None = None
+        self.last_final: Final | None = None
         self._generator = generator
         self._queue_length = queue_length
         self._partial_interval_s = partial_interval_s
@@ -244,7 +245,9 @@ class Engine:
         with self._lock:
             self.answered += isinstance(answer, Final)
             self.failed += isinstance(answer, Failure)
-        if isinstance(answer, Failure):
+        if isinstance(answer, Final):
+            self.last_final = answer
+        elif isinstance(answer, Failure):
             self.last_error = f"{answer.code}: {answer.message}"
         try:
             job.sink(answer)

@@ -124,6 +124,12 @@ class Final:
     reasoning: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
 
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Speed of decoding, None if there was none."""
+        ms = self.timings.decode_ms
+        return round(self.usage.generated / ms * 1000, 1) if ms else None
+
     def to_json(self) -> str:
         """Compact ASCII JSON with `"type": "final"`; tool calls as OpenAI writes them."""
         timings = {name: round(value, 1) for name, value in asdict(self.timings).items()}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Field
-from counterparts import WAIT_S, Mosquitto, PtyPair, edge_command, free_port
+from counterparts import WAIT_S, Mosquitto, PtyPair, edge_command, free_port, wait_for
 from paho.mqtt import publish
 
 from edge.ask import _Text
@@ -127,6 +127,29 @@ def test_a_node_is_found_by_itself_or_named(served: Field) -> None:
     assert done.stderr == f"Error: node tank at broker 127.0.0.1:{port} is not known; online are pump\n"
 
 
+def test_status_says_how_the_nodes_are(served: Field) -> None:
+    port = str(served.mosquitto.port)
+    publish.single("edge/v1/tank/status", '{"state":"offline"}', qos=1, retain=True, port=int(port))
+    run("--port", port, "--node", "pump", "--max-tokens", "8", "x")
+    health = "edge/v1/pump/health"  # is a second late
+    wait_for(lambda: (said := served.mosquitto.retained(health))["tokens_per_s"] and said["queue"] == 0)
+    done = run("--port", port, "--status")
+    assert done.returncode == 0
+    pump, tank = done.stdout.splitlines()
+    assert pump.startswith("pump: online; gemma4 ")
+    assert "0 waiting, idle; " in pump
+    assert " tokens/s; first token after " in pump
+    assert tank == "tank: offline"
+    done = run("--port", port, "--status", "--json", "--node", "pump")
+    found = json.loads(done.stdout)
+    assert (found["node"], found["state"], found["queue"]) == ("pump", "online", 0)
+    assert found["memory_mib"] > 10
+    assert run("--port", port, "--status", "--node", "tank").returncode == 1
+    done = run("--port", port, "--status", "--node", "well")
+    assert (done.returncode, done.stderr) == (6, f"Error: broker 127.0.0.1:{port}: it knows no node well\n")
+    publish.single("edge/v1/tank/status", None, qos=1, retain=True, port=int(port))
+
+
 def test_a_node_that_is_offline_is_named(mosquitto: Mosquitto) -> None:
     topic = "edge/v1/tank/status"
     publish.single(topic, '{"state":"offline"}', qos=1, retain=True, port=mosquitto.port)
@@ -165,6 +188,7 @@ def test_a_broker_that_is_not_there_or_refuses_is_named(
         (["--schema", "/nowhere/s.json", "x"], 2, "/nowhere/s.json: No such file or directory"),
         (["--password-file", "/nowhere/p", "x"], 2, "/nowhere/p: No such file or directory"),
         (["--serial", "/dev/nothing", "--bundle", "b", "x"], 2, "exclude each other"),
+        (["--status", "x"], 2, "without a question"),
         (["--ca-file", "/nowhere/ca", "--tls", "x"], 6, "a TLS file can't be used"),
     ],
 )
