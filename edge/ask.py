@@ -102,7 +102,8 @@ def _statistics(final: Final) -> str:
     usage, times = final.usage, final.timings
     return (
         f"{usage.prompt} prompt tokens ({usage.cached} cached), {usage.generated} generated "
-        f"at {final.tokens_per_s or 0.0}/s, queue {times.queue_ms:.0f} ms, first token after {times.first_token_ms:.0f} ms"
+        f"at {final.tokens_per_s or 0.0}/s, queue {times.queue_ms:.0f} ms, "
+        f"first token after {times.first_token_ms:.0f} ms"
     )
 
 
