@@ -85,7 +85,7 @@ class SerialLoad(threading.Thread):
 
 @pytest.fixture
 def daemon(tmp_path: Path, mosquitto: Mosquitto, ptys: PtyPair) -> Iterator[DaemonProcess]:
-    bundle = bundles.small_bundle("gemma4-two-kv-heads", "int8", context=2048)
+    bundle = bundles.small_bundle("gemma4-two-kv-heads", "int8", context=4096)
     config = f'queue = 16\n[mqtt]\nport = {mosquitto.port}\n[[serial]]\nport = "{ptys.near}"\n'
     daemon = DaemonProcess(tmp_path, bundle, config)
     yield daemon
@@ -126,7 +126,7 @@ def test_an_answer_waits_for_a_broker_that_is_away_longer_than_the_daemon(
     daemon.start()
     wait_for(lambda: mosquitto.retained("edge/v1/pump/status")["state"] == "online")
     load = MqttLoad(mosquitto)
-    load.ask("long", max_tokens=2000)
+    load.ask("long", max_tokens=4000)
     wait_for(lambda: mosquitto.retained("edge/v1/pump/health")["working"])
     load.close()
     mosquitto.stop(kill=True)

@@ -24,14 +24,14 @@ from edge.links import MqttLink, SerialLink
 from edge.messages import Answer, Final, Request
 from edge.systemd import Watchdog, notify, watchdog_s
 
-LONG = Request("long", "Pump?", max_tokens=2000, stream=False)  # seconds of work
+LONG = Request("long", "Pump?", max_tokens=4000, stream=False)  # seconds of work, and health is one late
 
 Make = Callable[..., DaemonProcess]
 
 
 @pytest.fixture(scope="module")
 def bundle() -> Path:
-    return bundles.small_bundle("gemma4-two-kv-heads", "int8", context=2048)
+    return bundles.small_bundle("gemma4-two-kv-heads", "int8", context=4096)
 
 
 @pytest.fixture

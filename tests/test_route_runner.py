@@ -38,7 +38,7 @@ properties = { urgent = { type = "boolean" } }
 required = ["urgent"]
 additionalProperties = false
 """
-LONG = '{"id":"long","prompt":"Pump?","max_tokens":2000,"stream":false,"reply_to":"edge/v1/pump/reply/x"}'
+LONG = '{"id":"long","prompt":"Pump?","max_tokens":4000,"stream":false,"reply_to":"edge/v1/pump/reply/x"}'
 
 
 class House:
@@ -71,7 +71,7 @@ class House:
 
 @pytest.fixture
 def daemon(tmp_path: Path, mosquitto: Mosquitto, ptys: PtyPair) -> Iterator[DaemonProcess]:
-    bundle = bundles.small_bundle("gemma4-two-kv-heads", "int8", context=2048)
+    bundle = bundles.small_bundle("gemma4-two-kv-heads", "int8", context=4096)
     config = f'[mqtt]\nport = {mosquitto.port}\n[[serial]]\nport = "{ptys.near}"\n{ROUTE}'
     daemon = DaemonProcess(tmp_path, bundle, config)
     daemon.start()
@@ -130,7 +130,7 @@ def test_readings_over_a_serial_line_are_readings(daemon: DaemonProcess, house: 
 
 
 def test_without_a_broker_what_routes_say_is_written_to_the_ports(tmp_path: Path, ptys: PtyPair) -> None:
-    bundle = bundles.small_bundle("gemma4-two-kv-heads", "int8", context=2048)
+    bundle = bundles.small_bundle("gemma4-two-kv-heads", "int8", context=4096)
     daemon = DaemonProcess(tmp_path, bundle, f'[[serial]]\nport = "{ptys.near}"\n{ROUTE}')
     daemon.start()
     board = Board(ptys.far)
