@@ -9,7 +9,7 @@ ARM64_TESTS := bundle litert decoder generation prefix_cache tokenizer sampling 
                engine mqtt serial journal end_to_end
 
 .DEFAULT_GOAL := help
-.PHONY: help install system lint test test-all test-arm64 test-system deb demo bench bench-check clean
+.PHONY: help install system lint test test-all test-arm64 test-system deb demo bench bench-e2b bench-check clean
 
 help: ## show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -51,6 +51,9 @@ demo: $(STAMP) system ## convert a real model, start broker and daemon, watch an
 
 bench: $(STAMP) ## start-up, memory, prefill and decode of the 270M on this machine
 	$(BIN)/python -m benchmarks.bench
+
+bench-e2b: $(STAMP) ## Gemma 4 E2B at full size, random weights (30 GB of disk, half an hour)
+	$(BIN)/python -m benchmarks.e2b
 
 bench-check: $(STAMP) ## fail if a ratio got worse than in the committed table
 	$(BIN)/python -m benchmarks.bench --check
