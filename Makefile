@@ -9,7 +9,7 @@ ARM64_TESTS := bundle litert decoder generation prefix_cache tokenizer sampling 
                engine mqtt serial journal end_to_end
 
 .DEFAULT_GOAL := help
-.PHONY: help install system lint test test-all test-arm64 test-system deb demo bench bench-e2b bench-check clean
+.PHONY: help install system lint test test-all test-arm64 test-system fuzz deb demo bench bench-e2b bench-check clean
 
 help: ## show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -39,6 +39,10 @@ test-all: $(STAMP) system lint ## the slow tests too
 test-arm64: $(STAMP) ## tests of bundle, runtime and protocols in an emulated aarch64 Python
 	$(BIN)/python -c 'import sys; sys.path.insert(0, "tests"); import checkpoint_files as c; c.real_model()'
 	scripts/test-arm64 -q $(addprefix tests/test_,$(addsuffix .py,$(ARM64_TESTS)))
+
+fuzz: $(STAMP) ## fuzz all that reads bytes from strangers; SECONDS=60 for each reader
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install --quiet -e '.[fuzz]'
+	$(BIN)/python -m fuzz.run --seconds $(or $(SECONDS),60)
 
 deb: $(STAMP) ## arm64 packages for Debian bookworm and trixie, in dist/
 	scripts/build-deb

@@ -7,8 +7,8 @@ Formulas are in `converters.reference_decoder`; names of tensors in `tensor_shap
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 Attention = Literal["sliding", "full"]
 
@@ -82,19 +82,6 @@ class Architecture:
     def head_dim(self, attention: Attention) -> int:
         """Head width of an attention type (the same in all its layers); 0 if no layer has it."""
         return next((layer.head_dim for layer in self.layers if layer.attention == attention), 0)
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON-ready dictionary; `from_json` reads it back."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Architecture:
-        """Read what `to_json` wrote. Raises KeyError or TypeError on a wrong shape."""
-        fields = dict(data)
-        fields["rope_sliding"] = Rope(**fields["rope_sliding"])
-        fields["rope_full"] = Rope(**fields["rope_full"])
-        fields["layers"] = tuple(Layer(**layer) for layer in fields["layers"])
-        return cls(**fields)
 
 
 def tensor_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:

@@ -20,10 +20,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from edge import strict_json, typed_json
 from edge.architecture import Architecture
+from edge.checks import FieldError, integer
 from edge.errors import BundleError
 from edge.files import identity, write_atomically
 from edge.row_table import RowTable
+from edge.strict_json import StrictJsonError, printable
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -31,6 +34,7 @@ DECODER = "decoder.tflite"
 TOKENIZER = "tokenizer.model"
 EMBEDDING = "embedding.bin"
 PER_LAYER = "per_layer_embedding.bin"
+MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 
 _CHUNK = 1 << 20
 
@@ -71,36 +75,29 @@ class Manifest:
 
     def to_json(self) -> str:
         """The manifest file's text: the same fields, sorted, so that equal manifests are equal bytes."""
-        fields = asdict(self) | {"format": FORMAT_VERSION, "architecture": self.architecture.to_json()}
-        return json.dumps(fields, indent=1, sort_keys=True) + "\n"
+        return json.dumps(asdict(self) | {"format": FORMAT_VERSION}, indent=1, sort_keys=True) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
         """Read what `to_json` wrote. Raises BundleError, without the file's name, on anything else."""
         try:
-            fields = json.loads(text)
+            fields = strict_json.loads(text, MAX_MANIFEST_BYTES)
             version = fields.pop("format")
-        except (ValueError, KeyError, AttributeError, TypeError):
+        except (StrictJsonError, KeyError):
             raise BundleError("is not a bundle's manifest; convert the checkpoint again") from None
         if version != FORMAT_VERSION:
+            shown = printable(str(version)).strip("'")
             raise BundleError(
-                f"has format {version}, this version reads {FORMAT_VERSION}; convert the checkpoint again"
+                f"has format {shown}, this version reads {FORMAT_VERSION}; convert the checkpoint again"
             )
         try:
-            fields["architecture"] = Architecture.from_json(fields["architecture"])
-            fields["embedding"] = RowTable(**fields["embedding"])
-            fields["head"] = RowTable(**fields["head"])
-            if fields["per_layer_embedding"] is not None:
-                fields["per_layer_embedding"] = RowTable(**fields["per_layer_embedding"])
-            fields["files"] = {name: FileEntry(**entry) for name, entry in fields["files"].items()}
-            fields["prefill_widths"] = tuple(fields["prefill_widths"])
-            fields["stop_ids"] = tuple(fields["stop_ids"])
-            int(fields["quantization"]["bytes_per_token"])
-            return cls(**fields)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            manifest = typed_json.read(cls, fields)
+            integer(0, 1 << 62)("quantization.bytes_per_token", manifest.quantization.get("bytes_per_token"))
+        except FieldError as error:
             raise BundleError(
                 f"has a missing or wrong entry ({error}); convert the checkpoint again"
             ) from None
+        return manifest
 
 
 def read_manifest(directory: Path) -> Manifest:

@@ -120,7 +120,9 @@ def load(path: Path) -> Config:
         raise ConfigError(f"{path}: not UTF-8 text") from None
     try:
         document = tomllib.loads(source)
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError:
+        raise ConfigError(f"{path}: not a configuration: nested too deeply") from None
+    except ValueError as error:  # TOMLDecodeError, or a number with thousands of digits
         raise ConfigError(f"{path}: not TOML: {error}") from None
     return _Reader(path, source).config(document)
 

@@ -8,11 +8,11 @@ with what is allowed; nothing is guessed, so a misspelt `max_token` can't silent
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from edge import strict_json
-from edge.checks import FieldError
+from edge import strict_json, typed_json
+from edge.checks import FieldError, one_of
 from edge.errors import RequestError, TransportError
 from edge.request_fields import (
     CHECKS,
@@ -156,6 +156,7 @@ class Failure:
 
 
 Answer = Partial | Final | Failure
+_KINDS: dict[str, type[Answer]] = {"partial": Partial, "final": Final, "error": Failure}
 
 
 def parse_request(raw: bytes | str) -> Request:
@@ -200,15 +201,11 @@ def parse_answer(raw: bytes | str) -> Answer:
     """
     try:
         data = strict_json.loads(raw, MAX_ANSWER_BYTES)
-        kind = {"partial": Partial, "final": Final, "error": Failure}[data["type"]]
-        known = {f.name: data[f.name] for f in fields(kind) if f.name in data}
-        if kind is Final:
-            known["usage"] = Usage(**data["usage"])
-            known["timings"] = Timings(**data["timings"])
-            known["tool_calls"] = read_tool_calls("tool_calls", data.get("tool_calls", []))
-        answer: Answer = kind(**known)
-        return answer
-    except (StrictJsonError, FieldError, KeyError, TypeError) as error:
+        kind = _KINDS[one_of(*_KINDS)("type", data.get("type"))]
+        calls = read_tool_calls("tool_calls", data.pop("tool_calls", []))
+        answer: Answer = typed_json.read(kind, data, later_keys=True)
+        return replace(answer, tool_calls=calls) if isinstance(answer, Final) else answer
+    except (StrictJsonError, FieldError) as error:
         raise TransportError(
             f"an answer could not be read: {error}; do both sides have the same version?"
         ) from None

@@ -35,11 +35,11 @@ import jmespath
 from jmespath.exceptions import JMESPathError
 from jmespath.parser import ParsedResult
 
-from edge import checks
+from edge import checks, strict_json
 from edge.checks import FieldError
 from edge.errors import ConfigError
-from edge.request_fields import CHECKS
-from edge.strict_json import printable
+from edge.request_fields import CHECKS, MAX_REQUEST_BYTES
+from edge.strict_json import StrictJsonError, printable
 from edge.topic_filter import TopicFilter
 
 MAX_ROUTES = 64
@@ -164,13 +164,23 @@ def _ask(path: str, value: Any) -> Ask:
     table = checks.mapping(path, value, ("instructions", "question", "schema", *ASK_KEYS), ("question",))
     request = {key: CHECKS[key](f"{path}.{key}", table[key]) for key in ASK_KEYS if key in table}
     if "schema" in table:
-        schema = checks.mapping(f"{path}.schema", table["schema"])
-        request["response_format"] = {"type": "json_schema", "json_schema": {"schema": schema}}
+        request["response_format"] = _schema(f"{path}.schema", table["schema"])
     return Ask(
         instructions=checks.text(f"{path}.instructions", table.get("instructions", "")),
         question=_template(f"{path}.question", table["question"], QUESTION_FIELDS),
         request=request,
     )
+
+
+def _schema(path: str, value: Any) -> dict[str, Any]:
+    """Make a request's format of a schema; TOML has dates, infinities and depths that JSON has not."""
+    response_format = {"type": "json_schema", "json_schema": {"schema": checks.mapping(path, value)}}
+    try:
+        strict_json.loads(strict_json.dumps({"response_format": response_format}), MAX_REQUEST_BYTES)
+    except (TypeError, ValueError, RecursionError) as error:
+        said = str(error) if isinstance(error, StrictJsonError) else "it has what JSON has not"
+        raise FieldError(f"{path} is no JSON schema: {said}") from None
+    return response_format
 
 
 def _name(path: str, value: Any) -> str:
@@ -222,7 +232,7 @@ def _expression(path: str, value: Any) -> ParsedResult | None:
         return None
     try:
         return jmespath.compile(checks.text(path, value))
-    except JMESPathError as error:
+    except (JMESPathError, RecursionError) as error:
         reason = str(error).splitlines()[0]
         raise FieldError(
             f"{path} is not JMESPath: {reason}; numbers stand in backticks, texts in single quotes"

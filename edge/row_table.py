@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,6 @@ class RowTable:
     scales: int
     groups: int
     scale_type: str
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON-ready dictionary of the fields."""
-        return asdict(self)
 
 
 class MappedRows:

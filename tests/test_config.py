@@ -197,6 +197,8 @@ def test_a_password_is_not_shown(tmp_path: Path) -> None:
         ),
         ('bundle = "b"\nbundle = "c"\n', ": not TOML: Cannot overwrite a value (at line 2"),
         ("bundle", ": not TOML: "),
+        (f"threads = {'9' * 5000}\n", ": not TOML: Exceeds the limit"),
+        (f"bundle = {'[' * 5000}\n", ": not a configuration: nested too deeply"),
     ],
 )
 def test_a_mistake_is_named_with_its_file_line_and_key(tmp_path: Path, text: str, said: str) -> None:

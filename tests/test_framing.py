@@ -1,8 +1,10 @@
 """Frames of the serial line: they survive being cut anywhere, and noise never passes for one."""
 
 import random
+import re
 import zlib
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -74,6 +76,33 @@ def test_a_noisy_line_delivers_only_what_was_sent() -> None:
     assert set(frames) <= sent
     assert len(frames) > len(sent) / 4
     assert len(frames) < len(sent)
+
+
+@pytest.mark.slow
+def test_a_million_frames_at_an_error_in_a_thousand_bits_deliver_only_what_was_sent() -> None:
+    """What the CRC promises is in docs/reliability.md; here chance may show that the reader keeps it."""
+    chance, batch = np.random.default_rng(8), 10_000
+    decoder = FrameDecoder(LIMIT)
+    whole = damaged = 0
+    for first in range(0, 1_000_000, batch):
+        sent = [_reading(number) for number in range(first, first + batch)]
+        line = np.frombuffer(b"".join(map(encode, sent)), np.uint8)
+        bits = np.unpackbits(line)
+        bits ^= chance.random(bits.size, np.float32) < 1e-3
+        for item in decoder.feed(np.packbits(bits).tobytes()):
+            if isinstance(item, Damaged):
+                damaged += 1
+                continue
+            number = re.match(r'\{"id":"(\d+)"', item)
+            assert number is not None, item
+            assert item == _reading(int(number[1])), item
+            whole += 1
+    print(f"{whole} of 1000000 frames came through, {damaged} damaged lines were refused, none was taken")
+    assert 600_000 < whole < 700_000  # e ** (-0.001 * 8 * 53 bytes) is 0.65
+
+
+def _reading(number: int) -> str:
+    return f'{{"id":"{number}","prompt":"{number % 977} mbar at {number % 61} C"}}'
 
 
 def test_the_crc_is_that_of_zlib() -> None:

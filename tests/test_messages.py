@@ -279,6 +279,9 @@ def test_timings_are_written_to_a_tenth_of_a_millisecond() -> None:
 @example(b'{"type":"final"}')
 @example(b'{"type":["final"]}')
 @example(b'{"type":"partial","id":"a"}')
+@example(b'{"type":"partial","id":"a","seq":0,"text":null}')
+@example(b'{"type":"partial","id":7,"seq":0,"text":""}')
+@example(b'{"type":"error","id":null,"code":"busy","message":["x"]}')
 @example(b'{"type":"final","id":"a","text":"","finish_reason":"stop","usage":3,"timings":{}}')
 def test_an_unreadable_answer_is_a_typed_error(raw: bytes) -> None:
     with pytest.raises(TransportError, match="could not be read"):
@@ -288,3 +291,5 @@ def test_an_unreadable_answer_is_a_typed_error(raw: bytes) -> None:
 def test_an_answer_of_a_later_version_may_have_more_keys() -> None:
     partial = Partial("a", 0, "x")
     assert parse_answer(partial.to_json()[:-1] + ',"mood":"fine"}') == partial
+    final = Final("a", "x", "stop", Usage(1, 0, 0, 1), Timings(0.0, 0.0, 0.0, 0.0))
+    assert parse_answer(final.to_json().replace('"cached"', '"guessed":2,"cached"')) == final
