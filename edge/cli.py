@@ -27,6 +27,7 @@ Examples:
   journalctl -u pump -n 50 | edge-ask --system "Summarise this log in one sentence."
   edge-ask --serial /dev/ttyUSB0 --json "Hello" | jq -r .text
   edge-ask --host broker.lan --status
+  edge-ask --host broker.lan top                   (live; to ask the word "top": echo top | edge-ask)
   edge-ask --bundle ./gemma-270m --max-tokens 40 "The capital of France is"
 
 \b
@@ -132,12 +133,18 @@ def test(path: Path, recording: TextIO) -> None:
 @click.option("--status", is_flag=True, help="Ask nothing; say how the nodes at the broker are.")
 @click.option("--stats", is_flag=True, help="Print token counts and times to stderr.")
 def ask(prompt: str | None, as_json: bool, stats: bool, status: bool, **options: Any) -> None:
-    """Ask a model on the edge. Without PROMPT, or with -, it is read from stdin."""
+    """Ask a model on the edge. Without PROMPT, or with -, it is read from stdin.
+
+    The PROMPT top asks nothing: it shows how the nodes are, live, until q or Ctrl-C.
+    """
     ways = [name for name in ("serial", "bundle") if options[name] is not None]
     if len(ways) == 2:
         raise click.UsageError("--serial and --bundle exclude each other")
     if status and (ways or prompt is not None):
         raise click.UsageError("--status goes with a broker only, and without a question")
+    if prompt == "top":
+        _top(options, bool(ways) or as_json)
+        return
     if status:
         sys.exit(_status(_broker(options), options["node"], as_json))
     if prompt in (None, "-"):
@@ -226,6 +233,18 @@ def _status(broker: Broker, node: str | None, as_json: bool) -> bool:
     for name, said in found.items():
         click.echo(dumps({"node": name, **said}) if as_json else nodes.as_text(name, said))
     return not any(said.get("state") == "online" for said in found.values())
+
+
+def _top(options: dict[str, Any], excluded: bool) -> None:
+    """Show the nodes live. Raises TransportError."""
+    if excluded:
+        raise click.UsageError("top goes with a broker only, and has no --json; use --status --json")
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise click.UsageError("top needs a terminal; use --status")
+    from edge.top import top
+
+    logging.getLogger("edge").addHandler(logging.NullHandler())
+    top(_broker(options), options["node"])
 
 
 def _password(path: Path | None) -> str | None:

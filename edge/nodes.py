@@ -6,7 +6,7 @@ import queue
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
 from edge.config import Broker
 from edge.errors import TransportError
@@ -18,33 +18,62 @@ QUIET_S = 0.5  # what is retained has come when nothing more comes for so long
 MAX_BYTES = 64 * 1024  # of a status or health
 
 
-class _Listener:
-    """Passes on what comes. `connection` is to be set before it starts."""
+class Nodes:
+    """Listens to the status and health of nodes at a broker, of all or of the one that is named.
 
-    def __init__(self, topics: tuple[str, ...]) -> None:
-        self.connection: MqttConnection | None = None
-        self.answered = False
-        self.heard: queue.Queue[Received | None] = queue.Queue()  # None: subscribed
-        self._topics = topics
+    `found` has status and health, in one, of each by name. A context manager: the connection ends with it.
+    Raises TransportError if a TLS file can't be used.
+    """
+
+    def __init__(self, broker: Broker, node: str | None) -> None:
+        self.found: dict[str, dict[str, Any]] = {}
+        self._topics = tuple(f"edge/v1/{node or '+'}/{what}" for what in ("status", "health"))
+        self._heard: queue.Queue[Received | None] = queue.Queue()  # None: subscribed, or the connection ended
+        name = f"edge-ask-{uuid.uuid4().hex[:12]}"
+        self._connection = MqttConnection(broker, name, self, session_expiry_s=0)
+
+    def __enter__(self) -> Self:
+        """Connect."""
+        self._connection.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Disconnect."""
+        self._connection.stop(CONNECT_S)
+
+    @property
+    def problem(self) -> str | None:
+        """Why the broker can't be heard, or None."""
+        return self._connection.problem
+
+    def wait(self, timeout_s: float) -> bool:
+        """Take in the next thing that is heard; False if there is none in time."""
+        try:
+            message = self._heard.get(timeout=timeout_s)
+        except queue.Empty:
+            return False
+        if message is not None:
+            self.found.setdefault(message.topic.split("/")[2], {}).update(_content(message))
+        return True
+
+    # The listener of the connection, in its thread.
 
     def connected(self) -> None:
         """Subscribe."""
-        if self.connection is not None:
-            self.connection.subscribe(*self._topics, retained=True)
+        self._connection.subscribe(*self._topics, retained=True)
 
     def subscribed(self) -> None:
         """Pass it on."""
-        self.answered = True
-        self.heard.put(None)
+        self._heard.put(None)
 
     def received(self, message: Received) -> None:
         """Pass it on."""
-        self.heard.put(message)
-        if self.connection is not None:
-            self.connection.acknowledge(message.token)
+        self._heard.put(message)
+        self._connection.acknowledge(message.token)
 
     def disconnected(self) -> None:
-        """Do nothing: the connection comes back."""
+        """Pass it on: the connection comes back."""
+        self._heard.put(None)
 
     def published(self, mid: int, refused: str | None) -> None:
         """Do nothing: nothing is published."""
@@ -58,28 +87,17 @@ def read_nodes(broker: Broker, node: str | None) -> dict[str, dict[str, Any]]:
 
     Raises TransportError if the broker does not answer or refuses.
     """
-    listener = _Listener(tuple(f"edge/v1/{node or '+'}/{what}" for what in ("status", "health")))
-    connection = MqttConnection(broker, f"edge-ask-{uuid.uuid4().hex[:12]}", listener, session_expiry_s=0)
-    listener.connection = connection
-    connection.start()
-    nodes: dict[str, dict[str, Any]] = {}
     until = time.monotonic() + CONNECT_S
-    try:
+    answered = False
+    with Nodes(broker, node) as nodes:
         while time.monotonic() < until:
-            if connection.problem:
-                raise TransportError(connection.problem)
-            try:
-                message = listener.heard.get(timeout=0.05)
-            except queue.Empty:
-                continue
-            until = time.monotonic() + QUIET_S
-            if message is not None:
-                nodes.setdefault(message.topic.split("/")[2], {}).update(_content(message))
-    finally:
-        connection.stop(CONNECT_S)
-    if not listener.answered:
+            if nodes.problem:
+                raise TransportError(nodes.problem)
+            if nodes.wait(0.05):
+                answered, until = True, time.monotonic() + QUIET_S
+    if not answered:
         raise TransportError(f"broker {broker.address}: no answer in {CONNECT_S:.0f} s")
-    return dict(sorted(nodes.items()))
+    return dict(sorted(nodes.found.items()))
 
 
 def as_text(name: str, found: Mapping[str, Any]) -> str:
