@@ -43,6 +43,11 @@ class Terminal:
         whole = [each for each in pictures if "\x1b[J" in each]
         return ESCAPES.sub("", whole[-1].partition("\x1b[J")[0]).split("\r\n") if whole else []
 
+    @property
+    def pictures(self) -> int:
+        """How many were drawn until now."""
+        return self.output.count(HOME)
+
     def row(self, name: str) -> str:
         """The line of a node, once it is there."""
         wait_for(lambda: any(line.startswith(f"{name} ") for line in self.screen()))
@@ -97,6 +102,8 @@ def test_nodes_are_shown_and_shown_anew_when_they_say_something(terminal: Termin
 def test_ctrl_c_leaves_too(terminal: Terminal) -> None:
     terminal.row("pump")
     terminal.press(b"x")  # any other key changes nothing
+    shown = terminal.pictures
+    wait_for(lambda: terminal.screen() and terminal.pictures > shown + 1)
     terminal.process.send_signal(signal.SIGINT)
     assert terminal.left() == 0
 
