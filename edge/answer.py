@@ -1,9 +1,9 @@
 """The loop of one answer: prefill, then choose and run tokens until something ends it.
 
-Where a grammar says what must come next, those tokens are run together without the output head; where it
-allows a few, only their logits are computed; tokens that were guessed right are run together and checked in
-one pass. None of it changes what is generated: each token is the sampler's own choice from the model's
-logits, with one random number drawn for it.
+Where a grammar says what must come next, those tokens are run together with the one before them, or with the
+prompt, and without the output head; where it allows a few, only their logits are computed; tokens that were
+guessed right are run together and checked in one pass. None of it changes what is generated: each token is
+the sampler's own choice from the model's logits, with one random number drawn for it.
 """
 
 from __future__ import annotations
@@ -69,19 +69,25 @@ class Choice:
         return self._constraint is not None and self._formatted and self._constraint.accepting
 
     def next(self, decoder: Decoder) -> list[int]:
-        """Return the tokens that the grammar forces, or one chosen by the decoder's logits."""
+        """Return a token chosen by the decoder's logits, and those that the grammar forces after it."""
         constraint = self._constraint
         if constraint is None:
             return [self._sampler.sample(decoder.logits())]
+        few = constraint.allowed()
+        logits = decoder.logits() if few is None else decoder.logits_for(few)
+        token = self._accepted(constraint, constraint.choose(self._sampler, logits, few))
+        return [token, *self.forced_after(token)]
+
+    def forced_after(self, last: int | None) -> list[int]:
+        """Return the tokens that the grammar forces after token `last`; None before the first one."""
+        constraint = self._constraint
+        if constraint is None or constraint.complete or last in self.stop_ids:
+            return []
         tokens = constraint.forced()
         self.forced += len(tokens)
         for token in tokens:
             constraint.accept(token)
-        if tokens:
-            return tokens
-        few = constraint.allowed()
-        logits = decoder.logits() if few is None else decoder.logits_for(few)
-        return [self._accepted(constraint, constraint.choose(self._sampler, logits, few))]
+        return tokens
 
     def check(self, guesses: list[int], rows: Floats) -> list[int]:
         """Return the guesses that are what would have been chosen, and the first choice that no guess met.
@@ -134,17 +140,21 @@ class Answer:
     def run(self, interrupted: Interrupted) -> Iterator[Delta | Completion]:
         """Yield text as it becomes certain, and at last one Completion."""
         self._started = time.monotonic()
-        reason = self._prefill(interrupted)
+        opening = self._choice.forced_after(None)
+        reason = self._prefill(opening, interrupted)
         self._prefilled = time.monotonic()
         if reason is None:
-            reason = yield from self._decode(interrupted)
+            reason = yield from self._decode(opening, interrupted)
         last = self._output.finish()
         if last.text or last.reasoning:
             yield Delta(last.text, last.reasoning)
         yield self._completion("tool_calls" if reason == "stop" and self._output.tool_calls else reason)
 
-    def _prefill(self, interrupted: Interrupted) -> str | None:
-        """Run the prompt, as far as it is not at hand, and remember its stable part."""
+    def _prefill(self, opening: list[int], interrupted: Interrupted) -> str | None:
+        """Run the prompt, as far as it is not at hand, and what the answer must begin with.
+
+        Remembers the prompt's stable part.
+        """
         decoder, prompt = self._decoder, self._prompt
         self._cached = decoder.recall(prompt[:-1])
         if self._cached < self._stable:
@@ -152,13 +162,21 @@ class Answer:
             if reason is not None:
                 return reason
             decoder.remember()
-        return decoder.advance(prompt[len(decoder.tokens) :], interrupted)
+        return decoder.advance(prompt[len(decoder.tokens) :] + opening, interrupted)
 
-    def _decode(self, interrupted: Interrupted) -> Coroutine[Delta, None, str]:
-        """Choose and run tokens until something ends the answer; returns the finish reason."""
-        chosen = self._choice.next(self._decoder)
-        self._first_token = time.monotonic()
-        pending = chosen
+    def _decode(self, opening: list[int], interrupted: Interrupted) -> Coroutine[Delta, None, str]:
+        """Say `opening`, which was run, then choose and run tokens until something ends the answer.
+
+        Returns the finish reason.
+        """
+        if opening:
+            self._first_token = time.monotonic()
+            ended = yield from self._say(opening)
+            if ended is not None:
+                return ended
+        chosen = pending = self._choice.next(self._decoder)
+        if not opening:
+            self._first_token = time.monotonic()
         while True:
             ended = yield from self._say(chosen)
             if ended is not None:
@@ -168,8 +186,9 @@ class Answer:
                 return reason
             guesses = self._guesses(pending)
             if guesses:
-                chosen = self._verify(pending, guesses)
-                pending = chosen[-1:]
+                accepted = self._verify(pending, guesses)
+                forced = self._choice.forced_after(accepted[-1])
+                chosen, pending = accepted + forced, accepted[-1:] + forced
                 continue
             started = time.perf_counter()
             reason = self._decoder.advance(pending, interrupted)
