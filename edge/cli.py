@@ -64,7 +64,7 @@ def run(path: Path, force: bool) -> None:
     from edge.daemon import Daemon
     from edge.systemd import log_to_stderr
 
-    log_to_stderr()
+    log_to_stderr(config.log_payloads)
     Daemon(config, force).run()
 
 

@@ -84,6 +84,7 @@ class Config:
     """All there is to set. `context` is in tokens, None for the bundle's own; `drain_s` in seconds.
 
     `queue` is how many requests may wait. `cache_directory` may be lost at any time, `state_directory` not.
+    `metrics_file` is written for Prometheus; with `log_payloads` requests and answers stand in the log.
     """
 
     path: Path
@@ -95,6 +96,8 @@ class Config:
     context: int | None
     queue: int
     drain_s: float
+    metrics_file: Path | None
+    log_payloads: bool
     mqtt: MqttConfig | None
     serial: tuple[SerialConfig, ...]
     routes: tuple[Route, ...]
@@ -139,8 +142,8 @@ class _Reader:
         mqtt, ports, routes = top.pop("mqtt"), top.pop("serial"), top.pop("route")
         if mqtt is None and not ports:
             raise ConfigError(f"{self._path}: neither [mqtt] nor [[serial]] is there; at least one is needed")
-        for name in ("bundle", "cache_directory", "state_directory"):
-            top[name] = self._from_here(top[name])
+        for name in ("bundle", "cache_directory", "state_directory", "metrics_file"):
+            top[name] = None if top[name] is None else self._from_here(top[name])
         serial = [self._serial(index, table) for index, table in enumerate(ports)]
         return Config(
             path=self._path,
@@ -306,6 +309,8 @@ _TOP = {
     "context": _Key(integer(16, 131_072), None),
     "queue": _Key(integer(1, 1024), 8),
     "drain_s": _Key(number(0, 600), 20.0),
+    "metrics_file": _Key(_not_empty, None),
+    "log_payloads": _Key(flag, False),
     "mqtt": _Key(_table, None),
     "serial": _Key(_tables, ()),
     "route": _Key(_tables, ()),

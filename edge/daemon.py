@@ -24,6 +24,7 @@ from edge.generation import Generator
 from edge.health import health
 from edge.journal import Journal
 from edge.journaling import JournaledEngine, Origin
+from edge.metrics import MetricsFile
 from edge.requirements import require_memory, requirements
 from edge.route_runner import RouteRunner
 from edge.systemd import Watchdog, notify, watchdog_s
@@ -74,6 +75,9 @@ class Daemon:
         self._ports = [
             SerialTransport(port, config.node, self._journaled, self._routes) for port in config.serial
         ]
+        self._metrics: MetricsFile | None = None
+        if config.metrics_file is not None:
+            self._metrics = MetricsFile(config.metrics_file, config.node, self._status(), self._health)
         self._watchdog = Watchdog({name: part[0] for name, part in self._parts().items()})
 
     def run(self) -> None:
@@ -110,7 +114,9 @@ class Daemon:
             self._watch()
 
     def _watch(self) -> None:
-        """Look at the progress of all parts, several times before systemd's patience ends."""
+        """Look at the progress of all parts, several times before systemd's patience ends; write metrics."""
+        if self._metrics is not None:
+            self._metrics.update()
         if time.monotonic() - self._watched >= self._watch_s:
             self._watched = time.monotonic()
             self._watchdog.check()
@@ -124,6 +130,8 @@ class Daemon:
         while not done.wait(CHECK_S):
             self._watch()
         drainer.join()
+        if self._metrics is not None:
+            self._metrics.remove()
         log.info("stopped")
 
     def _stop_parts(self, done: threading.Event) -> None:

@@ -19,13 +19,17 @@ from typing import Protocol
 from edge.errors import EdgeError, RequestError
 from edge.generation import Completion, Delta
 from edge.messages import Answer, Failure, Final, Partial, Request, Timings, Usage
+from edge.strict_json import printable
+from edge.systemd import PAYLOADS
 
 log = logging.getLogger(__name__)
+payloads = logging.getLogger(PAYLOADS)
 
 Sink = Callable[[Answer], None]
 
 ABANDON_S = 5.0  # how long the generator may take to notice that it is to stop
 IDLE_S = 1.0  # an idle decoder thread shows that it lives this often
+REFUSALS = ("busy", "unavailable")  # error codes of requests that were not taken on, or given back
 FIRST_GUESS_S = 1.0  # how long a request takes, before one has been answered
 
 
@@ -125,6 +129,8 @@ class Engine:
                 self._lock.notify_all()
         if refusal is not None:
             self._deliver(job, refusal)
+        elif payloads.isEnabledFor(logging.INFO):
+            payloads.info("id=%s request=%s", request.id, request.to_json())
 
     def cancel(self, client: str, request_id: str) -> bool:
         """Cancel a request: its Final, with what there is of the answer, says so. False if there is none."""
@@ -249,10 +255,29 @@ class Engine:
             self.last_final = answer
         elif isinstance(answer, Failure):
             self.last_error = f"{answer.code}: {answer.message}"
+        if not isinstance(answer, Partial):
+            _log_outcome(job, answer)
         try:
             job.sink(answer)
         except Exception:
             log.exception("an answer to request %s could not be handed over", job.request.id)
+
+
+def _log_outcome(job: _Job, answer: Final | Failure) -> None:
+    """Log a line about a request that was taken on; of those that were refused health has the number."""
+    about = f"id={job.request.id} client={printable(job.client, 200)}"
+    if isinstance(answer, Final):
+        used, took = answer.usage, answer.timings
+        log.info(
+            "answered %s finish=%s prompt=%d cached=%d generated=%d"
+            " queue_ms=%.0f first_token_ms=%.0f decode_ms=%.0f",
+            *(about, answer.finish_reason, used.prompt, used.cached, used.generated),
+            *(took.queue_ms, took.first_token_ms, took.decode_ms),
+        )
+    elif answer.code not in REFUSALS:
+        log.warning("failed %s code=%s: %s", about, answer.code, answer.message)
+    if payloads.isEnabledFor(logging.INFO):
+        payloads.info("id=%s answer=%s", job.request.id, answer.to_json())
 
 
 class _Batch:

@@ -16,14 +16,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
-from edge.engine import Engine, Sink
+from edge.engine import REFUSALS, Engine, Sink
 from edge.errors import RequestError
 from edge.journal import Accepted, Answered, Conflict, Journal, Poisoned, Unfinished
 from edge.messages import Answer, Failure, Partial, Request, parse_answer, parse_request
 
 log = logging.getLogger(__name__)
 
-NOT_KEPT = ("busy", "unavailable")
 CONFLICT_MS = 1000  # to wait before an id that is in use is tried again
 
 
@@ -139,7 +138,7 @@ class JournaledEngine:
         """Make a sink that journals the last answer before it hands it on."""
 
         def keep(answer: Answer) -> None:
-            if isinstance(answer, Failure) and answer.code in NOT_KEPT:
+            if isinstance(answer, Failure) and answer.code in REFUSALS:
                 self._journal.forget(key)
             elif not isinstance(answer, Partial):
                 self._journal.answered(key, answer.to_json().encode())

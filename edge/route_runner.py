@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 
-from edge.engine import Sink
-from edge.journaling import NOT_KEPT, JournaledEngine
+from edge.engine import REFUSALS, Sink
+from edge.journaling import JournaledEngine
 from edge.messages import Answer, Failure, Partial, Request
 from edge.route_config import Route
 from edge.routes import Event, Ignored, Outcome, Question, Router, answer_payload
@@ -119,7 +119,7 @@ class RouteRunner:
         """Publish an answer, or ask again later what was refused; in the decoder's thread or our own."""
         if isinstance(answer, Partial):
             return
-        if isinstance(answer, Failure) and answer.code in NOT_KEPT:
+        if isinstance(answer, Failure) and answer.code in REFUSALS:
             until = time.monotonic() + (answer.retry_after_ms or LATER_MS) / 1000
             self._put(partial(self._postpone, question, until))
             return

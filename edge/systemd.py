@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 
 log = logging.getLogger(__name__)
 
+PAYLOADS = "edge.payloads"  # the logger of what people ask and are answered
+
 
 def notify(*states: str) -> None:
     """Send states such as `READY=1` to systemd; does nothing if it does not listen, and never waits."""
@@ -58,14 +60,18 @@ class Watchdog:
         return not stuck
 
 
-def log_to_stderr(level: int = logging.INFO) -> None:
-    """Log one line an event; with the priorities of sd-daemon(3) where journald reads them."""
+def log_to_stderr(payloads: bool) -> None:
+    """Log one line an event; with the priorities of sd-daemon(3) where journald reads them.
+
+    What people ask and are answered is logged only if `payloads` are wanted.
+    """
     handler = logging.StreamHandler(sys.stderr)
     journald = "JOURNAL_STREAM" in os.environ
     handler.setFormatter(
         _Priorities() if journald else logging.Formatter("%(asctime)s %(levelname)s %(message)s")
     )
-    logging.basicConfig(level=level, handlers=[handler])
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.getLogger(PAYLOADS).setLevel(logging.INFO if payloads else logging.WARNING)
 
 
 class _Priorities(logging.Formatter):

@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from edge.checks import FieldError, array, flag, mapping, one_of, text
-from edge.strict_json import kind_of
+from edge.strict_json import kind_of, printable
 
 T = TypeVar("T")
 
@@ -84,5 +84,8 @@ def _value(annotation: Any, path: str, value: Any, later_keys: bool) -> Any:
         return tuple(_value(arguments[0], f"{path}[{index}]", item, later_keys) for index, item in items)
     if origin is Mapping:
         entries = mapping(path, value).items()
-        return {key: _value(arguments[1], f"{path}.{key}", item, later_keys) for key, item in entries}
+        return {
+            key: _value(arguments[1], f"{path}.{printable(key)[1:-1]}", item, later_keys)
+            for key, item in entries
+        }
     raise FieldError(f"{path} can't be read: {annotation}")

@@ -28,7 +28,7 @@ with (
     from fuzz.targets import TARGETS, Target
 
 CORPUS = Path(".cache/fuzz")
-INPUT_BYTES = 8192  # the longest input
+INPUT_BYTES = 2048  # the longest input
 INPUT_S = 10  # an input that takes longer is a finding
 MEMORY_MB = 2048
 

@@ -71,6 +71,7 @@ def test_a_cache_that_cannot_be_written_does_not_matter(bundle: Path, tmp_path: 
         (lambda text: text.replace('"format": 1', '"format": 99'), "has format 99, this version reads 1"),
         (lambda text: "[" * 10**5, "is not a bundle's manifest"),
         (lambda text: json.dumps(json.loads(text) | {"surprise\n": 1}), "has a missing or wrong entry"),
+        (lambda text: json.dumps(json.loads(text) | {"files": {"a\n": {}}}), r"has .*files\.a\\n\.size is"),
         (lambda text: json.dumps(json.loads(text) | {"context": "64"}), r"has .* \(context is a string"),
         (
             lambda text: text.replace('"kv_owner": 0', '"kv_owner": null', 1),

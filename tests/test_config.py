@@ -19,6 +19,8 @@ threads = 2
 context = 1024
 queue = 3
 drain_s = 1.5
+metrics_file = "/run/edge-gemma/edge-gemma.prom"
+log_payloads = true
 
 [mqtt]
 host = "broker.lan"
@@ -74,6 +76,8 @@ def test_every_key_is_read(tmp_path: Path) -> None:
     assert config.bundle == tmp_path / "bundles/current"
     assert config.cache_directory == Path("/var/cache/edge")
     assert config.state_directory == tmp_path / "state"
+    assert config.metrics_file == Path("/run/edge-gemma/edge-gemma.prom")
+    assert config.log_payloads
     assert config.mqtt is not None
     assert (
         config.mqtt.broker.host,
@@ -107,6 +111,8 @@ def test_a_bundle_and_a_transport_are_enough(tmp_path: Path) -> None:
     assert config.cache_directory == tmp_path / "cache" / "edge-gemma"
     assert config.state_directory == tmp_path / "home" / ".local/state" / "edge-gemma"
     assert config.context is None
+    assert config.metrics_file is None
+    assert not config.log_payloads
 
 
 def test_the_directories_that_systemd_made_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -227,6 +228,23 @@ def test_a_watched_daemon_says_that_it_lives(make: Make, mosquitto: Mosquitto) -
     for _ in range(2):
         daemon.notice("WATCHDOG=1")
     assert daemon.stop() == 0
+
+
+def test_its_log_tells_how_requests_went_and_not_what_they_said(make: Make, mosquitto: Mosquitto) -> None:
+    daemon = make(mqtt(mosquitto))
+    daemon.start()
+    answered = Asking(mosquitto, Request("good", "Secret?", max_tokens=3, stream=False)).final()
+    refused = Asking(mosquitto, Request("bad", "Secret? " * 5000, stream=False))
+    refused.join(WAIT_S)
+    assert daemon.stop() == 0
+    log = daemon.log.read_text()
+    assert re.search(
+        r" INFO answered id=good client=\S+edge/v1/pump/reply/\S+ finish=length prompt=\d+ ", log
+    )
+    assert " WARNING failed id=bad client=" in log
+    assert " code=too_long: " in log
+    assert "Secret" not in log
+    assert answered.text.strip() not in log
 
 
 def test_its_log_has_priorities_where_journald_reads_it(make: Make, mosquitto: Mosquitto) -> None:
