@@ -1,7 +1,7 @@
 """The daemon: a generator, an engine, a journal, the transports of the configuration, and systemd told of it.
 
 SIGTERM and SIGINT drain: new requests are refused, those there are get their answers for up to `drain_s`
-seconds, the rest a typed error; a second signal ends the process at once.
+seconds, the rest from the next start; a second signal ends the process at once.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class Daemon:
         finally:
             done.set()
 
-    def _publish(self, topic: str, payload: str, delivered: Callable[[], None]) -> None:
+    def _publish(self, topic: str, payload: str, delivered: Callable[[], None] | None) -> None:
         """Publish what a route says: to the broker, or, where there is none, on every port."""
         if self._mqtt is not None:
             self._mqtt.publish(topic, payload, delivered)

@@ -14,7 +14,8 @@ from edge.bundle import MANIFEST, Bundle, file_digest, read_manifest
 from edge.config import Broker, Config
 from edge.errors import BundleError, TransportError
 from edge.finding import Finding
-from edge.transports.mqtt_connection import MqttConnection, Received
+from edge.transports.mqtt_connection import MqttConnection
+from edge.transports.mqtt_messages import Received
 
 MB = 1024 * 1024
 BROKER_WAIT_S = 5.0
@@ -118,7 +119,7 @@ class _Listener:
     def disconnected(self) -> None:
         """Nothing to do."""
 
-    def published(self, mid: int, refused: str | None) -> None:
+    def published(self, number: int, refused: str | None) -> None:
         """Nothing to do."""
 
     def tick(self) -> None:

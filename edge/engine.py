@@ -143,7 +143,7 @@ class Engine:
         return True
 
     def stop(self, drain_s: float) -> None:
-        """Refuse new requests, answer those there are for up to `drain_s` seconds, then fail the rest."""
+        """Refuse new requests, answer those there are for up to `drain_s` seconds, the rest `unavailable`."""
         with self._lock:
             self._stopping = True
             self._lock.notify_all()

@@ -119,7 +119,7 @@ class Journal:
     def __init__(
         self, path: Path | None, limits: Limits | None = None, clock: Callable[[], float] = time.time
     ) -> None:
-        self._limits, self._clock = limits or Limits(), clock
+        self._limits, self._clock, self._on_disk = limits or Limits(), clock, path is not None
         self._alive: dict[str, bool] = {}  # keys that this run works on; True once started
         self._looked = time.monotonic()
         self._entries = self._bytes = 0  # the latter never less than the truth
@@ -134,6 +134,11 @@ class Journal:
     def writes(self) -> tuple[int, int]:
         """Transactions that changed something since the start, and how many of them waited for the disk."""
         return self._store.writes, self._store.syncs
+
+    @property
+    def lasting(self) -> bool:
+        """Whether what it holds outlives this process."""
+        return self._on_disk and self._store.problem is None
 
     def find(self, key: str, request: bytes) -> Verdict | None:
         """Say what is known of a request, changing nothing; None if it is new."""

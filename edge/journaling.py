@@ -2,7 +2,8 @@
 
 A request is journalled before it is queued and its answer before it is handed out. A repeat gets the answer
 of the first. What an earlier run left is taken up by `resume`: requests without an answer are asked again,
-those that the daemon has not survived twice get an error, answers that nobody has got are handed out.
+those that the daemon has not survived twice get an error, answers that nobody has got are handed out. That
+goes for what a stopping engine has no time for too: it gets its answer from the next run.
 
 Refusals (`busy`, `unavailable`) are not kept, so that the same request may be asked again. `submit` may wait
 for the disk, once for each request that there is room for in the queue.
@@ -139,6 +140,9 @@ class JournaledEngine:
 
         def keep(answer: Answer) -> None:
             if isinstance(answer, Failure) and answer.code in REFUSALS:
+                if answer.code == "unavailable" and self._journal.lasting:
+                    log.info("request %s is left to the next run", key)
+                    return
                 self._journal.forget(key)
             elif not isinstance(answer, Partial):
                 self._journal.answered(key, answer.to_json().encode())

@@ -11,6 +11,7 @@ import queue
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -19,13 +20,14 @@ from edge.errors import TransportError
 from edge.framing import Damaged
 from edge.messages import Answer, Partial, Request, parse_answer
 from edge.strict_json import StrictJsonError, dumps, loads
-from edge.transports.mqtt_connection import MqttConnection, Outgoing, Received
+from edge.transports.mqtt_connection import MqttConnection
+from edge.transports.mqtt_messages import Outgoing, Received
 from edge.transports.serial_port import SerialPort
 
 CONNECT_S = 10.0  # for a broker or a port to be there
 STATUS_S = 2.0  # for the retained status of a node to arrive
 OTHERS_S = 0.3  # after the first one's, for those of other nodes
-LOST_S = 30.0  # for a lost broker to come back
+LOST_S = 30.0  # for a lost broker or node to come back
 POLL_S = 0.5  # between two looks at the state of a connection
 ACK_S = (0.4, 0.8, 1.6, 3.2, 3.2)  # for an acknowledgement on a serial line, try by try, as EZSP's ASH has it
 MAX_LINE_BYTES = 1024 * 1024  # of an answer
@@ -74,35 +76,48 @@ class MqttLink:
         self._connection.start()
 
     def ask(self, request: Request, patience_s: float | None = None) -> Iterator[Answer]:
-        """Send `request` to the node, again after each new connection, and yield what it answers."""
+        """Send `request` to the node and yield what it answers.
+
+        It is sent again after each new connection, and when the node was away; a repeat changes nothing.
+        """
         until = _until(patience_s)
         node = self._find_node()
         user = self._broker.username or "anonymous"  # so that a broker's access list can keep users apart
         self._reply = f"edge/v1/{node}/reply/{user}/{uuid.uuid4().hex[:12]}"
         self._connection.post(lambda: self._connection.subscribe(self._reply))
-        self._publish(f"edge/v1/{node}/request", request.to_json())
-        heard = time.monotonic()
+        topic, payload = f"edge/v1/{node}/request", replace(request, reply_to=self._reply).to_json()
+        self._publish(topic, payload)
+        there, heard = True, time.monotonic()
         while True:
             event = _next(self._events, until)
-            if event is not None or self._connection.connected:
+            if there and self._connection.connected:
                 heard = time.monotonic()
-            problem = self._connection.problem
-            if problem and (self._connection.connected or time.monotonic() - heard > LOST_S):
-                raise TransportError(problem)
+            self._give_up(node, there, time.monotonic() - heard)
             if event == "back":
-                self._publish(f"edge/v1/{node}/request", request.to_json())
+                self._publish(topic, payload)
             elif isinstance(event, Received) and event.topic == self._reply:
                 answer = parse_answer(event.payload)
                 yield answer
                 if not isinstance(answer, Partial):
                     return
-            elif isinstance(event, Received) and _state(event) == (node, "offline"):
-                raise TransportError(f"node {node} went offline; ask again when it is back")
+            elif isinstance(event, Received) and _state(event)[0] == node:
+                was_there, there = there, _state(event)[1] == "online"
+                if there and not was_there:
+                    self._publish(topic, payload)
 
     def cancel(self, request_id: str) -> None:
         """Publish a cancellation."""
         if self._reply:
-            self._publish(f"edge/v1/{self._reply.split('/')[2]}/cancel", dumps({"id": request_id}))
+            payload = dumps({"id": request_id, "reply_to": self._reply})
+            self._publish(f"edge/v1/{self._reply.split('/')[2]}/cancel", payload)
+
+    def _give_up(self, node: str, there: bool, silent_s: float) -> None:
+        """Raise TransportError if the broker refuses, or it or the node has been away for too long."""
+        problem = self._connection.problem
+        if problem and (self._connection.connected or silent_s > LOST_S):
+            raise TransportError(problem)
+        if not there and silent_s > LOST_S:
+            raise TransportError(f"node {node} went offline; ask again when it is back")
 
     def close(self) -> None:
         """Disconnect."""
@@ -169,7 +184,7 @@ class MqttLink:
         self._events.put(message)
         self._connection.acknowledge(message.token)
 
-    def published(self, mid: int, refused: str | None) -> None:
+    def published(self, number: int, refused: str | None) -> None:
         """Do nothing: an answer is the sign that it has arrived."""
 
     def tick(self) -> None:

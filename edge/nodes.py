@@ -11,7 +11,8 @@ from typing import Any, Self
 from edge.config import Broker
 from edge.errors import TransportError
 from edge.strict_json import StrictJsonError, loads, printable
-from edge.transports.mqtt_connection import MqttConnection, Received
+from edge.transports.mqtt_connection import MqttConnection
+from edge.transports.mqtt_messages import Received
 
 CONNECT_S = 10.0  # for the broker to answer
 QUIET_S = 0.5  # what is retained has come when nothing more comes for so long
@@ -75,7 +76,7 @@ class Nodes:
         """Pass it on: the connection comes back."""
         self._heard.put(None)
 
-    def published(self, mid: int, refused: str | None) -> None:
+    def published(self, number: int, refused: str | None) -> None:
         """Do nothing: nothing is published."""
 
     def tick(self) -> None:

@@ -30,8 +30,8 @@ MAX_WAITING = 1000  # readings that wait for the thread
 LATER_MS = 5000  # to wait before a question that was refused is asked again
 MAX_NOTE_BYTES = 16 * 1024
 
-Publish = Callable[[str, str, Callable[[], None]], None]
-"""Publishes JSON on a topic; the last argument is called when it has arrived."""
+Publish = Callable[[str, str, Callable[[], None] | None], None]
+"""Publishes JSON on a topic; the last argument is called when it has arrived (None: no matter)."""
 
 
 class RouteRunner:
@@ -99,7 +99,7 @@ class RouteRunner:
         for outcome in outcomes:
             if isinstance(outcome, Event):
                 log.info("route %s: event on %s", outcome.route, printable(outcome.topic, 200))
-                self._publish(outcome.topic, outcome.payload, lambda: None)
+                self._publish(outcome.topic, outcome.payload, None)
             elif isinstance(outcome, Ignored):
                 self._ignore(outcome)
         for outcome in outcomes:  # after the events: asking may wait for the disk

@@ -144,8 +144,10 @@ def test_sigterm_does_not_wait_longer_than_it_is_told(make: Make, mosquitto: Mos
     running = Asking(mosquitto, LONG)
     wait_for(lambda: health(mosquitto)["working"])
     assert daemon.stop() == 0
-    running.join(WAIT_S)
-    assert [getattr(answer, "code", None) for answer in running.answers] == ["unavailable"]
+    assert running.answers == []
+    daemon.start()  # what it had no time for
+    assert running.final().usage.generated > 1000
+    assert daemon.stop() == 0
 
 
 def test_a_second_signal_ends_it_at_once(make: Make, mosquitto: Mosquitto) -> None:
@@ -157,8 +159,9 @@ def test_a_second_signal_ends_it_at_once(make: Make, mosquitto: Mosquitto) -> No
     daemon.process.terminate()
     daemon.notice("STOPPING=1")
     assert daemon.stop() == -signal.SIGTERM
-    asking.join(WAIT_S)
-    assert str(asking.answers[-1]).startswith("node pump went offline")
+    assert asking.answers == []
+    daemon.start()
+    assert asking.final().usage.generated > 1000
 
 
 @pytest.mark.parametrize(

@@ -199,16 +199,52 @@ def test_a_request_that_the_daemon_does_not_survive_is_tried_twice_and_then_refu
     run.stop()
 
 
-def test_a_clean_stop_is_no_crash(path: Path) -> None:
+def test_what_a_stop_has_no_time_for_is_answered_by_the_next_run_and_counts_as_no_crash(path: Path) -> None:
     for life in range(4):
-        run = Run(path).start()
+        run = Run(path)
         run.speller.gate.clear()
-        run.ask()
+        run.start()
+        if life == 0:
+            for name in ("a", "b"):
+                run.ask(replace(A, id=name))
         run.speller.wait_until_held()
         run.engine.stop(0)
-        assert code(run.last()) == "unavailable"
         run.journal.close()
         assert run.speller.asked == ["a"], life
+        assert run.answers.empty()
+    last = Run(path).start()
+    assert [(answer.id, type(answer)) for answer in (last.last(), last.last())] == [
+        ("a", Final),
+        ("b", Final),
+    ]
+    last.stop()
+
+
+def test_without_a_disk_what_a_stop_has_no_time_for_is_refused() -> None:
+    run = Run(None).start()
+    run.speller.gate.clear()
+    run.ask()
+    run.speller.wait_until_held()
+    run.engine.stop(0)
+    assert code(run.last()) == "unavailable"
+    run.journal.close()
+
+
+def test_a_crash_counts_only_for_the_request_that_was_worked_on(path: Path) -> None:
+    for life in range(2):
+        run = Run(path)
+        run.speller.gate.clear()
+        run.start()
+        if life == 0:
+            for name in ("a", "b"):
+                run.ask(replace(A, id=name))
+        run.speller.wait_until_held()
+        run.crash()
+    run = Run(path).start()
+    answers = {answer.id: answer for answer in (run.last(), run.last())}
+    assert code(answers["a"]) == "internal"
+    assert isinstance(answers["b"], Final)
+    run.stop()
 
 
 def test_a_deadline_that_passes_while_the_daemon_is_away_is_said(path: Path) -> None:

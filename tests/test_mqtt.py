@@ -269,6 +269,17 @@ def test_a_request_is_cancelled_by_who_asked_it_and_nobody_else(node: Node, sens
     assert (final.id, final.finish_reason) == ("a", "cancelled")
 
 
+def test_a_request_repeated_over_and_over_holds_up_nobody(node: Node, sensor: Sensor) -> None:
+    node.speller.gate.clear()
+    for _ in range(40):  # mosquitto lets 20 be on their way without an acknowledgement
+        sensor.ask(request("a", stream=False), ResponseTopic=REPLY)
+    sensor.ask(request("b", stream=False), ResponseTopic=REPLY)
+    wait_for(lambda: node.engine.waiting == 1)
+    node.speller.gate.set()
+    assert [sensor.final().id, sensor.final().id] == ["a", "b"]
+    assert node.speller.asked == ["a", "b"]
+
+
 def test_status_is_retained_and_the_last_will_says_offline(mosquitto: Mosquitto, connect: Connect) -> None:
     node = Node.start(mosquitto.broker)
     wait_for(lambda: node.transport.online)
@@ -460,6 +471,6 @@ def test_a_final_too_large_for_the_broker_becomes_a_typed_error(
     node = Node.start(broker.broker)
     wait_for(lambda: node.transport.online)
     sensor = connect(broker, REPLY)
-    sensor.ask(request("a", "x" * 1700, stream=False), ResponseTopic=REPLY)
+    sensor.ask(request("a", "x" * 1800, stream=False), ResponseTopic=REPLY)
     assert sensor.failure().code == "too_long"
     node.stop()

@@ -9,29 +9,34 @@ connection loses one. Redelivery of a request that is being worked on, or whose 
 by its response topic and id; across runs it is the journal that does. Acknowledgements are sent as answers
 come, not in the order of arrival that MQTT 5, 4.6 wants: a refusal must not wait behind a long answer, and
 brokers go by the packet identifier.
+
+Answers are QoS 1, so one may come twice around a lost connection or a crash; it is the same one, and its id
+tells. QoS 2 would not change that: its packet identifiers would have to survive a crash on both sides.
 """
 
 from __future__ import annotations
 
 import base64
 import logging
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeGuard
 
 from edge.checks import FieldError, mapping
 from edge.config import MqttConfig
-from edge.engine import Sink
+from edge.engine import REFUSALS, Sink
 from edge.errors import RequestError
 from edge.journaling import JournaledEngine
-from edge.messages import Answer, Failure, Partial, Request, parse_request, salvage
+from edge.messages import Answer, Failure, Final, Partial, Request, parse_request, salvage
 from edge.request_fields import request_id, response_topic
 from edge.route_runner import RouteRunner
 from edge.strict_json import StrictJsonError, dumps, loads, printable
-from edge.transports.mqtt_connection import MqttConnection, Outgoing, Received, Token
+from edge.transports.mqtt_connection import MqttConnection
+from edge.transports.mqtt_messages import Outgoing, Received, Token
 
 log = logging.getLogger(__name__)
 
@@ -39,16 +44,18 @@ ROOT = "edge/v1"
 CLIENT = "mqtt:"  # and the response topic: the name space of ids
 REMEMBERED = 512  # answered requests whose redelivery is recognised
 HEALTH_CHANGED_S, HEALTH_SAME_S = 1.0, 60.0  # health is published at most, and at least, this often
-OVERHEAD_BYTES = 128  # of a PUBLISH packet beside topic, payload and correlation data
 
 
 @dataclass(eq=False)
 class _Delivery:
-    """A request on its way: where its answers go, and the deliveries to acknowledge then."""
+    """A request on its way: where its answers go, and what to acknowledge then."""
 
     reply: str
     correlation: bytes | None
-    tokens: list[Token | None] = field(default_factory=list)
+    token: Token | None = None
+
+    def message(self, answer: Answer, qos: int = 1) -> Outgoing:
+        return Outgoing(self.reply, answer.to_json(), qos, correlation=self.correlation)
 
 
 class MqttTransport:
@@ -70,11 +77,10 @@ class MqttTransport:
         self._status = dict(status)
         self._health = health
         self._routes = routes
-        self._delivered: dict[int, Callable[[], None]] = {}
         self.online = False
         self._health_said, self._health_at = "", float("-inf")
         self._deliveries: dict[tuple[str, str], _Delivery] = {}
-        self._publishing: dict[int, tuple[str, str]] = {}
+        self._publishing: dict[int, Callable[[str | None], None]] = {}
         self._answered: OrderedDict[tuple[str, str], None] = OrderedDict()
         self.connection = MqttConnection(
             config.broker, f"edge-{node}", self, config.session_expiry_s, will=self._state("offline")
@@ -90,9 +96,13 @@ class MqttTransport:
         return len(self._deliveries)
 
     def stop(self, timeout_s: float) -> None:
-        """Wait until the answers are out, say `offline`, disconnect; at most about `timeout_s` seconds."""
+        """Send the answers there are, say `offline`, disconnect; at most about `timeout_s` seconds."""
         until = time.monotonic() + timeout_s
-        while self.connection.connected and self.unconfirmed and time.monotonic() < until:
+        handed_over = threading.Event()  # what was posted before is then being published
+        self.connection.post(handed_over.set)
+        while self.connection.connected and time.monotonic() < until:
+            if handed_over.is_set() and not self._publishing:
+                break
             time.sleep(0.02)
         self.connection.post(self._say_offline)
         self.connection.stop(timeout_s)
@@ -103,8 +113,11 @@ class MqttTransport:
         self._deliveries[key] = delivery = _Delivery(key[0], base64.b64decode(note) if note else None)
         return partial(self._sink, key, delivery)
 
-    def publish(self, topic: str, payload: str, delivered: Callable[[], None]) -> None:
-        """Publish what a route says, from any thread; `delivered` is called when the broker has it."""
+    def publish(self, topic: str, payload: str, delivered: Callable[[], None] | None) -> None:
+        """Publish what a route says, from any thread; `delivered` is called when the broker has it.
+
+        Without it the message is dropped if too many wait for the broker already.
+        """
         self.connection.post(lambda: self._publish(topic, payload, delivered))
 
     # What follows is called in the connection's thread only.
@@ -140,33 +153,49 @@ class MqttTransport:
             self._request(message)
 
     def _reading(self, message: Received) -> None:
-        if self._routes is not None and not message.topic.startswith(f"{ROOT}/"):
+        if self._routes is not None and not message.retained and not message.topic.startswith(f"{ROOT}/"):
             self._routes.reading(message.topic, message.payload)
         self.connection.acknowledge(message.token)
 
-    def _publish(self, topic: str, payload: str, delivered: Callable[[], None]) -> None:
-        mid = self.connection.publish(Outgoing(topic, payload))
-        if mid is None:
-            log.error("%s: too many messages wait for the broker; one is given up", printable(topic, 200))
-        else:
-            self._delivered[mid] = delivered
+    def _publish(self, topic: str, payload: str, delivered: Callable[[], None] | None) -> None:
+        def done(refused: str | None) -> None:
+            if refused:
+                log.warning("%s: the broker does not take it: %s", printable(topic, 200), refused)
+            if delivered is not None:
+                delivered()
 
-    def published(self, mid: int, refused: str | None) -> None:
-        """The broker has an answer, or will never take it: the request is done."""
-        self._delivered.pop(mid, lambda: None)()
-        key = self._publishing.pop(mid, None)
-        if key is None:
-            return
-        delivery = self._deliveries.pop(key)
+        if not self._confirmed(Outgoing(topic, payload), done, keep=delivered is not None):
+            log.error("%s: too many messages wait for the broker; one is dropped", printable(topic, 200))
+
+    def _confirmed(self, message: Outgoing, done: Callable[[str | None], None], keep: bool) -> bool:
+        """Publish a message and call `done` when that is over; False if there was no room for it."""
+        number = self.connection.publish(message, keep)
+        if number is not None:
+            self._publishing[number] = done
+        return number is not None
+
+    def published(self, number: int, refused: str | None) -> None:
+        """Do what is to be done when the broker has a message, or will never take it."""
+        done = self._publishing.pop(number, None)
+        if done is not None:
+            done(refused)
+
+    def _sent(self, key: tuple[str, str], delivery: _Delivery, answer: Answer, refused: str | None) -> None:
+        """Note that the last answer of a request is out; one that is too large becomes an error."""
         if refused:
-            log.warning("%s: the broker refuses an answer: %s", printable(delivery.reply, 200), refused)
+            log.warning("%s: the broker does not take an answer: %s", printable(delivery.reply, 200), refused)
+            size, most = delivery.message(answer).packet_bytes, self.connection.max_packet_bytes
+            if isinstance(answer, Final) and size > most:
+                said = f"the answer takes {size} bytes, the broker at most {most}; ask for fewer tokens"
+                self._send(key, delivery, Failure(answer.id, "too_long", said), keep=True)
+                return
+        del self._deliveries[key]
         self._engine.delivered(_client(delivery.reply), key[1])
         self._finish(key, delivery)
 
     def _finish(self, key: tuple[str, str], delivery: _Delivery) -> None:
         """Acknowledge a request that is done."""
-        for token in delivery.tokens:
-            self.connection.acknowledge(token)
+        self.connection.acknowledge(delivery.token)
         self._answered[key] = None
         while len(self._answered) > REMEMBERED:
             self._answered.popitem(last=False)
@@ -197,16 +226,23 @@ class MqttTransport:
             return
         key = (reply, name)
         if key in self._deliveries:
-            self._deliveries[key].tokens.append(message.token)
+            self._repeat(self._deliveries[key], message.token)
             return
         if message.repeated and key in self._answered:
             self.connection.acknowledge(message.token)
             return
-        delivery = self._deliveries[key] = _Delivery(reply, message.correlation, [message.token])
+        delivery = self._deliveries[key] = _Delivery(reply, message.correlation, message.token)
         if refusal is not None:
-            self._send(key, delivery, refusal)
+            self._send(key, delivery, refusal, keep=False)
         elif request is not None:
             self._submit(key, delivery, _with_expiry(request, message.expiry_s), message.repeated)
+
+    def _repeat(self, delivery: _Delivery, token: Token | None) -> None:
+        """Acknowledge a repeat now, so that it holds up nobody, unless the first one can't be any more."""
+        if self.connection.pending(delivery.token):
+            self.connection.acknowledge(token)
+        else:
+            delivery.token = token
 
     def _submit(self, key: tuple[str, str], delivery: _Delivery, request: Request, repeated: bool) -> None:
         note = base64.b64encode(delivery.correlation).decode() if delivery.correlation else ""
@@ -216,7 +252,8 @@ class MqttTransport:
                 self._finish(key, self._deliveries.pop(key))
         except Exception:
             log.exception("request %s could not be taken on", request.id)
-            self._send(key, delivery, Failure(request.id, "internal", "the daemon failed; its log says why"))
+            failure = Failure(request.id, "internal", "the daemon failed; its log says why")
+            self._send(key, delivery, failure, keep=False)
 
     def _drop(self, message: Received, reply: str | None) -> None:
         why = "names no response topic" if reply is None else f"wants its answer at {printable(reply, 200)}"
@@ -249,29 +286,15 @@ class MqttTransport:
 
     def _sink(self, key: tuple[str, str], delivery: _Delivery, answer: Answer) -> None:
         """Take an answer, in any thread."""
-        self.connection.post(lambda: self._send(key, delivery, answer))
+        kept = not (isinstance(answer, Failure) and answer.code in REFUSALS)  # the journal bounds those
+        self.connection.post(lambda: self._send(key, delivery, answer, kept))
 
-    def _send(self, key: tuple[str, str], delivery: _Delivery, answer: Answer) -> None:
+    def _send(self, key: tuple[str, str], delivery: _Delivery, answer: Answer, keep: bool) -> None:
         if isinstance(answer, Partial):
-            self.connection.publish(
-                Outgoing(delivery.reply, answer.to_json(), 0, correlation=delivery.correlation)
-            )
-            return
-        payload = answer.to_json()
-        room = self.connection.max_packet_bytes - OVERHEAD_BYTES - len(delivery.reply.encode())
-        if len(payload) + len(delivery.correlation or b"") > room:
-            said = (
-                f"the answer has {len(payload)} bytes, the broker takes at most {room}; ask for fewer tokens"
-            )
-            payload = Failure(answer.id, "too_long", said).to_json()
-        mid = self.connection.publish(Outgoing(delivery.reply, payload, correlation=delivery.correlation))
-        if mid is None:  # not acknowledged, so it is delivered again after the next connection
-            log.error(
-                "%s: too many answers wait for the broker; one is given up", printable(delivery.reply, 200)
-            )
-            self._deliveries.pop(key, None)
-        else:
-            self._publishing[mid] = key
+            self.connection.publish(delivery.message(answer, qos=0))
+        elif not self._confirmed(delivery.message(answer), partial(self._sent, key, delivery, answer), keep):
+            log.error("%s: too many messages wait for the broker; a refusal is dropped", self._base)
+            del self._deliveries[key]  # it is not acknowledged, so that the broker delivers it once more
 
     def _say_offline(self) -> None:
         self.connection.publish(self._state("offline"))

@@ -1,4 +1,4 @@
-"""A supervised MQTT 5 connection: paho-mqtt, all of it in one thread of our own.
+"""A supervised MQTT connection: paho-mqtt, all of it in one thread of our own.
 
 paho is not given its own thread, because an exception in a callback would end that thread while
 `is_connected()` stays true. Here one thread connects, reads, writes, calls the Listener and comes back with
@@ -6,6 +6,9 @@ backoff from whatever happens; other threads only `post` work to it. Nothing in 
 
 Acknowledgements are manual. A delivery's token names its connection, because a packet identifier means
 nothing on the next one (MQTT 5, 4.4): the broker delivers again what was not acknowledged.
+
+The broker's Receive Maximum and Maximum Packet Size, which paho never reads, are honoured, and ours are
+announced. MQTT 5 is spoken, and 3.1.1 with a broker that refuses version 5.
 """
 
 from __future__ import annotations
@@ -19,80 +22,30 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-from paho.mqtt.client import Client, ConnectFlags, DisconnectFlags, MQTTMessage, MQTTv5
-from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
-from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.client import Client, ConnectFlags, DisconnectFlags, MQTTMessage, MQTTv5, MQTTv311
+from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from edge.config import Broker
 from edge.errors import TransportError
+from edge.transports.mqtt_messages import Listener, Outgoing, Received, Token, connect_properties
 
 log = logging.getLogger(__name__)
 
 TICK_S = 1.0  # the thread shows that it lives at least this often
 CONNACK_S = 10.0  # a broker that has not answered CONNECT by then is given up
-FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.5, 20.0
+FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.5, 10.0
+DEAD_MS = 15_000  # what was sent and not acknowledged by TCP for so long ends the connection
 MAX_PACKET_BYTES = 1024 * 1024  # what the broker may send us; a longer request is dropped by the broker
-MAX_INFLIGHT = 8  # QoS 1 messages without an acknowledgement; brokers' Receive Maximum is 16 or more
+RECEIVE_MAXIMUM = 2048  # unacknowledged messages that the broker may send us: twice the longest queue
+MAX_INFLIGHT = 8  # QoS 1 messages without an acknowledgement, if the broker takes so many
 MAX_QUEUED = 1024  # QoS 1 messages that wait for the broker
-SESSION_TAKEN_OVER = 0x8E
-
-Token = tuple[int, int]
-_Properties: Any = Properties  # paho leaves its constructor untyped
-
-
-@dataclass(frozen=True)
-class Received:
-    """A message that arrived. `expiry_s`: the rest of its Message Expiry. `token` is None at QoS 0."""
-
-    topic: str
-    payload: bytes
-    retained: bool
-    repeated: bool
-    response_topic: str | None
-    correlation: bytes | None
-    expiry_s: int | None
-    token: Token | None
-
-
-@dataclass(frozen=True)
-class Outgoing:
-    """A message to publish; `correlation` is sent as Correlation Data."""
-
-    topic: str
-    payload: str
-    qos: int = 1
-    retain: bool = False
-    correlation: bytes | None = None
-    response_topic: str | None = None
-    expiry_s: int | None = None
-
-
-class Listener(Protocol):
-    """What happens on a connection, told in its thread."""
-
-    def connected(self) -> None:
-        """Subscriptions are to be made now, on every connection again."""
-
-    def subscribed(self) -> None:
-        """The broker has accepted the subscriptions."""
-
-    def disconnected(self) -> None:
-        """The connection has ended."""
-
-    def received(self, message: Received) -> None:
-        """A message came; it is acknowledged by `acknowledge(message.token)`."""
-
-    def published(self, mid: int, refused: str | None) -> None:
-        """The broker has acknowledged a message of QoS 1, or refuses it for the reason given."""
-
-    def tick(self) -> None:
-        """Called at least every TICK_S seconds while connected."""
+NO_LIMIT_BYTES = 2**28  # of a packet, by MQTT's own encoding
+UNSUPPORTED_VERSION, SESSION_TAKEN_OVER = 0x84, 0x8E
 
 
 class MqttConnection:
@@ -117,15 +70,21 @@ class MqttConnection:
         self.connected = False
         self.refused: str | None = None
         self.problem: str | None = None
-        self.max_packet_bytes = 2**28
         self._broker = broker
+        self._client_id, self._session_expiry_s, self._will = client_id, session_expiry_s, will
+        self.max_packet_bytes = NO_LIMIT_BYTES
+        self._window = MAX_INFLIGHT
+        self._count = 0
+        self._waiting: deque[tuple[int, Outgoing]] = deque()
+        self._inflight: dict[int, tuple[int, Outgoing]] = {}  # by paho's message id
         self._listener = listener
         self._generation = 0
-        self._ever_connected = self._stopping = self._rejected = False
-        self._connecting_since = 0.0
+        self._ever_connected = self._stopping = self._rejected = self._renew = False
+        self._connecting_since = self._stop_by = 0.0
         self._backoff_s = FIRST_BACKOFF_S
         self._outbox: deque[Callable[[], None]] = deque()
-        self._client = self._make_client(client_id, session_expiry_s, will)
+        self._version: MQTTProtocolVersion = MQTTv5
+        self._client = self._make_client()
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
         self._wake_out.setblocking(False)
@@ -136,7 +95,8 @@ class MqttConnection:
         self._thread.start()
 
     def stop(self, timeout_s: float) -> None:
-        """Disconnect and end the thread."""
+        """Send what waits, disconnect and end the thread; at most about `timeout_s` seconds."""
+        self._stop_by = time.monotonic() + timeout_s
         self._stopping = True
         self.post(lambda: None)
         self._thread.join(timeout_s)
@@ -156,23 +116,24 @@ class MqttConnection:
 
     # The rest is for the connection's own thread: listeners and posted work.
 
-    def publish(self, message: Outgoing) -> int | None:
-        """Hand a message to paho, which keeps QoS 1 over reconnects. Returns its id, or None if it can't."""
-        if message.qos == 0 and not self.connected:
+    def publish(self, message: Outgoing, keep: bool = False) -> int | None:
+        """Publish a message; at QoS 1 it waits for the broker and gets a number, which `published` is told.
+
+        Returns None at QoS 0, and at QoS 1 if it is dropped because MAX_QUEUED messages wait already; with
+        `keep` it is not: then it is the caller who bounds them.
+        """
+        if message.qos == 0:
+            if self.connected and message.packet_bytes <= self.max_packet_bytes:
+                self._hand_over(message)
             return None
-        info = self._client.publish(
-            message.topic,
-            message.payload,
-            message.qos,
-            message.retain,
-            _properties(message, PacketTypes.PUBLISH),
-        )
-        return (
-            info.mid if info.rc in (MQTTErrorCode.MQTT_ERR_SUCCESS, MQTTErrorCode.MQTT_ERR_NO_CONN) else None
-        )
+        if len(self._waiting) >= MAX_QUEUED and not keep:
+            return None
+        self._count += 1
+        self._waiting.append((self._count, message))
+        return self._count
 
     def subscribe(self, *topics: str, retained: bool = False, at_most_once: Sequence[str] = ()) -> None:
-        """Subscribe at QoS 1; what is retained there comes only if wanted (MQTT 5, 3.8.3.1).
+        """Subscribe at QoS 1; what is retained there comes only if wanted (MQTT 5, 3.8.3.1; always in 3.1.1).
 
         Topics `at_most_once` are subscribed to at QoS 0: nothing of them is kept for an absent client.
         """
@@ -180,21 +141,32 @@ class MqttConnection:
             SubscribeOptions.RETAIN_SEND_ON_SUBSCRIBE if retained else SubscribeOptions.RETAIN_DO_NOT_SEND
         )
         wanted = [(topic, 1) for topic in topics] + [(topic, 0) for topic in at_most_once]
+        if self._version == MQTTv311:
+            self._client.subscribe(wanted)
+            return
         self._client.subscribe(
             [(topic, SubscribeOptions(qos=qos, retainHandling=handling)) for topic, qos in wanted]
         )
 
     def acknowledge(self, token: Token | None) -> None:
         """Acknowledge a delivery, unless it came over an earlier connection."""
-        if token is not None and token[0] == self._generation and self.connected:
+        if token is not None and self.pending(token):
             self._client.ack(token[1], 1)
 
-    def _make_client(self, client_id: str, session_expiry_s: int, will: Outgoing | None) -> Client:
-        broker = self._broker
-        client = Client(CallbackAPIVersion.VERSION2, client_id, protocol=MQTTv5, manual_ack=True)
+    def pending(self, token: Token | None) -> bool:
+        """Whether a delivery can be acknowledged: there is one, and it came over this connection."""
+        return token is not None and token[0] == self._generation and self.connected
+
+    def _make_client(self) -> Client:
+        broker, will, clean = self._broker, self._will, self._session_expiry_s == 0
+        client = Client(
+            CallbackAPIVersion.VERSION2,
+            self._client_id,
+            clean_session=clean if self._version == MQTTv311 else None,
+            protocol=self._version,
+            manual_ack=True,
+        )
         client.connect_timeout = 5.0
-        client.max_queued_messages_set(MAX_QUEUED)
-        client.max_inflight_messages_set(MAX_INFLIGHT)
         if broker.username is not None:
             client.username_pw_set(broker.username, broker.password)
         if broker.tls:
@@ -207,21 +179,18 @@ class MqttConnection:
                 raise TransportError(f"broker {broker.address}: a TLS file can't be used: {error}") from None
         if will is not None:
             client.will_set(will.topic, will.payload, will.qos, will.retain)
-        client.on_socket_open = _send_at_once
+        client.on_socket_open = _tune
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
         client.on_subscribe = self._on_subscribe
         client.on_message = self._on_message
         client.on_publish = self._on_publish
-        properties = _Properties(PacketTypes.CONNECT)
-        properties.SessionExpiryInterval = session_expiry_s
-        properties.MaximumPacketSize = MAX_PACKET_BYTES
+        if self._version == MQTTv311:
+            client.connect_async(broker.host, broker.port, broker.keepalive_s)
+            return client
+        properties = connect_properties(self._session_expiry_s, MAX_PACKET_BYTES, RECEIVE_MAXIMUM)
         client.connect_async(
-            broker.host,
-            broker.port,
-            broker.keepalive_s,
-            clean_start=session_expiry_s == 0,
-            properties=properties,
+            broker.host, broker.port, broker.keepalive_s, clean_start=clean, properties=properties
         )
         return client
 
@@ -242,6 +211,8 @@ class MqttConnection:
         """Connect and stay until the connection ends."""
         self._rejected = False
         self._connecting_since = time.monotonic()
+        if self._renew:
+            self._start_over()
         try:
             self._client.reconnect()
         except OSError as error:
@@ -254,11 +225,16 @@ class MqttConnection:
             self._client.loop_misc()
             if self.connected:
                 self._listener.tick()
+                self._send_waiting()
             elif time.monotonic() - self._connecting_since > CONNACK_S:
                 self._trouble("no answer to CONNECT", "is it an MQTT broker?")
                 return
-            if self._stopping and not self._client.want_write():
+            if self._stopping and (not self._unsent or time.monotonic() > self._stop_by):
                 self._client.disconnect()
+
+    @property
+    def _unsent(self) -> bool:
+        return self._client.want_write() or (self.connected and bool(self._waiting))
 
     def _exchange(self, sock: Any) -> None:
         pending = isinstance(sock, ssl.SSLSocket) and sock.pending() > 0
@@ -271,8 +247,32 @@ class MqttConnection:
         if writable and self._client.socket() is not None:
             self._client.loop_write()
 
+    def _send_waiting(self) -> None:
+        """Hand over as many messages as the broker takes without an acknowledgement (its Receive Maximum)."""
+        while self._waiting and len(self._inflight) < self._window:
+            number, message = self._waiting.popleft()
+            if message.packet_bytes > self.max_packet_bytes:
+                refusal = f"its packet has {message.packet_bytes} bytes, {self.max_packet_bytes} are allowed"
+                self._listener.published(number, refusal)
+            else:
+                self._inflight[self._hand_over(message)] = number, message
+
+    def _start_over(self) -> None:
+        """Take a new client of paho's; what the old one has still to send waits once more."""
+        self._client = self._make_client()
+        self._waiting.extendleft(reversed(self._inflight.values()))
+        self._inflight.clear()
+        self._renew = False
+
+    def _hand_over(self, message: Outgoing) -> int:
+        """Give a message to paho, which keeps one of QoS 1 over reconnects until it is acknowledged."""
+        properties = message.properties() if self._version == MQTTv5 else None
+        return self._client.publish(
+            message.topic, message.payload, message.qos, message.retain, properties
+        ).mid
+
     def _wait(self, seconds: float) -> None:
-        """Do posted work for `seconds`; what it publishes waits in paho."""
+        """Do posted work for `seconds`; what it publishes waits."""
         until = time.monotonic() + seconds
         while not self._stopping and (left := until - time.monotonic()) > 0:
             self.progress += 1
@@ -302,6 +302,10 @@ class MqttConnection:
         reason: ReasonCode,
         properties: Properties | None,
     ) -> None:
+        if reason.value == UNSUPPORTED_VERSION and self._version == MQTTv5 and not self._ever_connected:
+            log.info("broker %s: it knows no MQTT 5; going on with 3.1.1", self._broker.address)
+            self._version, self._rejected, self._renew = MQTTv311, True, True
+            return
         if reason.is_failure:
             self._rejected = True
             self._trouble(
@@ -310,11 +314,16 @@ class MqttConnection:
             if not self._ever_connected:
                 self.refused = self.problem
             return
+        self._window = min(MAX_INFLIGHT, getattr(properties, "ReceiveMaximum", MAX_INFLIGHT))
+        if len(self._inflight) > self._window:  # paho is about to send all of them again, whatever is allowed
+            self._rejected = self._renew = True
+            self._client.disconnect()
+            return
         self._generation += 1
         self.connected = self._ever_connected = True
         self.problem = None
         self._backoff_s = FIRST_BACKOFF_S
-        self.max_packet_bytes = getattr(properties, "MaximumPacketSize", 2**28)
+        self.max_packet_bytes = getattr(properties, "MaximumPacketSize", NO_LIMIT_BYTES)
         log.info(
             "broker %s: connected, session %s",
             self._broker.address,
@@ -330,8 +339,9 @@ class MqttConnection:
         reason: ReasonCode,
         _properties: Properties | None,
     ) -> None:
-        self.connected = False
-        self._listener.disconnected()
+        if self.connected:
+            self.connected = False
+            self._listener.disconnected()
         if self._stopping or self._rejected:
             return
         if reason.value == SESSION_TAKEN_OVER:
@@ -355,17 +365,7 @@ class MqttConnection:
             self._listener.subscribed()
 
     def _on_message(self, _client: Client, _data: Any, message: MQTTMessage) -> None:
-        properties = message.properties
-        received = Received(
-            topic=message.topic,
-            payload=bytes(message.payload),
-            retained=message.retain,
-            repeated=message.dup,
-            response_topic=getattr(properties, "ResponseTopic", None),
-            correlation=getattr(properties, "CorrelationData", None),
-            expiry_s=getattr(properties, "MessageExpiryInterval", None),
-            token=(self._generation, message.mid) if message.qos else None,
-        )
+        received = Received.of(message, self._generation)
         try:
             self._listener.received(received)
         except Exception:
@@ -375,25 +375,19 @@ class MqttConnection:
     def _on_publish(
         self, _client: Client, _data: Any, mid: int, reason: ReasonCode, _properties: Properties | None
     ) -> None:
-        self._listener.published(mid, str(reason) if reason.is_failure else None)
+        if mid in self._inflight:
+            self._listener.published(self._inflight.pop(mid)[0], str(reason) if reason.is_failure else None)
 
 
-def _send_at_once(_client: Client, _data: Any, sock: Any) -> None:
-    """Switch Nagle's algorithm off: with delayed acknowledgements it adds 40 ms to each small packet."""
+def _tune(_client: Client, _data: Any, sock: Any) -> None:
+    """Switch Nagle's algorithm off, which adds 40 ms to small packets; notice early that a peer is away.
+
+    Without the limit TCP sends again ever more rarely, so that a network that was away for a minute seems
+    to be away for two (tcp(7)).
+    """
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-
-def _properties(message: Outgoing, kind: int) -> Properties:
-    properties: Properties = _Properties(kind)
-    properties.PayloadFormatIndicator = 1  # UTF-8
-    properties.ContentType = "application/json"
-    if message.correlation is not None:
-        properties.CorrelationData = message.correlation
-    if message.response_topic is not None:
-        properties.ResponseTopic = message.response_topic
-    if message.expiry_s is not None:
-        properties.MessageExpiryInterval = message.expiry_s
-    return properties
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_MS)
 
 
 def _diagnose(error: OSError) -> tuple[str, str]:

@@ -59,10 +59,10 @@ class SerialTransport:
         """Make a sink for a request of an earlier run."""
         return self._answer
 
-    def publish(self, topic: str, payload: str, written: Callable[[], None]) -> None:
+    def publish(self, topic: str, payload: str, written: Callable[[], None] | None) -> None:
         """Write what a route says as a frame, from any thread. `payload` is JSON."""
         frame = f'{{"type":"message","topic":{dumps(topic)},"payload":{payload}}}'
-        self.port.send(frame, written=written)
+        self.port.send(frame, written=written or (lambda: None))
 
     def _greet(self) -> None:
         self.port.send(self._hello)

@@ -1,0 +1,104 @@
+"""What goes over an MQTT connection in either direction, and who is told of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from paho.mqtt.client import MQTTMessage
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+
+HEADER_BYTES = 5 + 2 + 2  # type and length, at most; length of the topic; packet identifier (MQTT 5, 3.3)
+
+Token = tuple[int, int]
+_Properties: Any = Properties  # paho leaves its constructor untyped
+
+
+@dataclass(frozen=True)
+class Received:
+    """A message that arrived. `expiry_s`: the rest of its Message Expiry. `token` is None at QoS 0."""
+
+    topic: str
+    payload: bytes
+    retained: bool
+    repeated: bool
+    response_topic: str | None
+    correlation: bytes | None
+    expiry_s: int | None
+    token: Token | None
+
+    @classmethod
+    def of(cls, message: MQTTMessage, generation: int) -> Received:
+        """Take what paho has received over connection number `generation`."""
+        properties = message.properties
+        return cls(
+            topic=message.topic,
+            payload=bytes(message.payload),
+            retained=message.retain,
+            repeated=message.dup,
+            response_topic=getattr(properties, "ResponseTopic", None),
+            correlation=getattr(properties, "CorrelationData", None),
+            expiry_s=getattr(properties, "MessageExpiryInterval", None),
+            token=(generation, message.mid) if message.qos else None,
+        )
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """A message to publish; `correlation` is sent as Correlation Data, where there are such (MQTT 5)."""
+
+    topic: str
+    payload: str
+    qos: int = 1
+    retain: bool = False
+    correlation: bytes | None = None
+    response_topic: str | None = None
+
+    def properties(self) -> Any:
+        """Make the properties (paho's) that MQTT 5 sends with it."""
+        properties: Any = _Properties(PacketTypes.PUBLISH)
+        properties.PayloadFormatIndicator = 1  # UTF-8
+        properties.ContentType = "application/json"
+        if self.correlation is not None:
+            properties.CorrelationData = self.correlation
+        if self.response_topic is not None:
+            properties.ResponseTopic = self.response_topic
+        return properties
+
+    @property
+    def packet_bytes(self) -> int:
+        """The most that its packet takes."""
+        variable = self.topic.encode(), self.properties().pack(), self.payload.encode()
+        return HEADER_BYTES + sum(map(len, variable))
+
+
+class Listener(Protocol):
+    """What happens on a connection, told in its thread."""
+
+    def connected(self) -> None:
+        """Subscriptions are to be made now, on every connection again."""
+
+    def subscribed(self) -> None:
+        """The broker has accepted the subscriptions."""
+
+    def disconnected(self) -> None:
+        """The connection has ended."""
+
+    def received(self, message: Received) -> None:
+        """A message came; it is acknowledged by `acknowledge(message.token)`."""
+
+    def published(self, number: int, refused: str | None) -> None:
+        """The broker has acknowledged a message of QoS 1, or will not take it for the reason given."""
+
+    def tick(self) -> None:
+        """Called at least every TICK_S seconds while connected."""
+
+
+def connect_properties(session_expiry_s: int, max_packet_bytes: int, receive_maximum: int) -> Properties:
+    """Make the properties that MQTT 5 connects with."""
+    properties: Properties = _Properties(PacketTypes.CONNECT)
+    properties.SessionExpiryInterval = session_expiry_s
+    properties.MaximumPacketSize = max_packet_bytes
+    properties.ReceiveMaximum = receive_maximum
+    return properties

@@ -1,0 +1,220 @@
+"""Limits of brokers and of ours, at a broker that acknowledges nothing by itself, and one without MQTT 5."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from counterparts import WAIT_S, wait_for
+from scripted_broker import ScriptedBroker, wait_until_published
+
+from edge.transports import mqtt_connection
+from edge.transports.mqtt_connection import MqttConnection
+from edge.transports.mqtt_messages import Outgoing, Received
+
+TOPIC = "edge/v1/pump/reply/x"
+
+
+class Listener:
+    """Notes what the connection tells."""
+
+    def __init__(self) -> None:
+        self.subscriptions: Callable[[], None] = lambda: None
+        self.online = False
+        self.done: dict[int, str | None] = {}
+
+    def connected(self) -> None:
+        self.subscriptions()
+
+    def subscribed(self) -> None:
+        self.online = True
+
+    def disconnected(self) -> None:
+        self.online = False
+
+    def received(self, message: Received) -> None:
+        raise AssertionError(message)
+
+    def published(self, number: int, refused: str | None) -> None:
+        self.done[number] = refused
+
+    def tick(self) -> None:
+        pass
+
+
+class Client:
+    """A connection to a broker, and what it tells."""
+
+    def __init__(self, broker: ScriptedBroker, session_expiry_s: int = 60) -> None:
+        self.listener = Listener()
+        self.connection = MqttConnection(broker.broker, "edge-pump", self.listener, session_expiry_s)
+        self.listener.subscriptions = lambda: self.connection.subscribe("a", "b")
+
+    def start(self) -> "Client":
+        self.connection.start()
+        wait_for(lambda: self.listener.online)
+        return self
+
+    def publish(self, *payloads: str, keep: bool = False) -> list[int | None]:
+        """Publish as a listener would, in the connection's thread, and return the numbers."""
+        numbers = self.post(*(Outgoing(TOPIC, payload) for payload in payloads), keep=keep)
+        wait_for(lambda: len(numbers) == len(payloads))
+        return numbers
+
+    def post(self, *messages: Outgoing, keep: bool = False) -> list[int | None]:
+        numbers: list[int | None] = []
+        self.connection.post(
+            lambda: numbers.extend(self.connection.publish(message, keep) for message in messages)
+        )
+        return numbers
+
+
+@pytest.fixture
+def scripted() -> Iterator[Callable[..., ScriptedBroker]]:
+    brokers: list[ScriptedBroker] = []
+
+    def make(**how: Any) -> ScriptedBroker:
+        brokers.append(ScriptedBroker(**how))
+        return brokers[-1]
+
+    yield make
+    for broker in brokers:
+        broker.close()
+
+
+@pytest.fixture
+def connect() -> Iterator[Callable[[ScriptedBroker], Client]]:
+    clients: list[Client] = []
+
+    def make(broker: ScriptedBroker) -> Client:
+        clients.append(Client(broker))
+        return clients[-1].start()
+
+    yield make
+    for client in clients:
+        client.connection.stop(0.1)
+        client.connection._thread.join(WAIT_S)
+        assert not client.connection.alive
+
+
+Scripted = Callable[..., ScriptedBroker]
+Connect = Callable[[ScriptedBroker], Client]
+
+
+def wait_until_told(client: Client, count: int) -> None:
+    """Wait until `count` messages are acknowledged or refused."""
+    wait_for(lambda: len(client.listener.done) == count)
+
+
+def test_no_more_messages_are_on_their_way_than_the_broker_takes(
+    scripted: Scripted, connect: Connect
+) -> None:
+    broker = scripted(ReceiveMaximum=3)
+    client = connect(broker)
+    numbers = client.publish(*map(str, range(10)))
+    for done in range(10):
+        sent = wait_until_published(broker, min(done + 3, 10), 0, TOPIC)
+        time.sleep(0.02)  # for one more, which must not come
+        assert len(broker.outstanding(0, TOPIC)) == min(done + 3, 10)
+        broker.acknowledge(sent[done])
+        wait_until_told(client, done + 1)
+    assert client.listener.done == dict.fromkeys(numbers)
+    assert [one.body[-1:] for one in broker.published] == [b"%d" % number for number in range(10)]
+
+
+def test_a_broker_that_takes_less_after_a_restart_gets_less_again_and_at_last_everything(
+    scripted: Scripted, connect: Connect
+) -> None:
+    broker = scripted(ReceiveMaximum=5)
+    client = connect(broker)
+    client.publish(*map(str, range(7)))
+    wait_until_published(broker, 5, 0, TOPIC)
+    broker.limits = {"ReceiveMaximum": 2}
+    broker.drop()
+    wait_for(lambda: broker.connections >= 3 and client.listener.online)
+    last = broker.connections - 1
+    for done in range(7):
+        sent = wait_until_published(broker, min(done + 2, 7), last, TOPIC)
+        time.sleep(0.02)
+        assert len(broker.outstanding(last, TOPIC)) == min(done + 2, 7)
+        broker.acknowledge(sent[done])
+    wait_for(lambda: len(client.listener.done) == 7)
+    assert [one.body[-1:] for one in broker.outstanding(last, TOPIC)] == [b"%d" % each for each in range(7)]
+    assert broker.outstanding(1, TOPIC) == []  # on the one that told the new limit
+
+
+def test_our_own_limits_are_announced(scripted: Scripted, connect: Connect) -> None:
+    broker = scripted()
+    connect(broker)
+    (asked,) = broker.asked
+    assert asked.MaximumPacketSize == mqtt_connection.MAX_PACKET_BYTES
+    assert asked.ReceiveMaximum == mqtt_connection.RECEIVE_MAXIMUM
+    assert asked.SessionExpiryInterval == 60
+
+
+def test_a_packet_that_is_too_large_is_not_sent_and_holds_up_nothing(
+    scripted: Scripted, connect: Connect
+) -> None:
+    broker = scripted(MaximumPacketSize=200)
+    client = connect(broker)
+    large, small = client.publish("x" * 200, "y")
+    (sent,) = wait_until_published(broker, 1, 0, TOPIC)
+    assert sent.body.endswith(b"y")
+    broker.acknowledge(sent)
+    wait_for(lambda: len(client.listener.done) == 2)
+    assert client.listener.done[small or 0] is None
+    assert "200 are allowed" in str(client.listener.done[large or 0])
+
+
+@pytest.mark.parametrize("size", [1, 90, 200, 20_000])
+def test_a_packet_is_never_larger_than_it_is_said_to_be(
+    scripted: Scripted, connect: Connect, size: int
+) -> None:
+    broker = scripted()
+    client = connect(broker)
+    message = Outgoing(TOPIC, "\u00e9" * size, correlation=b"c" * 30, response_topic="r")
+    client.post(message)
+    (sent,) = wait_until_published(broker, 1, 0, TOPIC)
+    said = message.packet_bytes
+    assert said - 4 <= 1 + 1 + 2 + len(TOPIC) + 2 + len(sent.body) <= said
+
+
+def test_what_waits_for_the_broker_is_bounded_but_for_what_is_to_be_kept(
+    scripted: Scripted, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mqtt_connection, "MAX_QUEUED", 2)
+    broker = scripted(ReceiveMaximum=1)
+    client = connect(broker)
+    assert None not in client.publish("0")
+    wait_until_published(broker, 1, 0, TOPIC)
+    assert [number is None for number in client.publish("1", "2", "3", "4")] == [False, False, True, True]
+    assert None not in client.publish("5", keep=True)
+    for done in range(4):
+        broker.acknowledge(wait_until_published(broker, done + 1, 0, TOPIC)[done])
+    wait_for(lambda: len(client.listener.done) == 4)
+    assert [one.body[-1:] for one in broker.outstanding(0, TOPIC)] == [b"0", b"1", b"2", b"5"]
+
+
+def test_what_is_published_before_the_broker_is_there_waits_for_it(scripted: Scripted) -> None:
+    broker = scripted()
+    client = Client(broker)
+    client.post(Outgoing(TOPIC, "early"))
+    client.start()
+    (sent,) = wait_until_published(broker, 1, 0, TOPIC)
+    broker.acknowledge(sent)
+    wait_for(lambda: client.listener.done)
+    client.connection.stop(WAIT_S)
+
+
+def test_a_broker_without_mqtt_5_is_spoken_to_in_3_1_1(scripted: Scripted, connect: Connect) -> None:
+    broker = scripted(knows_5=False)
+    client = connect(broker)
+    assert broker.versions == [5, 4]
+    client.publish("hello")
+    (sent,) = wait_until_published(broker, 1, 1, TOPIC)
+    assert sent.body == b"hello"
+    broker.acknowledge(sent)
+    wait_for(lambda: client.listener.done)
+    broker.drop()
+    wait_for(lambda: broker.versions == [5, 4, 4])
+    assert client.connection.refused is None
