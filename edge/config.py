@@ -62,11 +62,13 @@ class MqttConfig:
     """The broker, how long it keeps the session of an absent daemon (seconds), and what may be answered.
 
     A response topic must begin with one of `reply_prefixes` or with the node's own `edge/v1/<node>/reply/`.
+    `discovery_prefix` is Home Assistant's, None if it is not to be told.
     """
 
     broker: Broker
     session_expiry_s: int
     reply_prefixes: tuple[str, ...]
+    discovery_prefix: str | None = None
 
 
 @dataclass(frozen=True)
@@ -167,9 +169,9 @@ class _Reader:
         secret = values.pop("password_file")
         if secret is not None and values["username"] is None:
             raise self._error("mqtt.password_file", "mqtt.password_file needs mqtt.username")
-        expiry, prefixes = values.pop("session_expiry_s"), values.pop("reply_prefixes")
+        own = {name: values.pop(name) for name in ("session_expiry_s", "reply_prefixes", "discovery_prefix")}
         password = None if secret is None else self._secret(secret)
-        return MqttConfig(Broker(password=password, **values), expiry, prefixes)
+        return MqttConfig(Broker(password=password, **values), **own)
 
     def _serial(self, index: int, table: Mapping[str, Any]) -> SerialConfig:
         return SerialConfig(**self._section(f"serial[{index}]", table, _SERIAL))
@@ -264,11 +266,14 @@ def _not_empty(path: str, value: Any) -> str:
     return str(value)
 
 
+def _prefix(path: str, value: Any) -> str:
+    if not _not_empty(path, value) or any(c in value for c in "+#\0"):
+        raise FieldError(f"{path} is not the beginning of a topic; allowed: no +, # and NUL")
+    return str(value)
+
+
 def _prefixes(path: str, value: Any) -> tuple[str, ...]:
-    for index, item in enumerate(array(path, value, most=64)):
-        if not _not_empty(f"{path}[{index}]", item) or any(c in item for c in "+#\0"):
-            raise FieldError(f"{path}[{index}] is not the beginning of a topic; allowed: no +, # and NUL")
-    return tuple(value)
+    return tuple(_prefix(f"{path}[{i}]", item) for i, item in enumerate(array(path, value, most=64)))
 
 
 def _table(path: str, value: Any) -> Mapping[str, Any]:
@@ -328,6 +333,7 @@ _MQTT = {
     "keepalive_s": _Key(integer(5, 3600), 30),
     "session_expiry_s": _Key(integer(0, 604_800), 3600),
     "reply_prefixes": _Key(_prefixes, ()),
+    "discovery_prefix": _Key(_prefix, None),
 }
 
 _SERIAL = {

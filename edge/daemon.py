@@ -66,7 +66,7 @@ class Daemon:
         self._routes: RouteRunner | None = None
         if config.routes:
             plain = self._generator.bundle.manifest.prompt_format == "plain"
-            self._routes = RouteRunner(config.routes, plain, self._journaled, self._publish)
+            self._routes = RouteRunner(config.routes, plain, self._journaled, self._publish, self._show)
         self._mqtt: MqttTransport | None = None
         if config.mqtt is not None:
             self._mqtt = MqttTransport(
@@ -152,6 +152,11 @@ class Daemon:
         else:
             for port in self._ports:
                 port.publish(topic, payload, delivered)
+
+    def _show(self, route: str, payload: str) -> None:
+        """Show a route's answer in Home Assistant."""
+        if self._mqtt is not None:
+            self._mqtt.show(route, payload)
 
     def _origin(self, client: str) -> Origin | None:
         """Find where the requests of a client come from."""

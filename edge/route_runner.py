@@ -38,9 +38,17 @@ class RouteRunner:
     """Runs `routes`. `plain` is for models without a chat format. `progress` grows while the thread lives."""
 
     def __init__(
-        self, routes: Sequence[Route], plain: bool, engine: JournaledEngine, publish: Publish
+        self,
+        routes: Sequence[Route],
+        plain: bool,
+        engine: JournaledEngine,
+        publish: Publish,
+        show: Callable[[str, str], None] = lambda _route, _payload: None,
     ) -> None:
+        """Prepare the routes. `show` is given what a route has answered, after `publish`."""
         self.progress = 0
+        self.answering = tuple(route.name for route in routes if route.ask is not None)
+        self._show = show
         self._router = Router(routes, plain)
         self._engine, self._publish = engine, publish
         self._work: queue.Queue[Callable[[], Sequence[Outcome]]] = queue.Queue(MAX_WAITING)
@@ -124,7 +132,9 @@ class RouteRunner:
             self._put(partial(self._postpone, question, until))
             return
         delivered = partial(self._engine.delivered, _client(question.route), question.request.id)
-        self._publish(question.answer_topic, answer_payload(question, answer), delivered)
+        payload = answer_payload(question, answer)
+        self._publish(question.answer_topic, payload, delivered)
+        self._show(question.route, payload)
 
     def _postpone(self, question: Question, until: float) -> Sequence[Outcome]:
         self._router.postpone(question, until)

@@ -33,6 +33,7 @@ password_file = "secret"
 keepalive_s = 10
 session_expiry_s = 60
 reply_prefixes = ["sensors/", "ha/"]
+discovery_prefix = "homeassistant"
 
 [[serial]]
 port = "/dev/ttyUSB0"
@@ -93,6 +94,7 @@ def test_every_key_is_read(tmp_path: Path) -> None:
     assert config.mqtt.broker.ca_file == tmp_path / "ca.pem"
     assert config.mqtt.broker.key_file == Path("/etc/edge/node.key")
     assert config.mqtt.reply_prefixes == ("sensors/", "ha/")
+    assert config.mqtt.discovery_prefix == "homeassistant"
     assert [(port.port, port.baud, port.flow_control, port.lenient) for port in config.serial] == [
         ("/dev/ttyUSB0", 115_200, "none", False),
         ("/dev/ttyACM0", 9600, "xonxoff", True),

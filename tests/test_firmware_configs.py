@@ -171,7 +171,7 @@ class Broker:
     certificates: Path
 
 
-PASSWORDS = {"edge-node": "n", "alice": "a", "probe1": "p"}
+PASSWORDS = {"edge-node": "n", "alice": "a", "probe1": "p", "home-assistant": "h"}
 
 
 @pytest.fixture
@@ -266,6 +266,15 @@ def test_the_broker_lets_each_user_do_its_own_part_only(login: Callable[..., Use
     assert not node.hears("sensors/probe1/temperature", alice, "forged reading")
     assert not alice.hears("edge/v1/edge-node/status", probe, "forged status")
     assert not probe.hears("edge/v1/edge-node/request", alice, "overheard question")
+
+
+def test_home_assistant_sees_the_nodes_but_not_answers_to_others(login: Callable[..., User]) -> None:
+    node, home = login("edge-node"), login("home-assistant")
+    assert home.hears("homeassistant/device/edge-edge-node/config", node, "device")
+    assert home.hears("edge/v1/edge-node/health", node, "health")
+    assert home.hears("edge/v1/edge-node/routes/freezers", node, "state")
+    assert node.hears("homeassistant/status", home, "online")
+    assert not home.hears("edge/v1/edge-node/reply/alice/1", node, "answer for another")
 
 
 def test_the_broker_refuses_strangers(login: Callable[..., User]) -> None:

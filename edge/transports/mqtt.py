@@ -30,6 +30,7 @@ from edge.checks import FieldError, mapping
 from edge.config import MqttConfig
 from edge.engine import REFUSALS, Sink
 from edge.errors import RequestError
+from edge.home_assistant import HomeAssistant
 from edge.journaling import JournaledEngine
 from edge.messages import Answer, Failure, Final, Partial, Request, parse_request, salvage
 from edge.request_fields import request_id, response_topic
@@ -79,6 +80,10 @@ class MqttTransport:
         self._routes = routes
         self.online = False
         self._health_said, self._health_at = "", float("-inf")
+        self._home: HomeAssistant | None = None
+        if config.discovery_prefix is not None:
+            answering = routes.answering if routes else ()
+            self._home = HomeAssistant(config.discovery_prefix, node, self._base, status, answering)
         self._deliveries: dict[tuple[str, str], _Delivery] = {}
         self._publishing: dict[int, Callable[[str | None], None]] = {}
         self._answered: OrderedDict[tuple[str, str], None] = OrderedDict()
@@ -104,7 +109,7 @@ class MqttTransport:
             if handed_over.is_set() and not self._publishing:
                 break
             time.sleep(0.02)
-        self.connection.post(self._say_offline)
+        self.connection.post(partial(self._tell, self._state("offline")))
         self.connection.stop(timeout_s)
 
     def sink(self, client: str, request_id: str, note: str) -> Sink:
@@ -120,16 +125,25 @@ class MqttTransport:
         """
         self.connection.post(lambda: self._publish(topic, payload, delivered))
 
+    def show(self, route: str, payload: str) -> None:
+        """Show the answer of a route in Home Assistant, from any thread."""
+        if self._home is not None:
+            message = self._home.answer(route, payload)
+            self.connection.post(partial(self._tell, message))
+
     # What follows is called in the connection's thread only.
 
     def connected(self) -> None:
         """Subscribe to requests and, at QoS 0, to readings: those of an hour ago would be taken for new."""
-        readings = self._routes.filters if self._routes else ()
-        self.connection.subscribe(f"{self._base}/request", f"{self._base}/cancel", at_most_once=readings)
+        heard = self._routes.filters if self._routes else ()
+        if self._home is not None:
+            heard = (*heard, self._home.birth_topic)
+        self.connection.subscribe(f"{self._base}/request", f"{self._base}/cancel", at_most_once=heard)
 
     def subscribed(self) -> None:
         """Tell the world that requests are heard."""
         self.connection.publish(self._state("online"))
+        self._introduce()
         self._health_said = ""
         self.online = True
 
@@ -138,8 +152,11 @@ class MqttTransport:
         self.online = False
 
     def received(self, message: Received) -> None:
-        """Take a request, a cancellation or a reading."""
-        if not message.topic.startswith(f"{self._base}/"):
+        """Take a request, a cancellation, a reading, or Home Assistant's word that it has started."""
+        if self._home is not None and message.topic == self._home.birth_topic:
+            if message.payload == b"online":
+                self._introduce()
+        elif not message.topic.startswith(f"{self._base}/"):
             self._reading(message)
         elif message.retained:
             log.warning(
@@ -156,6 +173,11 @@ class MqttTransport:
         if self._routes is not None and not message.retained and not message.topic.startswith(f"{ROOT}/"):
             self._routes.reading(message.topic, message.payload)
         self.connection.acknowledge(message.token)
+
+    def _introduce(self) -> None:
+        """Tell Home Assistant what there is to see."""
+        if self._home is not None:
+            self.connection.publish(self._home.device())
 
     def _publish(self, topic: str, payload: str, delivered: Callable[[], None] | None) -> None:
         def done(refused: str | None) -> None:
@@ -296,8 +318,8 @@ class MqttTransport:
             log.error("%s: too many messages wait for the broker; a refusal is dropped", self._base)
             del self._deliveries[key]  # it is not acknowledged, so that the broker delivers it once more
 
-    def _say_offline(self) -> None:
-        self.connection.publish(self._state("offline"))
+    def _tell(self, message: Outgoing) -> None:
+        self.connection.publish(message)
 
     def _state(self, state: str) -> Outgoing:
         return Outgoing(f"{self._base}/status", dumps({"state": state, **self._status}), retain=True)
