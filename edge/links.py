@@ -101,8 +101,8 @@ class MqttLink:
                 if not isinstance(answer, Partial):
                     return
             elif isinstance(event, Received) and _state(event)[0] == node:
-                was_there, there = there, _state(event)[1] == "online"
-                if there and not was_there:
+                there = _state(event)[1] == "online"
+                if there:  # it hears requests anew, and may have missed one
                     self._publish(topic, payload)
 
     def cancel(self, request_id: str) -> None:
