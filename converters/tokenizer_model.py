@@ -13,16 +13,23 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from converters.checkpoints.text_files import read_bytes, read_json
 from edge.errors import CheckpointError
+from edge.vocabulary import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    SPACE_MARK,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    wire_fields,
+)
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-
-_SPACE = "\u2581"
 _UNKNOWN_PIECE = "<unk>"
 # fmt: off
 _SPECIAL_PIECES = frozenset((  # of Gemma 3 and Gemma 4
@@ -34,7 +41,7 @@ _SPECIAL_PIECES = frozenset((  # of Gemma 3 and Gemma 4
 ))
 # fmt: on
 _UNUSED_PIECE = re.compile(r"<unused\d+>")
-_RUN = re.compile(rf"\n+|\t+|{_SPACE}{{2,}}")
+_RUN = re.compile(rf"\n+|\t+|{SPACE_MARK}{{2,}}")
 _BYTES = [bytes([value]) for value in range(128)]
 _PIECE_TAIL = struct.Struct("<BfBB")  # score (field 2, float), type (field 3, varint)
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -72,7 +79,7 @@ def from_gguf(metadata: Mapping[str, Any], source: Path, vocabulary: int) -> byt
                 f"{source}: tokenizer.ggml.scores is missing or of another length than tokens"
             )
     pieces = (
-        Piece(text.replace(" ", _SPACE), float(score), int(type_))
+        Piece(text.replace(" ", SPACE_MARK), float(score), int(type_))
         for text, score, type_ in zip(tokens, scores, types, strict=True)
     )
     return _model(pieces, source, vocabulary)
@@ -87,7 +94,7 @@ def from_tokenizer_json(path: Path, vocabulary: int) -> bytes:
     try:
         model, normalizer = data["model"], data["normalizer"]
         usual = model["type"] == "BPE" and model["byte_fallback"] is True
-        if not usual or (normalizer["pattern"], normalizer["content"]) != ({"String": " "}, _SPACE):
+        if not usual or (normalizer["pattern"], normalizer["content"]) != ({"String": " "}, SPACE_MARK):
             raise CheckpointError(
                 f"{path}: not a tokenizer of Gemma's kind (BPE, byte fallback, space to U+2581)"
             )
@@ -135,13 +142,13 @@ def from_sentencepiece(path: Path, vocabulary: int) -> bytes:
     trainer: dict[int, Any] = {}
     normalizer: dict[int, Any] = {}
     try:
-        for number, value in _wire_fields(read_bytes(path)):
+        for number, value in wire_fields(read_bytes(path)):
             if number == 1:
-                fields = dict(_wire_fields(value))
+                fields = dict(wire_fields(value))
                 score = struct.unpack("<f", fields.get(2, bytes(4)))[0]
                 pieces.append(Piece(fields[1].decode("utf-8"), score, fields.get(3, NORMAL)))
             elif number in (2, 3):
-                (trainer if number == 2 else normalizer).update(_wire_fields(value))
+                (trainer if number == 2 else normalizer).update(wire_fields(value))
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, struct.error) as error:
         raise CheckpointError(f"{path}: not a SentencePiece model; fetch it again") from error
     bpe = trainer.get(3, 1) == 2 and trainer.get(35, 0) == 1
@@ -153,36 +160,6 @@ def from_sentencepiece(path: Path, vocabulary: int) -> bytes:
     if not (bpe and as_is):
         raise CheckpointError(f"{path}: not a tokenizer of Gemma's kind (BPE, byte fallback, text as it is)")
     return _model(pieces, path, vocabulary)
-
-
-def _wire_fields(raw: bytes) -> Iterator[tuple[int, Any]]:
-    """Number and value (int for a varint, else bytes) of each field of a message; ValueError if cut short."""
-    at = 0
-    while at < len(raw):
-        key, at = _wire_varint(raw, at)
-        kind = key & 7
-        if kind == 0:
-            value, at = _wire_varint(raw, at)
-            yield key >> 3, value
-            continue
-        size = {1: 8, 5: 4}.get(kind, 0)
-        if kind == 2:
-            size, at = _wire_varint(raw, at)
-        elif not size:
-            raise ValueError(f"wire type {kind}")
-        if at + size > len(raw):
-            raise ValueError("cut short")
-        yield key >> 3, raw[at : at + size]
-        at += size
-
-
-def _wire_varint(raw: bytes, at: int) -> tuple[int, int]:
-    """The varint at `at` and the place behind it; IndexError if it is cut short."""
-    value = shift = 0
-    while raw[at] & 0x80:
-        value |= (raw[at] & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-    return value | raw[at] << shift, at + 1
 
 
 def _model(pieces: Iterable[Piece], source: Path, vocabulary: int) -> bytes:

@@ -41,7 +41,8 @@ class Generator:
         manifest = bundle.manifest
         self.bundle = bundle
         self.context = min(context or manifest.context, manifest.context)
-        self.tokenizer = Tokenizer(bundle.path(TOKENIZER).read_bytes())
+        digest = manifest.files[TOKENIZER].sha256
+        self.tokenizer = Tokenizer.open(bundle.path(TOKENIZER), digest, cache_directory)
         self._grammars = GrammarCompiler(self.tokenizer, manifest.stop_ids)
         self._previous: list[int] = []
         self._answers: deque[list[int]] = deque(maxlen=_EARLIER_ANSWERS)

@@ -19,8 +19,8 @@ from edge.errors import BundleError
 _MB = 1_000_000
 SYSTEM_BYTES = 80 * _MB
 """For Linux itself."""
-_INTERPRETER = 105 * _MB
-"""Python, numpy, the daemon's modules, a tokenizer of 262,144 pieces, the grammar engine's copy."""
+_INTERPRETER = 65 * _MB
+"""Python, numpy, the daemon's modules, the grammar engine's copy of 262,144 pieces."""
 _LAYER = 300_000
 """What LiteRT and XNNPACK keep for the operators of one layer in one signature."""
 _CHANNEL = 8

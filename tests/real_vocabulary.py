@@ -12,6 +12,7 @@ from checkpoint_files import real_model
 from converters import tokenizer_model
 from converters.checkpoints.gguf_file import read_gguf
 from edge.tokenizer import Tokenizer
+from edge.vocabulary import USER_DEFINED
 
 GEMMA4_NAMES = {
     46: "<|tool>",
@@ -50,7 +51,7 @@ def model(family: str, specials_as_text: bool = False) -> bytes:
         renamed = {tokens[token]: tokens[token].replace("<", "\x01").replace(">", "\x02") for token in names}
         for token in names:
             tokens[token] = renamed[tokens[token]]
-            kinds[token] = tokenizer_model.USER_DEFINED
+            kinds[token] = USER_DEFINED
     changed = metadata | {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds}
     serialised = tokenizer_model.from_gguf(changed, path, len(tokens))
     if specials_as_text:

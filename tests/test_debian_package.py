@@ -132,4 +132,4 @@ def test_maintainer_scripts_parse_and_stop_at_errors(tree: Path, name: str) -> N
 def test_every_vendored_package_brings_its_metadata(tree: Path) -> None:
     library = tree / "usr/lib/edge-gemma"
     names = {path.name.partition("-")[0] for path in library.glob("*.dist-info")}
-    assert {"numpy", "ai_edge_litert", "paho_mqtt", "pyserial", "sentencepiece", "edge_gemma"} <= names
+    assert {"numpy", "ai_edge_litert", "paho_mqtt", "pyserial", "edge_gemma"} <= names

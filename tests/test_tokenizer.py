@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
+
 import pytest
 import real_vocabulary
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentencepiece import SentencePieceProcessor
 
+from converters.verify import built_in_text
 from edge.errors import BundleError, RequestError
 from edge.tokenizer import TextStream, Tokenizer
+from edge.vocabulary import Vocabulary, flatten
 
 VECTORS = {
     "Hello, world! 12345": [9259, 236764, 1902, 236888, 236743, 236770, 236778, 236800, 236812, 236810],
@@ -53,6 +59,81 @@ def test_any_text_comes_back_and_holds_no_control_token(text: str) -> None:
     assert gemma3.decode(ids) == text
     assert not any(gemma3.is_control(token) for token in ids)
     assert gemma3.vocabulary_size > max(ids, default=0)
+
+
+pieces_of_text = st.lists(
+    st.sampled_from(
+        [
+            "pump",
+            " pressure",
+            " 9.4",
+            "bar",
+            "\n\n",
+            "  ",
+            " " * 40,
+            "\t",
+            "<td>",
+            "</td>",
+            "</b",
+            ">",
+            "> </",
+            "不能",
+            "的",
+        ]
+    )
+    | st.text("aeimnrst", max_size=8)
+    | st.text(max_size=3)
+).map("".join)
+
+
+@cache
+def published(family: str) -> SentencePieceProcessor:
+    return SentencePieceProcessor(model_proto=real_vocabulary.model(family))
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gemma4"])
+@settings(max_examples=400, deadline=None)
+@given(text=any_text | tricky_text | pieces_of_text)
+def test_encodes_and_decodes_as_sentencepiece_does(family: str, text: str) -> None:
+    text = text.replace("\u2581", "").encode(errors="ignore").decode()
+    ids = published(family).encode(text)
+    assert real_vocabulary.tokenizer(family).encode(text) == ids
+    assert real_vocabulary.tokenizer(family).decode(ids) == text
+
+
+def test_long_texts_are_encoded_as_sentencepiece_does() -> None:
+    for text in (built_in_text(), "x" * 5000, "不能的" * 1000, "aGVsbG8gd29ybGQ" * 200):
+        assert real_vocabulary.tokenizer("gemma3").encode(text) == published("gemma3").encode(text)
+
+
+def test_every_piece_is_found_by_its_text_and_spelled_as_sentencepiece_spells_it() -> None:
+    model = real_vocabulary.model("gemma3")
+    vocabulary, pieces = Vocabulary(flatten(model)), published("gemma3")
+    assert vocabulary.size == pieces.vocab_size()
+    for token in range(0, vocabulary.size, 7):
+        assert vocabulary.text(token).decode() == pieces.id_to_piece(token)
+        assert vocabulary.find(vocabulary.text(token)) == token
+    assert vocabulary.find(b"no such piece") == -1
+
+
+def test_a_vocabulary_is_laid_out_once_and_mapped_from_then_on(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(real_vocabulary.model("gemma3"))
+    first = Tokenizer.open(tmp_path / "tokenizer.model", "d1" * 32, tmp_path)
+    [kept] = tmp_path.glob("*.vocabulary")
+    (tmp_path / "tokenizer.model").unlink()
+    again = Tokenizer.open(tmp_path / "tokenizer.model", "d1" * 32, tmp_path)
+    assert again.encode("pump 7: 3 bar") == first.encode("pump 7: 3 bar")
+    kept.write_bytes(kept.read_bytes()[:-1])
+    (tmp_path / "tokenizer.model").write_bytes(real_vocabulary.model("gemma3"))
+    repaired = Tokenizer.open(tmp_path / "tokenizer.model", "d1" * 32, tmp_path)
+    assert repaired.encode("pump 7: 3 bar") == first.encode("pump 7: 3 bar")
+
+
+def test_without_a_place_to_keep_it_a_vocabulary_works_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(real_vocabulary.model("gemma3"))
+    (tmp_path / "file").touch()
+    tokenizer = Tokenizer.open(tmp_path / "tokenizer.model", "d1" * 32, tmp_path / "file")
+    assert tokenizer.decode(tokenizer.encode("pump 7")) == "pump 7"
 
 
 def test_every_piece_has_bytes_or_is_a_control_token(gemma3: Tokenizer) -> None:
