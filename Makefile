@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml
 	@touch $(STAMP)
 
 system: # what the tests need of Debian; asks for nothing if it is there
-	@scripts/need mosquitto socat systemd-analyze udevadm g++
+	@scripts/need mosquitto socat systemd-analyze udevadm g++ faketime
 
 lint: $(STAMP) ## format and lint checks, strict types
 	$(BIN)/ruff format --check --quiet .

@@ -110,14 +110,21 @@ class Board:
             stored, device = os.statvfs(path), path.stat().st_dev
         except OSError:
             return None
-        read_only = bool(stored.f_flag & os.ST_RDONLY)
-        return Disk(stored.f_bavail * stored.f_frsize, read_only, self._disk_kind(device))
+        kind, options = self._mount(device)
+        # Since Linux 6.15 a disk that the kernel has shut after an error says so here only.
+        read_only = bool(stored.f_flag & os.ST_RDONLY) or "emergency_ro" in options
+        return Disk(stored.f_bavail * stored.f_frsize, read_only, self._disk_kind(device, kind))
 
-    def _disk_kind(self, device: int) -> str | None:
+    def _mount(self, device: int) -> tuple[str, list[str]]:
+        """Give a device's kind of file system and its options (proc_pid_mountinfo(5))."""
+        mounts = self.read("/proc/self/mountinfo") or ""
+        number = f"{os.major(device)}:{os.minor(device)}"
+        here = re.search(rf"^\S+ \S+ {number} .* - (\S+) \S+ (\S+)$", mounts, re.MULTILINE)
+        return (here[1], here[2].split(",")) if here else ("", [])
+
+    def _disk_kind(self, device: int, file_system: str) -> str | None:
         if os.major(device) == 0:
-            mounts = self.read("/proc/self/mountinfo") or ""
-            here = re.search(rf"^\S+ \S+ 0:{os.minor(device)} .* - (\S+) ", mounts, re.MULTILINE)
-            return "memory" if here and here[1] in ("tmpfs", "ramfs") else None
+            return "memory" if file_system in ("tmpfs", "ramfs") else None
         block = (self._root / f"sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve()
         if any(part.startswith("mmcblk") for part in block.parts):
             return "SD card"

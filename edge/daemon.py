@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 CHECK_S = 0.5  # between two looks at whether a thread has ended
 WATCH_S = 5.0  # between two looks at their progress; each ticks about once a second
 JOURNAL = "journal.sqlite"  # in the state directory
+JUMP_S = 10.0  # of the clock that is worth a line in the log
+DAY_S = 86_400
 CLOSE_S = 5.0  # for a transport to send what it has
 
 
@@ -50,7 +52,7 @@ class Daemon:
         another process holds the journal.
         """
         self._config = config
-        self._watched = time.monotonic()
+        self._watched, self._clock = time.monotonic(), time.time() - time.monotonic()
         self._watch_s = min(WATCH_S, (watchdog_s() or 4 * WATCH_S) / 4)
         self._stop = threading.Event()
         self._board = Board()
@@ -120,6 +122,15 @@ class Daemon:
         if time.monotonic() - self._watched >= self._watch_s:
             self._watched = time.monotonic()
             self._watchdog.check()
+            self._watch_clock()
+
+    def _watch_clock(self) -> None:
+        """Log that the time of day was set; nothing but the journal and the log itself goes by it."""
+        clock = time.time() - time.monotonic()
+        jump_s, self._clock = clock - self._clock, clock
+        if abs(jump_s) >= JUMP_S:
+            size = f"{abs(jump_s):.0f} s" if abs(jump_s) < DAY_S else f"{abs(jump_s) / DAY_S:.0f} days"
+            log.warning("the clock was set %s by %s", "back" if jump_s < 0 else "forward", size)
 
     def _drain(self) -> None:
         waiting = self._engine.waiting + self._engine.working

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import os
 import platform
 import sys
@@ -31,6 +33,8 @@ from numpy.typing import NDArray
 
 from edge.errors import RuntimeFailure
 from edge.files import identity, write_atomically
+
+log = logging.getLogger(__name__)
 
 _LIBRARIES = {"linux": "libLiteRt.so", "darwin": "libLiteRt.dylib", "win32": "libLiteRt.dll"}
 _ELEMENT_TYPES: dict[int, type[np.generic]] = {1: np.float32, 2: np.int32, 9: np.int8}
@@ -132,6 +136,12 @@ def weight_cache_name(model_digest: str) -> str:
     return f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.xnnpack"
 
 
+_IN_MEMORY = ":memory"
+"""What XNNPACK takes instead of a path for packed weights in memory, of all signatures together."""
+_PACKED_SHARE, _PACKED_BYTES = 1.1, 1 << 20
+"""Packed weights take at most so much of the model file's size, and so many bytes beside."""
+
+
 class _Library:
     """The loaded library; `call` turns a status that is not OK into RuntimeFailure."""
 
@@ -172,8 +182,8 @@ class CompiledModel:
     """A verified .tflite file, compiled for the CPU.
 
     `digest` identifies the file's content; packed weights are kept in `cache_directory` under a name made
-    of it, LiteRT's version and the CPU. Raises RuntimeFailure if LiteRT refuses, or if the cache can't be
-    written.
+    of it, LiteRT's version and the CPU, or in memory where the disk is full or can't be written, which the
+    log says. Raises RuntimeFailure if LiteRT refuses.
     """
 
     def __init__(self, path: Path, digest: str, cache_directory: Path, threads: int) -> None:
@@ -198,9 +208,20 @@ class CompiledModel:
             if _is_intact(cache):
                 with contextlib.suppress(RuntimeFailure):
                     return self._compile(cache)
+            self._require_room(directory)
             return self._build_cache(cache)
         except OSError as error:
-            raise RuntimeFailure(f"{directory}: can't keep packed weights there: {error.strerror}") from None
+            log.error(
+                "%s: can't keep packed weights there: %s; they are in memory for now: free or mend the disk",
+                *(directory, error.strerror),
+            )
+            return self._compile(Path(_IN_MEMORY))
+
+    def _require_room(self, directory: Path) -> None:
+        """Raise OSError if packed weights would fill the disk: XNNPACK ends the process then."""
+        free = os.statvfs(directory)
+        if free.f_bavail * free.f_frsize < _PACKED_SHARE * self._path.stat().st_size + _PACKED_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _build_cache(self, cache: Path) -> ctypes.c_void_p:
         """Compile, which packs the weights into a file under a scratch name, publish it, and compile from it.

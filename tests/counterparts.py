@@ -154,15 +154,19 @@ class DaemonProcess:
         """Wait for a notification with this state; returns all of it."""
         until = time.monotonic() + WAIT_S
         while time.monotonic() < until:
-            try:
-                notice = self._notices.recv(4096).decode()
-            except TimeoutError:
-                assert self.process is not None
-                assert self.process.poll() is None, self.log.read_text()
-                continue
+            notice = self.next_notice()
             if state in notice.split("\n"):
                 return notice
         raise AssertionError(f"no {state} came")
+
+    def next_notice(self) -> str:
+        """What the daemon says next; nothing if it does not say anything for a moment."""
+        try:
+            return self._notices.recv(4096).decode()
+        except TimeoutError:
+            assert self.process is not None
+            assert self.process.poll() is None, self.log.read_text()
+            return ""
 
     def end(self) -> int:
         """Wait until the daemon has ended; returns its exit status. One that hangs shows where."""

@@ -13,7 +13,6 @@ import pytest
 from numpy.typing import NDArray
 
 from edge.bundle import DECODER, read_manifest
-from edge.errors import RuntimeFailure
 from edge.litert import CompiledModel, aligned_array, weight_cache_name
 
 NAME = "gemma3-two-kv-heads"
@@ -114,7 +113,13 @@ CompiledModel(Path(sys.argv[1]), "digest", Path({str(tmp_path)!r}), 1)
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".stamp", ".xnnpack"]
 
 
-def test_a_directory_that_cannot_hold_the_cache_is_named(tmp_path: Path) -> None:
+def test_where_no_file_can_be_kept_packed_weights_are_in_memory_and_give_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RuntimeFailure, match=f"{tmp_path}/file/cache: can't keep packed weights there"):
-        compile_model(tmp_path / "file" / "cache")
+    in_memory = compile_model(tmp_path / "file" / "cache")
+    assert (
+        f"{tmp_path}/file/cache: can't keep packed weights there: Not a directory; they are in memory"
+        in caplog.text
+    )
+    np.testing.assert_array_equal(head_of(in_memory), head_of(compile_model(tmp_path / "cache")))
