@@ -12,14 +12,17 @@ import time
 from collections.abc import Callable, Iterator
 from collections.abc import Generator as Coroutine
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from edge.decoder import Decoder
 from edge.drafting import Drafter
-from edge.grammar import Constraint
 from edge.kv_cache import Floats
 from edge.messages import Timings, ToolCall, Usage
 from edge.prompt import OutputParser
 from edge.sampling import Sampler
+
+if TYPE_CHECKING:
+    from edge.grammar import Constraint
 
 Interrupted = Callable[[], str | None]
 """Polled once per prefill chunk and decode step: None to go on, or the finish reason to stop with."""

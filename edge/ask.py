@@ -11,7 +11,7 @@ from types import FrameType
 
 import click
 
-from edge.links import Link
+from edge.link import Link
 from edge.messages import Failure, Final, Partial, Request
 
 EXIT_CODES = {

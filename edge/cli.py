@@ -13,7 +13,7 @@ import click
 
 if TYPE_CHECKING:
     from edge.config import Broker
-    from edge.links import Link
+    from edge.link import Link
     from edge.messages import Request
 
 CONFIG = "/etc/edge-gemma/edge-daemon.toml"  # where the package's unit reads it
@@ -196,11 +196,13 @@ def _schema(path: Path) -> dict[str, Any]:
 
 
 def _link(options: dict[str, Any]) -> Link:
-    from edge.config import SerialConfig
-    from edge.links import BundleLink, MqttLink, SerialLink
-
     if options["bundle"] is not None:
+        from edge.bundle_link import BundleLink  # neither it nor a daemon's clients load what the other needs
+
         return BundleLink(options["bundle"])
+    from edge.config import SerialConfig
+    from edge.links import MqttLink, SerialLink
+
     if options["serial"] is not None:
         return SerialLink(SerialConfig(options["serial"], options["baud"], "none", lenient=False))
     return MqttLink(_broker(options), options["node"])

@@ -11,19 +11,23 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edge.answer import Answer, Choice, Completion, Delta, Interrupted
 from edge.bundle import TOKENIZER, Bundle
 from edge.decoder import Decoder
 from edge.drafting import Drafter, Payoff
 from edge.errors import RequestError
-from edge.grammar import GrammarCompiler
 from edge.memory import return_free_memory
 from edge.messages import Message, Request
 from edge.prompt import OutputParser, render
 from edge.sampling import Sampler, Sampling
 from edge.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from edge.grammar import GrammarCompiler
 
 __all__ = ["Completion", "Delta", "Generator", "Interrupted"]
 
@@ -43,7 +47,6 @@ class Generator:
         self.context = min(context or manifest.context, manifest.context)
         digest = manifest.files[TOKENIZER].sha256
         self.tokenizer = Tokenizer.open(bundle.path(TOKENIZER), digest, cache_directory)
-        self._grammars = GrammarCompiler(self.tokenizer, manifest.stop_ids)
         self._previous: list[int] = []
         self._answers: deque[list[int]] = deque(maxlen=_EARLIER_ANSWERS)
         self._payoff = Payoff(_VERIFY_COST)
@@ -56,6 +59,13 @@ class Generator:
         Raises BundleError or RuntimeFailure.
         """
         return cls(Bundle.open(directory, cache_directory), cache_directory, threads, context)
+
+    @cached_property
+    def _grammars(self) -> GrammarCompiler:
+        """Imported with the first request that needs it: the engine behind it is a tenth of a start."""
+        from edge.grammar import GrammarCompiler
+
+        return GrammarCompiler(self.tokenizer, self.bundle.manifest.stop_ids)
 
     def generate(self, request: Request, interrupted: Interrupted) -> Iterator[Delta | Completion]:
         """Yield text as it becomes certain, and at last one Completion.
@@ -70,7 +80,8 @@ class Generator:
                 "too_long", f"the prompt has {len(prompt)} tokens, the context is {self.context}; shorten it"
             )
         budget = min(request.max_tokens, self.context - len(prompt))
-        grammar = self._grammars.compile(request)
+        limited = request.response_format is not None or request.tools
+        grammar = self._grammars.compile(request) if limited else None
         stable = self._stable_length(request, prompt)
         sampling = Sampling(request.temperature, request.top_k, request.top_p, request.seed)
         choice = Choice(

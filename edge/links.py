@@ -1,9 +1,4 @@
-"""Three ways from a client to a model: over MQTT, over a serial port, or to a bundle in this process.
-
-Each is a Link: `ask` sends a request and yields its answers until the last one; `cancel`, from another
-thread, makes that one come soon. `ask` raises TransportError if the way is blocked, or if `patience_s`
-seconds have passed.
-"""
+"""Two ways from a client to a daemon (`edge.link`): over MQTT, or over a serial port."""
 
 from __future__ import annotations
 
@@ -12,12 +7,11 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
-from typing import Protocol, TypeVar
 
-from edge.config import Broker, SerialConfig, default_cache_directory, default_threads
+from edge.config import Broker, SerialConfig
 from edge.errors import TransportError
 from edge.framing import Damaged
+from edge.link import next_event, until_s
 from edge.messages import Answer, Partial, Request, parse_answer
 from edge.strict_json import StrictJsonError, dumps, loads
 from edge.transports.mqtt_connection import MqttConnection
@@ -28,38 +22,8 @@ CONNECT_S = 10.0  # for a broker or a port to be there
 STATUS_S = 2.0  # for the retained status of a node to arrive
 OTHERS_S = 0.3  # after the first one's, for those of other nodes
 LOST_S = 30.0  # for a lost broker or node to come back
-POLL_S = 0.5  # between two looks at the state of a connection
 ACK_S = (0.4, 0.8, 1.6, 3.2, 3.2)  # for an acknowledgement on a serial line, try by try, as EZSP's ASH has it
 MAX_LINE_BYTES = 1024 * 1024  # of an answer
-
-T = TypeVar("T")
-
-
-class Link(Protocol):
-    """A way to a model."""
-
-    def ask(self, request: Request, patience_s: float | None) -> Iterator[Answer]:
-        """Send `request`; yield Partials and then its Final or Failure."""
-
-    def cancel(self, request_id: str) -> None:
-        """Ask for the request to be cancelled."""
-
-    def close(self) -> None:
-        """Release the connection, the port or the model."""
-
-
-def _next(events: queue.Queue[T], until: float) -> T | None:
-    """Wait POLL_S for an event. Raises TransportError if it is later than `until` (monotonic seconds)."""
-    if time.monotonic() > until:
-        raise TransportError("no answer came in time; the daemon may be busy or stuck, look at its log")
-    try:
-        return events.get(timeout=POLL_S)
-    except queue.Empty:
-        return None
-
-
-def _until(patience_s: float | None) -> float:
-    return float("inf") if patience_s is None else time.monotonic() + patience_s
 
 
 class MqttLink:
@@ -80,7 +44,7 @@ class MqttLink:
 
         It is sent again after each new connection, and when the node was away; a repeat changes nothing.
         """
-        until = _until(patience_s)
+        until = until_s(patience_s)
         node = self._find_node()
         user = self._broker.username or "anonymous"  # so that a broker's access list can keep users apart
         self._reply = f"edge/v1/{node}/reply/{user}/{uuid.uuid4().hex[:12]}"
@@ -89,7 +53,7 @@ class MqttLink:
         self._publish(topic, payload)
         there, heard = True, time.monotonic()
         while True:
-            event = _next(self._events, until)
+            event = next_event(self._events, until)
             if there and self._connection.connected:
                 heard = time.monotonic()
             self._give_up(node, there, time.monotonic() - heard)
@@ -218,10 +182,10 @@ class SerialLink:
 
     def ask(self, request: Request, patience_s: float | None = None) -> Iterator[Answer]:
         """Send `request` until it is acknowledged, and yield what is answered."""
-        until = _until(patience_s)
+        until = until_s(patience_s)
         self._send_until_acknowledged(request)
         while True:
-            line = _next(self._lines, until)
+            line = next_event(self._lines, until)
             if isinstance(line, Damaged) or _kind(line) == "hello":
                 self._port.send(request.to_json())  # what was lost may have been the answer
             elif (answer := _answer(line, request.id)) is not None:
@@ -270,37 +234,3 @@ def _answer(line: str | Damaged | None, request_id: str) -> Answer | None:
         return None
     answer = parse_answer(line)
     return answer if answer.id in (request_id, None) else None
-
-
-class BundleLink:
-    """A bundle in this process, without a daemon."""
-
-    def __init__(self, directory: Path, threads: int | None = None) -> None:
-        """Open the bundle. Raises BundleError or RuntimeFailure."""
-        from edge.engine import Engine  # the model's libraries take longer to load than a client needs to ask
-        from edge.generation import Generator
-
-        cache = Path(default_cache_directory())
-        self._answers: queue.Queue[Answer] = queue.Queue()
-        generator = Generator.open(directory, cache, threads or default_threads(), None)
-        self._engine = Engine(generator, queue_length=1, partial_interval_s=0)
-        self._engine.start()
-
-    def ask(self, request: Request, patience_s: float | None = None) -> Iterator[Answer]:
-        """Answer `request`."""
-        until = _until(patience_s)
-        self._engine.submit("", request, self._answers.put)
-        while True:
-            answer = _next(self._answers, until)
-            if answer is not None:
-                yield answer
-                if not isinstance(answer, Partial):
-                    return
-
-    def cancel(self, request_id: str) -> None:
-        """Cancel at the next step."""
-        self._engine.cancel("", request_id)
-
-    def close(self) -> None:
-        """Stop the engine."""
-        self._engine.stop(0)
