@@ -169,6 +169,11 @@ IN_THE_CHECKPOINT: dict[str, tuple[tuple[str, ...], Change]] = {
 }
 
 
+@pytest.mark.parametrize("name", BOTH)
+def test_the_right_model_keeps_the_tolerance(name: str, tmp_path: Path) -> None:
+    assert furthest_logit(right(name), name, tmp_path) < FLOAT_TOLERANCE
+
+
 @pytest.mark.parametrize(
     ("error", "name"), [(error, name) for error, (names, _) in IN_THE_CHECKPOINT.items() for name in names]
 )
