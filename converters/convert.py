@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -135,10 +135,11 @@ def _whole_or_nothing(target: Path, estimate: int) -> Iterator[Path]:
         free = shutil.disk_usage(target.parent).free
         if free < estimate:
             raise EdgeError(f"{target.parent}: {free >> 20} MB free, the bundle needs {estimate >> 20} MB")
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except OSError as error:
         raise EdgeError(f"{target}: can't be written: {error.strerror}") from None
+    scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
+        scratch.mkdir(0o700)  # in here, so that a signal that comes just then leaves nothing either
         yield scratch
         scratch.chmod(0o755)
         os.rename(scratch, target)

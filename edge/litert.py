@@ -20,6 +20,7 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
+import mmap
 import os
 import platform
 import sys
@@ -40,6 +41,7 @@ _LIBRARIES = {"linux": "libLiteRt.so", "darwin": "libLiteRt.dylib", "win32": "li
 _ELEMENT_TYPES: dict[int, type[np.generic]] = {1: np.float32, 2: np.int32, 9: np.int8}
 _ELEMENT_CODES = {np.dtype(dtype).name: code for code, dtype in _ELEMENT_TYPES.items()}
 _ALIGNMENT = 64
+_LARGE = 1 << 17
 _CPU = 1
 _OPTION_ACCELERATORS, _OPTION_LOG_SEVERITY, _ANY_INT, _ERRORS_ONLY = 24, 25, 2, 3
 
@@ -70,8 +72,14 @@ _keep_payload = _Destructor(lambda _payload: None)
 
 
 def aligned_array(shape: tuple[int, ...], dtype: type[np.generic] = np.float32) -> NDArray[Any]:
-    """A zeroed array whose memory LiteRT can bind (64-byte aligned)."""
+    """A zeroed array whose memory LiteRT can bind (64-byte aligned).
+
+    A large one has pages of its own, which go back to the system with it: no heap that others hold open.
+    """
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    if size >= _LARGE and sys.platform != "win32":
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return np.frombuffer(pages, dtype).reshape(shape)
     raw = np.zeros(size + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT
     return raw[start : start + size].view(dtype).reshape(shape)
