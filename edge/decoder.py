@@ -24,7 +24,7 @@ from edge.row_table import MappedRows
 
 _ATTENTIONS: tuple[Attention, ...] = ("sliding", "full")
 
-_WORTHWHILE_SHARE = 0.3
+_WORTHWHILE_SHARE = 0.5
 """A wide prefill beats several narrow ones when at least this share of its width is used."""
 
 

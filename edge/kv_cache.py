@@ -63,16 +63,23 @@ class KVCache:
 
     def append(self, keys: dict[int, Floats], values: dict[int, Floats], count: int) -> None:
         """Store the first `count` rows of each owner's new K and V [1, kv_heads, T, head_dim]."""
-        window = self.arch.sliding_window
-        skip = max(0, count - window)
-        ring = np.arange(self.length + skip, self.length + count) % window
-        straight = slice(self.length, self.length + count)
+        places = {attention: self._places(attention, count) for attention in self._most}
         for i in self.arch.owners:
-            sliding = self.arch.layers[i].attention == "sliding"
-            target, first = (ring, skip) if sliding else (straight, 0)
-            self.keys[i][0, :, target] = _rows(keys[i], first, count, sliding)
-            self.values[i][0, :, target] = _rows(values[i], first, count, sliding)
+            for new, row in places[self.arch.layers[i].attention]:
+                self.keys[i][:, :, row] = keys[i][:, :, new]
+                self.values[i][:, :, row] = values[i][:, :, new]
         self.length += count
+
+    def _places(self, attention: Attention, count: int) -> list[tuple[slice, slice]]:
+        """Which of `count` new rows go to which rows of a cache, in runs."""
+        if attention == "full":
+            return [(slice(0, count), slice(self.length, self.length + count))]
+        window = self.arch.sliding_window
+        skipped = max(0, count - window)
+        first = (self.length + skipped) % window
+        turn = min(count, skipped + window - first)
+        runs = [(slice(skipped, turn), slice(first, first + turn - skipped))]
+        return runs if turn == count else [*runs, (slice(turn, count), slice(0, count - turn))]
 
     def snapshot(self) -> Iterator[tuple[Floats, Floats]]:
         """K and V of each owner as contiguous copies of the rows in use, [1, kv_heads, used, head_dim]."""
@@ -110,11 +117,12 @@ class KVCache:
         width = mask.shape[2]
         rows = mask.shape[3] - width
         queries = self.length + np.arange(width)[:, None]
-        keys = np.concatenate([self._positions(attention, rows), self.length + np.arange(width)])
-        visible = (keys >= 0) & (keys <= queries)
-        if attention == "sliding":
-            visible &= queries - keys < self.arch.sliding_window
-        mask[0, 0] = np.where(visible, np.float32(0), HIDDEN_FROM_VIEW)
+        window = self.arch.sliding_window
+        first = np.maximum(queries - window + 1, 0) if attention == "sliding" else np.zeros((1, 1))
+        held, new = self._positions(attention, rows), self.length + np.arange(width)
+        mask[0, 0, :, :rows] = np.where(held >= first, np.float32(0), HIDDEN_FROM_VIEW)
+        visible = (new >= first) & (new <= queries)
+        mask[0, 0, :, rows:] = np.where(visible, np.float32(0), HIDDEN_FROM_VIEW)
 
     def _positions(self, attention: Attention, rows: int) -> NDArray[np.int64]:
         """Position held by each row of a cache, -1 where there is none."""
@@ -127,9 +135,3 @@ class KVCache:
         layer = self.arch.layers[owner]
         shape = (1, self.arch.kv_heads, self.rows[layer.attention], layer.head_dim)
         self.keys[owner], self.values[owner] = aligned_array(shape), aligned_array(shape)
-
-
-def _rows(new: Floats, first: int, count: int, ring: bool) -> Floats:
-    """New rows in the axis order of the assignment: an index array moves its axis to the front."""
-    part = new[0, :, first:count]
-    return part.transpose(1, 0, 2) if ring else part
