@@ -29,12 +29,12 @@ from benchmarks.speed import seconds
 from converters.calibration.activations import round_activations
 from converters.checkpoints.base import Checkpoint
 from converters.checkpoints.opening import open_checkpoint
+from converters.evaluate import built_in_text, compare, cut
 from converters.quantization import Floats
 from converters.reference_decoder import Linear, ReferenceDecoder, Stream, multiply, run_layer
 from converters.tflite.graph import Graph, Model, Region, Tensor, Weight
 from converters.tflite.schema import schema
 from converters.tflite.writer import ModelWriter
-from converters.verify import built_in_text, compare, cut
 from edge.litert import CompiledModel, aligned_array
 from edge.tokenizer import Tokenizer
 
@@ -211,8 +211,8 @@ def exactness(checkpoint: Checkpoint) -> None:
     head = ReferenceDecoder(checkpoint).head
     for name, way in ways.items():
         states = map(head, run(checkpoint, chunks, *way))
-        report = compare(chunks, map(head, exact), partial(_following, states))
-        click.echo(f"{name}\n{report}\n")
+        (found,) = compare(chunks, map(head, exact), [partial(_following, states)])
+        click.echo(f"{name}\n{found}\n")
 
 
 def _following(logits: Iterator[Floats], _ids: Sequence[int]) -> Iterator[Floats]:

@@ -1,8 +1,9 @@
 """A checkpoint in, a bundle out; whole or not at all.
 
 Tensors are read, quantised and written a slice of rows at a time, so memory is bounded by the slice and not
-by the model. The bundle is made in a scratch directory beside its final place and renamed when it is whole
-and on disk. The result depends on the input, the recipe and this version only.
+by the model (calibration holds more, see `calibration.calibrate`). The bundle is made in a scratch directory
+beside its final place and renamed when it is whole and on disk. The result depends on the input, the recipe
+and this version only.
 """
 
 from __future__ import annotations
@@ -14,27 +15,35 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from converters.calibration.budget import plan_within
+from converters.calibration.calibrate import calibrate
+from converters.calibration.text import CalibrationText
 from converters.checkpoints.base import Checkpoint, ExactCodes
-from converters.decoder_graph import Widths, build, stacked_matrices, widths_of
+from converters.decoder_graph import Widths, build, matrix_shapes, stacked_matrices, widths_of
 from converters.encoding import Encoder, NearestCodes, Quantizer
 from converters.quantization import Format, tensor_group
-from converters.recipes import Plan, choose_recipe, plan_that_keeps, stored_format
-from converters.tflite.graph import Region, Weight
-from converters.tflite.writer import ModelWriter
-from edge.architecture import Architecture, tensor_shapes
+from converters.recipes import AUTO, Plan, choose_recipe, plan_that_keeps, stored_format
+from converters.tflite.graph import Model, Region, Weight
+from converters.tflite.writer import ModelWriter, file_size
+from edge.architecture import Architecture
 from edge.bundle import DECODER, EMBEDDING, MANIFEST, PER_LAYER, TOKENIZER, FileEntry, Manifest, file_digest
 from edge.errors import EdgeError
 from edge.files import sync_directory
 from edge.row_table import RowTable
 
 DEFAULT_CONTEXT = 4096
+
+_CALIBRATION_EFFORT, _PROBE_EFFORT = 10, 5
+"""How many times as long as writing a model these take, to tell how much is left."""
+
+_MANIFEST_BYTES = 1 << 16
 
 _TFLITE_TYPES = {32: "float32", 8: "int8", 4: "int4", 2: "int2"}
 
@@ -67,12 +76,15 @@ def convert(
     recipe: str | None = None,
     context: int = DEFAULT_CONTEXT,
     report: Callable[[Progress], None] = lambda _progress: None,
-    quantizer: Quantizer | None = None,
+    calibration: CalibrationText | None = None,
+    budget: int | None = None,
     widths: Widths | None = None,
 ) -> Converted:
     """Write the bundle `target`, which must not exist.
 
-    None lets `choose_recipe` choose the recipe, and `widths_of` the widths of the signatures.
+    None lets `choose_recipe` choose the recipe, and `widths_of` the widths of the signatures. With a text,
+    codes are chosen by what the matrices multiply when the model reads it. With a budget, which goes with the
+    recipe "auto", formats are chosen so that the bundle has at most so many bytes.
     Raises CheckpointError for a wrong tensor, EdgeError if the recipe does not suit the checkpoint or the
     target exists or can't be written. Whatever is raised, KeyboardInterrupt included, nothing is left behind.
     """
@@ -81,23 +93,40 @@ def convert(
         raise EdgeError(f"--context {context}: the model has at most {arch.max_positions} positions")
     stored = _stored_codes(checkpoint)
     recipe = choose_recipe(recipe, {format for _, format in stored.values()})
+    if (recipe == AUTO) != (budget is not None):
+        raise EdgeError("--recipe auto and --budget need each other: give both, or another recipe alone")
+    widths = widths or widths_of(arch)
     plan = plan_that_keeps(recipe, arch, {name: format for name, (_, format) in stored.items()})
-    carried = {
-        name: codes for name, (codes, format) in stored.items() if format == _planned(plan, arch, name)
-    }
-    with _whole_or_nothing(target, _estimate(arch, plan)) as scratch, ThreadPoolExecutor(1) as pool:
+    with (
+        _whole_or_nothing(target, budget or _size(checkpoint, plan, widths)) as scratch,
+        ThreadPoolExecutor(1) as pool,
+    ):
         digests = pool.submit(_digests, checkpoint.source_files)
-        advance = _Counter(_values_in(arch), report).advance
-        encoder = Encoder(checkpoint.tensors, carried, quantizer or NearestCodes(), advance)
-        job = _Conversion(checkpoint, plan, widths or widths_of(arch), scratch, encoder)
+        work = _Work(_values_in(arch), report)
+        notes: dict[str, object] = {}
+        if budget is not None:
+            calibration = calibration or CalibrationText.built_in()
+            size_of = partial(_size, checkpoint, widths=widths)
+            ids = calibration.sequences(checkpoint)[0]
+            plan, notes["choice"] = plan_within(budget, checkpoint, ids, size_of, work.part(_PROBE_EFFORT))
+        formats = plan.of_tensors(arch)
+        carried = {name: codes for name, (codes, format) in stored.items() if format == formats[name]}
+        quantizer: Quantizer = NearestCodes()
+        lines: list[str] = []
+        if calibration is not None:
+            fresh = {name: format for name, format in formats.items() if name not in carried}
+            quantizer = found = calibrate(checkpoint, fresh, calibration, work.part(_CALIBRATION_EFFORT))
+            checkpoint, notes["calibration"], lines = found.checkpoint, found.notes(), found.report_lines()
+        encoder = Encoder(checkpoint.tensors, carried, quantizer, work.advance)
+        job = _Conversion(checkpoint, plan, widths, scratch, encoder)
         tables = job.run()
-        manifest = _manifest(checkpoint, recipe, context, job, tables, scratch, digests)
+        manifest = _manifest(checkpoint, recipe, context, job, tables, scratch, digests, notes)
         (scratch / MANIFEST).write_text(manifest.to_json())
         size = sum(path.stat().st_size for path in scratch.iterdir())
         for path in scratch.iterdir():
             _sync(path)
         sync_directory(scratch)
-    return Converted(recipe, size, job.bytes_per_token, tuple(job.report_lines()))
+    return Converted(recipe, size, job.bytes_per_token, (*job.report_lines(), *lines))
 
 
 def _stored_codes(checkpoint: Checkpoint) -> dict[str, tuple[ExactCodes, Format]]:
@@ -113,14 +142,6 @@ def _stored_codes(checkpoint: Checkpoint) -> dict[str, tuple[ExactCodes, Format]
     return found
 
 
-def _planned(plan: Plan, arch: Architecture, name: str) -> Format:
-    """The format that a plan gives to a tensor."""
-    for matrix, parts in stacked_matrices(arch).items():
-        if name in parts:
-            return plan.matrices[matrix]
-    return plan.per_layer if name == "per_layer_embedding" else plan.embedding
-
-
 def _digests(files: tuple[Path, ...]) -> dict[str, str]:
     return {path.name: file_digest(path) for path in files}
 
@@ -134,7 +155,9 @@ def _whole_or_nothing(target: Path, estimate: int) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(target.parent).free
         if free < estimate:
-            raise EdgeError(f"{target.parent}: {free >> 20} MB free, the bundle needs {estimate >> 20} MB")
+            raise EdgeError(
+                f"{target.parent}: {free / 1e6:.1f} MB free, the bundle needs {estimate / 1e6:.1f} MB"
+            )
     except OSError as error:
         raise EdgeError(f"{target}: can't be written: {error.strerror}") from None
     scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
@@ -155,26 +178,37 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _estimate(arch: Architecture, plan: Plan) -> int:
-    """Bytes of the bundle, to see early that a disk is too small."""
-    total = sum(_stored_bytes(plan.matrices[name], *shape) for name, shape in matrix_shapes(arch).items())
+def _size(checkpoint: Checkpoint, plan: Plan, widths: Widths) -> int:
+    """Bytes of the bundle, or a few more."""
+    arch = checkpoint.architecture
+    total = file_size(*_decoder_layout(checkpoint, plan, widths)) + len(checkpoint.tokenizer_model)
     if not arch.tied_head:
-        total += _stored_bytes(plan.embedding, arch.vocabulary, arch.hidden)
+        total += plan.embedding.stored_bytes(arch.vocabulary, arch.hidden)
     pieces = arch.vocabulary * len(arch.layers)
-    return total + _stored_bytes(plan.per_layer, pieces, arch.per_layer_width) + (32 << 20)
+    return total + plan.per_layer.stored_bytes(pieces, arch.per_layer_width) + _MANIFEST_BYTES
 
 
-def _stored_bytes(format: Format, rows: int, columns: int) -> int:
-    return format.code_bytes(rows, columns) + format.scale_bytes(rows, columns)
+def _decoder_layout(checkpoint: Checkpoint, plan: Plan, widths: Widths) -> tuple[Model, dict[str, int]]:
+    """The graph over weights that are still to be written, and how many scales each per-channel one has."""
+    arch = checkpoint.architecture
+    shapes = matrix_shapes(arch)
+    weights = {name: _weight(name, plan.matrices[name], shape) for name, shape in shapes.items()}
+
+    @cache
+    def vector(name: str) -> NDArray[np.float32]:
+        return checkpoint.tensors[name].array()
+
+    channels = {name: shape[0] for name, shape in shapes.items() if weights[name].scales_key}
+    return build(arch, widths, weights, vector), channels
 
 
-def matrix_shapes(arch: Architecture) -> dict[str, tuple[int, int]]:
-    """Shape [out, in] of each of the graph's matrices."""
-    tensors = tensor_shapes(arch)
-    return {
-        name: (sum(tensors[part][0] for part in parts), tensors[parts[0]][1])
-        for name, parts in stacked_matrices(arch).items()
-    }
+def _weight(name: str, format: Format, shape: tuple[int, int]) -> Weight:
+    codes = Region(f"{name}.codes", format.code_bytes(*shape))
+    kind = _TFLITE_TYPES[format.bits]
+    if format.block:
+        scales = Region(f"{name}.scales", format.scale_bytes(*shape))
+        return Weight(codes, shape, kind, block=format.block, block_scales=scales)
+    return Weight(codes, shape, kind, scales_key=name if format.bits < 32 else "")
 
 
 def _values_in(arch: Architecture) -> int:
@@ -184,15 +218,22 @@ def _values_in(arch: Architecture) -> int:
     return total + (0 if arch.tied_head else arch.vocabulary * arch.hidden)
 
 
-class _Counter:
-    """Adds up the values that are done, and reports."""
+class _Work:
+    """Adds up the values that are done, and reports. What comes before counts as so many more values."""
 
-    def __init__(self, total: int, report: Callable[[Progress], None]) -> None:
-        self._done, self._total, self._report = 0, total, report
+    def __init__(self, values: int, report: Callable[[Progress], None]) -> None:
+        self._done, self._total, self._report = 0, values, report
+        self._values = values
 
     def advance(self, name: str, values: int) -> None:
         self._done += values
         self._report(Progress(self._done, self._total, name))
+
+    def part(self, effort: int) -> Callable[[str, float], None]:
+        """Add a part that takes `effort` times as long as writing the model; it reports its shares."""
+        whole = effort * self._values
+        self._total += whole
+        return lambda name, share: self.advance(name, round(share * whole))
 
 
 @dataclass(frozen=True)
@@ -219,7 +260,7 @@ class _Conversion:
         self.encoder = encoder
         self.shapes = matrix_shapes(checkpoint.architecture)
         self.bytes_per_token = sum(
-            _stored_bytes(plan.matrices[name], *shape) for name, shape in self.shapes.items()
+            plan.matrices[name].stored_bytes(*shape) for name, shape in self.shapes.items()
         )
 
     def run(self) -> _Tables:
@@ -250,29 +291,12 @@ class _Conversion:
 
     def _decoder(self) -> RowTable:
         """Write the graph and its weights. Returns where the head's rows lie."""
-        arch = self.checkpoint.architecture
-        weights = {name: self._weight(name) for name in self.shapes}
-
-        @cache
-        def vector(name: str) -> NDArray[np.float32]:
-            return self.checkpoint.tensors[name].array()
-
-        model = build(arch, self.widths, weights, vector)
-        channels = {name: shape[0] for name, shape in self.shapes.items() if weights[name].scales_key}
+        model, channels = _decoder_layout(self.checkpoint, self.plan, self.widths)
         with contextlib.closing(ModelWriter(self.directory / DECODER, model, channels)) as writer:
-            for name, parts in stacked_matrices(arch).items():
+            for name, parts in stacked_matrices(self.checkpoint.architecture).items():
                 self._write_matrix(writer, name, parts)
             writer.finish()
         return self._head_rows(writer)
-
-    def _weight(self, name: str) -> Weight:
-        format, shape = self.plan.matrices[name], self.shapes[name]
-        codes = Region(f"{name}.codes", format.code_bytes(*shape))
-        kind = _TFLITE_TYPES[format.bits]
-        if format.block:
-            scales = Region(f"{name}.scales", format.scale_bytes(*shape))
-            return Weight(codes, shape, kind, block=format.block, block_scales=scales)
-        return Weight(codes, shape, kind, scales_key=name if format.bits < 32 else "")
 
     def _write_matrix(self, writer: ModelWriter, name: str, parts: tuple[str, ...]) -> None:
         format, row = self.plan.matrices[name], 0
@@ -325,6 +349,7 @@ def _manifest(
     tables: _Tables,
     scratch: Path,
     digests: Future[dict[str, str]],
+    notes: Mapping[str, object],
 ) -> Manifest:
     paths = {path.name: path for path in sorted(scratch.iterdir())}
     return Manifest(
@@ -336,7 +361,7 @@ def _manifest(
         bos_id=checkpoint.chat.bos_id,
         stop_ids=checkpoint.chat.stop_ids,
         recipe=recipe,
-        quantization=_quantization(job),
+        quantization={**_quantization(job), **notes},
         embedding=tables.embedding,
         head=tables.head,
         per_layer_embedding=tables.per_layer,

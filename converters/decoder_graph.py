@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converters.tflite.graph import DYNAMIC, Graph, Model, Tensor, Weight
-from edge.architecture import Architecture, Attention
+from edge.architecture import Architecture, Attention, tensor_shapes
 
 Vector = Callable[[str], NDArray[np.float32]]
 """Name of a small tensor (norm, scalar) -> its values, float32."""
@@ -66,6 +66,15 @@ def stacked_matrices(arch: Architecture) -> dict[str, tuple[str, ...]]:
         matrices["per_layer_model_projection"] = ("per_layer_model_projection",)
     matrices["head"] = ("embedding" if arch.tied_head else "head",)
     return matrices
+
+
+def matrix_shapes(arch: Architecture) -> dict[str, tuple[int, int]]:
+    """Shape [out, in] of each of the graph's matrices."""
+    tensors = tensor_shapes(arch)
+    return {
+        name: (sum(tensors[part][0] for part in parts), tensors[parts[0]][1])
+        for name, parts in stacked_matrices(arch).items()
+    }
 
 
 def build(arch: Architecture, widths: Widths, weights: Mapping[str, Weight], vector: Vector) -> Model:

@@ -78,6 +78,10 @@ class Format:
         """Bytes of the scales of a [rows, columns] matrix."""
         return int(np.prod(self.scale_shape(rows, columns))) * (2 if self.block else 4)
 
+    def stored_bytes(self, rows: int, columns: int) -> int:
+        """Bytes of codes and scales of a [rows, columns] matrix."""
+        return self.code_bytes(rows, columns) + self.scale_bytes(rows, columns)
+
 
 @dataclass(frozen=True)
 class Quantized:

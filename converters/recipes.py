@@ -27,6 +27,15 @@ class Plan:
     per_layer: Format
     embedding: Format
 
+    def of_tensors(self, arch: Architecture) -> dict[str, Format]:
+        """The format of each tensor that is written as codes."""
+        formats = {
+            part: self.matrices[name] for name, parts in stacked_matrices(arch).items() for part in parts
+        }
+        if arch.per_layer_width:
+            formats["per_layer_embedding"] = self.per_layer
+        return formats if arch.tied_head else formats | {"embedding": self.embedding}
+
 
 def _everywhere(body: Format, head: Format, per_layer: Format) -> Callable[[Architecture], Plan]:
     def plan(arch: Architecture) -> Plan:
@@ -60,6 +69,10 @@ def _mobile(arch: Architecture) -> Plan:
     return Plan(matrices, _INT4 if double_wide else _INT2, _INT2)
 
 
+AUTO = "auto"
+"""The recipe whose formats a budget decides; without one, as large as it gets."""
+
+
 @dataclass(frozen=True)
 class _Recipe:
     plan: Callable[[Architecture], Plan]
@@ -69,12 +82,14 @@ class _Recipe:
 _RECIPES = {
     "int8": _Recipe(_everywhere(_INT8, _INT8, _INT8), frozenset({_INT8})),
     "int4": _Recipe(_everywhere(_BLOCKWISE, _INT8, _INT4), frozenset({_BLOCKWISE})),
+    "int4-all": _Recipe(_everywhere(_BLOCKWISE, _BLOCKWISE, _INT4), frozenset({_BLOCKWISE})),
     "mobile": _Recipe(_mobile, frozenset({_INT8, _INT4, _INT2})),
+    AUTO: _Recipe(_everywhere(_INT8, _INT8, _INT8), frozenset()),
     "float32": _Recipe(_everywhere(Format(32), Format(32), Format(32)), frozenset()),
 }
 
-RECIPES = ("int8", "int4", "mobile")
-"""What a user may choose; float32 is for tests of the graph itself."""
+RECIPES = ("int8", "int4", "int4-all", "mobile")
+"""What a user may choose, beside "auto"; float32 is for tests of the graph itself."""
 
 
 def plan_for(recipe: str, arch: Architecture) -> Plan:
@@ -101,7 +116,7 @@ def choose_recipe(asked: str | None, stored: Collection[Format]) -> str:
     packed = any(not format.block for format in stored)
     if asked is None:
         return "mobile" if packed else "int4" if stored else "int8"
-    if packed and asked in RECIPES and asked != "mobile":
+    if packed and asked not in ("mobile", "float32"):
         raise EdgeError(
             f"--recipe {asked}: the checkpoint holds packed integers, which only --recipe mobile keeps;"
             " use it, or convert the bf16 checkpoint"

@@ -16,8 +16,9 @@ Weights are read a layer at a time and dropped again; the head is read in slices
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,6 +30,8 @@ from edge.architecture import Architecture, Rope, layer_shapes
 Floats = NDArray[np.float32]
 Linear = Callable[[str, Floats, Floats], Floats]
 """Multiplies the input [n, in] of the matrix of that name by the matrix [out, in]; gives [n, out]."""
+Steps = Generator[tuple[tuple[str, ...], Floats], Sequence[Floats], None]
+"""See `layer_steps`."""
 
 HEAD_ROWS = 16384
 PROJECTION = "per_layer_model_projection"
@@ -105,45 +108,59 @@ def run_layer(
     arch: Architecture, index: int, weights: Mapping[str, Floats], stream: Stream, linear: Linear = multiply
 ) -> None:
     """Advance a stream by layer `index`. `weights` has the names of `edge.architecture.layer_shapes`."""
+    steps = layer_steps(arch, index, weights, stream)
+    with contextlib.suppress(StopIteration):
+        names, x = next(steps)
+        while True:
+            names, x = steps.send([linear(name, x, weights[name]) for name in names])
+
+
+def layer_steps(arch: Architecture, index: int, weights: Mapping[str, Floats], stream: Stream) -> Steps:
+    """Advance a stream by layer `index`, its matrix products left to the caller.
+
+    Yields the names of matrices and the input [n, in] that they share, and is to be sent their outputs. A
+    weight that is no matrix is looked up when it is needed.
+    """
 
     def norm(x: Floats, name: str) -> Floats:
         return rms_norm(x, arch.rms_epsilon, weights[name])
 
-    attended = _attention(arch, index, weights, stream, linear)
-    x = stream.x + norm(attended, "post_attention_norm")
-    m = norm(x, "feed_forward_norm")
-    m = gelu(linear("gate", m, weights["gate"])) * linear("up", m, weights["up"])
-    x = x + norm(linear("down", m, weights["down"]), "post_feed_forward_norm")
+    attended = yield from _attention(arch, index, weights, stream)
+    stream.x = stream.x + norm(attended, "post_attention_norm")
+    (down,) = yield ("down",), _gated(*(yield ("gate", "up"), norm(stream.x, "feed_forward_norm")))
+    stream.x = stream.x + norm(down, "post_feed_forward_norm")
     if stream.per_layer is not None:
-        gated = gelu(linear("per_layer_gate", x, weights["per_layer_gate"])) * stream.per_layer[:, index]
-        projected = linear("per_layer_projection", gated, weights["per_layer_projection"])
-        x = x + norm(projected, "post_per_layer_norm")
+        (gate,) = yield ("per_layer_gate",), stream.x
+        (projected,) = yield ("per_layer_projection",), gelu(gate) * stream.per_layer[:, index]
+        stream.x = stream.x + norm(projected, "post_per_layer_norm")
     if arch.layer_scalar:
-        x = x * weights["layer_scalar"]
-    stream.x = x
+        stream.x = stream.x * weights["layer_scalar"]
+
+
+def _gated(gate: Floats, up: Floats) -> Floats:
+    return gelu(gate) * up
 
 
 def _attention(
-    arch: Architecture, index: int, weights: Mapping[str, Floats], stream: Stream, linear: Linear
-) -> Floats:
-    """Run the attention branch up to its output matrix; K and V stay as long as a later layer reads them."""
+    arch: Architecture, index: int, weights: Mapping[str, Floats], stream: Stream
+) -> Generator[tuple[tuple[str, ...], Floats], Sequence[Floats], Floats]:
+    """Run the attention branch; K and V stay as long as a later layer reads them."""
     layer = arch.layers[index]
     frequencies = rotary_frequencies(arch.rope(layer.attention), layer.head_dim)
-    x = rms_norm(stream.x, arch.rms_epsilon, weights["attention_norm"])
-
-    def heads(name: str) -> Floats:
-        return linear(name, x, weights[name]).reshape(len(x), -1, layer.head_dim).transpose(1, 0, 2)
-
-    query = rotate(rms_norm(heads("query"), arch.rms_epsilon, weights["query_norm"]), frequencies)
+    names = ("query", "key", "value") if arch.owns_kv(index) else ("query",)
+    outputs = yield names, rms_norm(stream.x, arch.rms_epsilon, weights["attention_norm"])
+    heads = [x.reshape(len(x), -1, layer.head_dim).transpose(1, 0, 2) for x in outputs]
+    query = rotate(rms_norm(heads[0], arch.rms_epsilon, weights["query_norm"]), frequencies)
     if arch.owns_kv(index):
-        key = rotate(rms_norm(heads("key"), arch.rms_epsilon, weights["key_norm"]), frequencies)
-        value = heads("value")
+        _, key, value = heads
+        key = rotate(rms_norm(key, arch.rms_epsilon, weights["key_norm"]), frequencies)
         stream.kv[index] = key, rms_norm(value, arch.rms_epsilon) if arch.value_norm else value
     key, value = stream.kv[layer.kv_owner]
     if all(later.kv_owner != layer.kv_owner for later in arch.layers[index + 1 :]):
         del stream.kv[layer.kv_owner]
-    mask = visible(len(x), arch.sliding_window if layer.attention == "sliding" else None)
-    return linear("output", attend(query, key, value, mask, arch.attention_scale), weights["output"])
+    mask = visible(len(stream.x), arch.sliding_window if layer.attention == "sliding" else None)
+    (attended,) = yield ("output",), attend(query, key, value, mask, arch.attention_scale)
+    return attended
 
 
 class ReferenceDecoder:
@@ -195,13 +212,17 @@ class ReferenceDecoder:
         """Apply the final norm: what the head multiplies, [n, hidden]."""
         return rms_norm(stream.x, self.arch.rms_epsilon, self.tensors["final_norm"].array())
 
-    def hidden_states(self, sequences: Sequence[Sequence[int]]) -> list[Floats]:
-        """Give each sequence's states [n, hidden] after the final norm; a layer is read once for all."""
-        streams = self.begin(sequences)
+    def run(self, streams: Sequence[Stream]) -> None:
+        """Take streams through all layers; a layer is read once for all."""
         for index in range(len(self.arch.layers)):
             weights = self.layer_weights(index)
             for stream in streams:
                 run_layer(self.arch, index, weights, stream)
+
+    def hidden_states(self, sequences: Sequence[Sequence[int]]) -> list[Floats]:
+        """Give each sequence's states [n, hidden] after the final norm."""
+        streams = self.begin(sequences)
+        self.run(streams)
         return [self.finish(stream) for stream in streams]
 
     def head(self, hidden: Floats) -> Floats:

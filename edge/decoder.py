@@ -146,6 +146,10 @@ class Decoder:
             cap = self.arch.logit_softcap
             yield logits if cap is None else cap * np.tanh(logits / cap)
 
+    def keys_of(self, layer: int) -> Floats:
+        """The keys that a layer with a KV cache has at hand, the latest last: [kv_heads, n, head_dim]."""
+        return self._cache.keys_of(layer)
+
     def _finish(self, ids: Sequence[int]) -> None:
         """Run up to `verify_width` tokens and keep the last one's hidden state."""
         self._reserve(len(ids))

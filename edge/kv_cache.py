@@ -105,6 +105,13 @@ class KVCache:
         self.length = length
         return True
 
+    def keys_of(self, owner: int) -> Floats:
+        """The K rows at hand of a layer that owns them, the latest last: [kv_heads, n, head_dim]."""
+        positions = self._positions(self.arch.layers[owner].attention, self.keys[owner].shape[2])
+        order = np.argsort(positions)
+        keys: Floats = self.keys[owner][0][:, order[positions[order] >= 0]]
+        return keys
+
     def _used(self, owner: int, length: int) -> tuple[int, int, int, int]:
         layer = self.arch.layers[owner]
         return 1, self.arch.kv_heads, min(length, self._most[layer.attention]), layer.head_dim

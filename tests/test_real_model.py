@@ -8,8 +8,8 @@ import pytest
 from checkpoint_files import real_model
 
 from converters.checkpoints.opening import open_checkpoint
+from converters.evaluate import Fidelity, built_in_text, evaluate_bundles
 from converters.reference_decoder import ReferenceDecoder
-from converters.verify import Report, built_in_text, verify_bundle
 from edge.bundle import TOKENIZER, read_manifest
 from edge.tokenizer import Tokenizer
 
@@ -19,9 +19,12 @@ TOKENS = 700
 """More than the window of 512, so that the rings wrap."""
 
 
-def verified(recipe: str) -> Report:
+def evaluated(recipe: str) -> Fidelity:
     directory = bundles.bundle_directory(real_model(), recipe, 2048)
-    return verify_bundle(directory, real_model(), built_in_text(), bundles.cache_directory(), threads=2)
+    (report,) = evaluate_bundles(
+        [directory], real_model(), built_in_text(), bundles.cache_directory(), threads=2
+    )
+    return report.fidelity
 
 
 def test_float32_weights_give_the_checkpoints_logits_in_any_signature() -> None:
@@ -43,7 +46,7 @@ def test_float32_weights_give_the_checkpoints_logits_in_any_signature() -> None:
 
 
 def test_int8_stays_within_two_percent_of_the_perplexity_and_agrees_on_the_top_token() -> None:
-    report = verified("int8")
+    report = evaluated("int8")
     assert report.tokens >= 4000
     assert report.bundle_perplexity < 1.02 * report.checkpoint_perplexity
     assert report.top1_agreement >= 0.89

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from converters.checkpoints.base import CodeRows, ExactCodes
 from converters.checkpoints.opening import open_checkpoint
-from converters.convert import matrix_shapes
-from converters.decoder_graph import stacked_matrices
+from converters.decoder_graph import matrix_shapes, stacked_matrices
 from converters.quantization import Format
 from converters.recipes import RECIPES, choose_recipe, plan_for, plan_that_keeps, stored_format
 from edge.architecture import Architecture, Layer

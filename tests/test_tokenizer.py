@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 
-from converters.verify import built_in_text
+from converters.evaluate import built_in_text
 from edge.errors import BundleError, RequestError
 from edge.tokenizer import TextStream, Tokenizer
 from edge.vocabulary import Vocabulary, flatten

@@ -17,6 +17,17 @@ from converters.tflite.graph import Model
 ALIGNMENT = 64
 
 
+def file_size(model: Model, channels: Mapping[str, int]) -> int:
+    """Bytes of the file that a `ModelWriter` of these will write, or a few more."""
+    regions = [region.size for region in model.regions]
+    return _flatbuffer_size(model, channels) + sum(regions) + ALIGNMENT * len(regions)
+
+
+def _flatbuffer_size(model: Model, channels: Mapping[str, int]) -> int:
+    scales = {key: np.ones(count, np.float32) for key, count in channels.items()}
+    return len(model.pack({region.name: 1 for region in model.regions}, scales))
+
+
 class ModelWriter:
     """Lays out `model` at `path`; then `write` takes each region's bytes in any order, and `finish` ends it.
 
@@ -27,7 +38,7 @@ class ModelWriter:
         self._model = model
         self._scales = {key: np.ones(count, np.float32) for key, count in channels.items()}
         self._sizes = {region.name: region.size for region in model.regions}
-        self._header = len(model.pack(dict.fromkeys(self._sizes, 1), self._scales))
+        self._header = _flatbuffer_size(model, channels)
         self.offsets = self._layout()
         self._left = dict(self._sizes)
         self._file = path.open("wb")

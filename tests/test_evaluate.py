@@ -5,16 +5,22 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import real_vocabulary
+from hypothesis import given
+from hypothesis import strategies as st
 
 from converters.checkpoints.opening import open_checkpoint
 from converters.convert import convert
+from converters.evaluate import Fidelity, Report, built_in_text, compare, cut, evaluate_bundles
+from converters.picture import picture
 from converters.reference_decoder import Floats
-from converters.verify import Report, built_in_text, compare, cut, verify_bundle
+from edge.bundle import read_manifest
 from edge.errors import BundleError, EdgeError
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -39,8 +45,8 @@ def in_blocks(size: int, logits: Callable[[Sequence[int]], Floats]) -> Logits:
 CHUNKS = cut([3 + n % 40 for n in range(100)], bos_id=2, length=32)
 
 
-def measured(candidate: Logits) -> Report:
-    return compare(CHUNKS, [made_up(ids, 0) for ids in CHUNKS], candidate)
+def measured(candidate: Logits) -> Fidelity:
+    return compare(CHUNKS, [made_up(ids, 0) for ids in CHUNKS], [candidate])[0]
 
 
 def test_chunks_hold_the_whole_text_and_each_starts_with_bos() -> None:
@@ -123,19 +129,81 @@ def test_progress_counts_up_to_all_tokens() -> None:
     compare(
         CHUNKS,
         [made_up(ids, 0) for ids in CHUNKS],
-        in_blocks(8, lambda ids: made_up(ids, 0)),
+        [in_blocks(8, lambda ids: made_up(ids, 0)), in_blocks(8, lambda ids: made_up(ids, 1))],
         lambda done, total: seen.append((done, total)),
     )
     assert seen == sorted(seen)
-    assert seen[-1] == (104, 104)
+    assert seen[-1] == (208, 208)
 
 
-def test_a_report_reads_back_from_json_and_shows_both_perplexities() -> None:
-    report = measured(in_blocks(8, lambda ids: made_up(ids, 1)))
-    assert Report(**json.loads(report.to_json())) == report
-    assert f"checkpoint {report.checkpoint_perplexity:.3f}, bundle {report.bundle_perplexity:.3f}" in str(
-        report
+def test_several_candidates_are_each_measured_as_if_alone() -> None:
+    candidates = [in_blocks(8, lambda ids: made_up(ids, 1)), in_blocks(3, lambda ids: made_up(ids, 2))]
+    together = compare(CHUNKS, [made_up(ids, 0) for ids in CHUNKS], candidates)
+    assert together == [measured(candidate) for candidate in candidates]
+    assert together[0] != together[1]
+
+
+REPORT = Report(
+    "pump <1>",
+    "int4",
+    3_000_000,
+    measured(in_blocks(8, lambda ids: made_up(ids, 1))),
+    {0: 0.01, 2: 0.05},
+    12.5,
+)
+
+
+def test_a_report_is_a_line_of_json_and_shows_both_perplexities() -> None:
+    fields = json.loads(REPORT.to_json())
+    assert fields["layer_errors"] == {"0": 0.01, "2": 0.05}
+    assert Fidelity(**{name: fields[name] for name in asdict(REPORT.fidelity)}) == REPORT.fidelity
+    found = REPORT.fidelity
+    assert f"checkpoint {found.checkpoint_perplexity:.3f}, bundle {found.bundle_perplexity:.3f}" in str(
+        REPORT
     )
+
+
+class Page(HTMLParser):
+    """The text of a page, its marks, and whatever it would load from elsewhere."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.words: list[str] = []
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [name for name, _ in attrs if name in ("src", "href", "xlink:href")]
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data.strip())
+
+
+def test_the_picture_has_a_point_and_a_row_for_each_bundle_and_loads_nothing() -> None:
+    page = Page(picture([REPORT, replace(REPORT, name="other", bytes=1_000_000)], "model & co"))
+    assert page.tags.count("circle") == 2
+    assert page.tags.count("tr") == 3
+    assert page.tags.count("rect") == 4
+    assert page.links == []
+    assert {"pump <1>", "other", "3.0", "1.0", "12.5"} <= set(page.words)
+
+
+@given(st.lists(st.tuples(st.integers(1, 10**10), st.floats(-0.9, 50)), min_size=1, max_size=5))
+def test_every_point_of_the_picture_lies_within_it(points: list[tuple[int, float]]) -> None:
+    fidelity = REPORT.fidelity
+    reports = [
+        replace(
+            REPORT,
+            bytes=size,
+            fidelity=replace(fidelity, bundle_perplexity=fidelity.checkpoint_perplexity * (1 + rise)),
+        )
+        for size, rise in points
+    ]
+    found = re.findall(r'<circle cx="([-\d.]+)" cy="([-\d.]+)"', picture(reports, "model"))
+    assert len(found) == len(points)
+    assert all(0 <= float(x) <= 720 and 0 <= float(y) <= 380 for x, y in found)
 
 
 def test_the_built_in_text_has_at_least_4000_tokens_of_a_real_gemma() -> None:
@@ -154,28 +222,35 @@ def test_an_unquantised_bundle_computes_what_its_checkpoint_says(
     name: str, short_text: str, tmp_path: Path
 ) -> None:
     convert(open_checkpoint(FIXTURES / name), tmp_path / "bundle", "float32", context=512)
-    report = verify_bundle(tmp_path / "bundle", FIXTURES / name, short_text, tmp_path / "cache", threads=1)
-    assert report.maximum_error < 1e-3
-    assert report.top1_agreement == 1
-    assert report.bundle_perplexity == pytest.approx(report.checkpoint_perplexity, rel=1e-4)
+    (report,) = evaluate_bundles(
+        [tmp_path / "bundle"], FIXTURES / name, short_text, tmp_path / "cache", threads=1
+    )
+    found, arch = report.fidelity, read_manifest(tmp_path / "bundle").architecture
+    assert found.maximum_error < 1e-3
+    assert found.top1_agreement == 1
+    assert found.bundle_perplexity == pytest.approx(found.checkpoint_perplexity, rel=1e-4)
+    assert tuple(report.layer_errors) == arch.owners
+    assert max(report.layer_errors.values()) < 1e-4
+    assert report.tokens_per_second > 1
 
 
-def test_a_coarser_bundle_measures_worse_and_a_short_context_cuts_shorter_chunks(
+def test_a_coarser_bundle_measures_worse_and_the_shortest_context_cuts_the_chunks(
     short_text: str, tmp_path: Path
 ) -> None:
     checkpoint = FIXTURES / "gemma3-one-kv-head"
-    reports = {}
     for recipe, context in (("int8", 512), ("int4", 64)):
         convert(open_checkpoint(checkpoint), tmp_path / recipe, recipe, context)
-        reports[recipe] = verify_bundle(
-            tmp_path / recipe, checkpoint, short_text, tmp_path / "cache", threads=1
-        )
-    fine, coarse = reports["int8"], reports["int4"]
-    assert 0.9 < fine.top1_agreement < 1
-    assert coarse.top1_agreement < fine.top1_agreement
-    assert coarse.rms_error > 2 * fine.rms_error > 0
-    assert coarse.kl_divergence > fine.kl_divergence > 0
-    assert coarse.tokens > fine.tokens
+    bundles = [tmp_path / "int8", tmp_path / "int4"]
+    fine, coarse = evaluate_bundles(bundles, checkpoint, short_text, tmp_path / "cache", threads=1)
+    assert (fine.recipe, coarse.recipe) == ("int8", "int4")
+    assert fine.bytes > coarse.bytes
+    assert all(coarse.layer_errors[i] > 2 * error > 0 for i, error in fine.layer_errors.items())
+    (alone,) = evaluate_bundles(bundles[:1], checkpoint, short_text, tmp_path / "cache", threads=1)
+    assert alone.fidelity.tokens < fine.fidelity.tokens == coarse.fidelity.tokens
+    assert 0.9 < fine.fidelity.top1_agreement < 1
+    assert coarse.fidelity.top1_agreement < fine.fidelity.top1_agreement
+    assert coarse.fidelity.rms_error > 2 * fine.fidelity.rms_error > 0
+    assert coarse.fidelity.kl_divergence > fine.fidelity.kl_divergence > 0
 
 
 def test_a_bundle_of_another_model_is_refused_in_one_line(short_text: str, tmp_path: Path) -> None:
@@ -183,4 +258,4 @@ def test_a_bundle_of_another_model_is_refused_in_one_line(short_text: str, tmp_p
     convert(open_checkpoint(FIXTURES / "gemma3-one-kv-head"), bundle, "int8", context=512)
     message = rf"^{re.escape(str(bundle))}: its dimensions are not those of {re.escape(str(other))}; name .*$"
     with pytest.raises(BundleError, match=message):
-        verify_bundle(bundle, other, short_text, tmp_path / "cache", threads=1)
+        evaluate_bundles([bundle], other, short_text, tmp_path / "cache", threads=1)

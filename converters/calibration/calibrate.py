@@ -1,0 +1,217 @@
+"""Calibrated quantisation: what the converter asks for codes instead of rounding weights itself.
+
+The calibration sequences run through the layers together, as the bundle will compute: each matrix sees what
+those before it, already quantised, have left, rounded as the runtime rounds it, and gets the codes of least
+output error for that. Where the output is normed, a token counts by its output's inverse square, because the
+norm takes the length away: else a few very long outputs decide all codes. Nothing is drawn at random.
+
+Memory: one layer's weights in float32, what the sequences bring to one matrix (tokens * k * 4 bytes for k
+columns), for the widest matrix twice k * k * 4 bytes, and the codes of all layers, packed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import blas
+
+from converters.calibration.activations import round_activations
+from converters.calibration.folding import NORMED, Folded, fold
+from converters.calibration.lattice import Objective, quantize_for
+from converters.calibration.text import CalibrationText
+from converters.checkpoints.base import Checkpoint, LazyTensor
+from converters.quantization import Floats, Format, Quantized, pack, quantize, tensor_group, unpack
+from converters.reference_decoder import PROJECTION, ReferenceDecoder, Stream, layer_steps
+from edge.errors import EdgeError
+
+Advance = Callable[[str, float], None]
+"""Is told what was done last, and what share of the work that was."""
+
+_FOLD_SHARE = 0.3
+"""Of the whole time, roughly."""
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    formats: Mapping[str, Format],
+    text: CalibrationText,
+    advance: Advance = lambda _name, _share: None,
+) -> Calibrated:
+    """Choose codes for the tensors in `formats`, looking at what they multiply when the model reads `text`.
+
+    Tensors without a format, or with 32 bits, stay as they are. Raises EdgeError if the text is too short or
+    there is nothing to choose; reading may raise CheckpointError.
+    """
+    formats = {name: format for name, format in formats.items() if format.bits < 32}
+    if not any(name.startswith("layers.") for name in formats):
+        raise EdgeError(f"{checkpoint.path}: its own integers are kept; leave --calibrate out")
+    sequences = text.sequences(checkpoint)
+    count = len(checkpoint.architecture.layers)
+    some = sequences[: max(1, len(sequences) // 4)]
+    folded = fold(checkpoint, some, formats, lambda name: advance(name, _FOLD_SHARE / count))
+    calibrated = Calibrated(folded, text, sum(map(len, sequences)))
+    run = _Run(calibrated, formats, sequences)
+    for index in range(count):
+        run.layer(index)
+        advance(f"layers.{index}", (1 - _FOLD_SHARE) / count)
+    return calibrated
+
+
+class Calibrated:
+    """Codes of a checkpoint's matrices; a `converters.encoding.Quantizer` for `checkpoint`.
+
+    `checkpoint` computes what the original does, with kinder activations. `errors` has the squared output
+    error of each matrix of the layers, relative to its output.
+    """
+
+    def __init__(self, folded: Folded, text: CalibrationText, tokens: int) -> None:
+        self.checkpoint = folded.checkpoint
+        self.errors: dict[str, float] = {}
+        self._folded, self._text, self._tokens = folded, text, tokens
+        self._head = Objective.of(folded.moment)
+        self._head_name = "embedding" if self.checkpoint.architecture.tied_head else "head"
+        self._codes: dict[str, _Packed] = {}
+
+    def codes_for(self, name: str, start: int, rows: Floats, format: Format) -> Quantized:
+        """See `converters.encoding.Quantizer.codes_for`; `rows` are those of `checkpoint`."""
+        if format.bits == 32:
+            return quantize(rows, format)
+        if name in self._codes:
+            return self._codes[name].rows(start, start + len(rows))
+        return quantize_for(self._head, rows, format) if name == self._head_name else quantize(rows, format)
+
+    def keep(self, name: str, quantized: Quantized, error: float) -> None:
+        """Note the codes of a whole tensor and the relative squared error of its output."""
+        self.errors[name] = error
+        codes = pack(quantized.codes, quantized.format.bits).reshape(len(quantized.codes), -1)
+        self._codes[name] = _Packed(quantized.format, codes, quantized.scales)
+
+    def notes(self) -> dict[str, object]:
+        """What the manifest tells of it."""
+        return {
+            "text": self._text.name,
+            "sha256": self._text.digest(),
+            "tokens": self._tokens,
+            "folds": f"{self._folded.moved} of {self._folded.tried}",
+            "output_errors": {group: round(error, 5) for group, error in self._group_errors().items()},
+        }
+
+    def report_lines(self) -> list[str]:
+        """One line per group of matrices on the error of their outputs, and one on the activations."""
+        lines = [f"{group:<28} output error {error:8.3%}" for group, error in self._group_errors().items()]
+        return [*lines, f"inputs made kinder at {self._folded.moved} of {self._folded.tried} places"]
+
+    def _group_errors(self) -> dict[str, float]:
+        """Root of the mean squared output error, relative to the output, of each group of matrices."""
+        groups: dict[str, list[float]] = {}
+        for name, error in self.errors.items():
+            groups.setdefault(tensor_group(name), []).append(error)
+        return {group: float(np.mean(errors)) ** 0.5 for group, errors in groups.items()}
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A tensor's codes, packed: uint8 [rows, bytes], and its scales."""
+
+    format: Format
+    codes: NDArray[np.uint8]
+    scales: NDArray[np.float32] | NDArray[np.float16]
+
+    def rows(self, start: int, stop: int) -> Quantized:
+        codes = unpack(self.codes[start:stop].reshape(-1), self.format.bits)
+        return Quantized(self.format, codes.reshape(stop - start, -1), self.scales[start:stop])
+
+
+class _Run:
+    """The calibration sequences, between two layers of a decoder that is being quantised."""
+
+    def __init__(
+        self, calibrated: Calibrated, formats: Mapping[str, Format], sequences: Sequence[Sequence[int]]
+    ) -> None:
+        self._calibrated, self._formats = calibrated, formats
+        self._decoder = ReferenceDecoder(calibrated.checkpoint)
+        self._epsilon = np.float32(self._decoder.arch.rms_epsilon)
+        self._streams = self._begin(sequences)
+
+    def layer(self, index: int) -> None:
+        """Choose the codes of a layer's matrices, in the order in which they are used."""
+        prefix, weights = f"layers.{index}.", self._decoder.layer_weights(index)
+        steps = [layer_steps(self._decoder.arch, index, weights, stream) for stream in self._streams]
+        reached = [next(step) for step in steps]
+        while reached:
+            names = reached[0][0]
+            inputs = [round_activations(x) for _, x in reached]
+            self._choose(prefix, names, weights, inputs)
+            reached = []
+            for step in steps:
+                x = inputs.pop(0)
+                with contextlib.suppress(StopIteration):
+                    reached.append(step.send([x @ weights[name].T for name in names]))
+
+    def _choose(
+        self, prefix: str, names: Sequence[str], weights: dict[str, Floats], inputs: Sequence[Floats]
+    ) -> None:
+        """Replace the weights of matrices that share `inputs` by what their codes stand for."""
+        chosen = [name for name in names if prefix + name in self._formats]
+        if not chosen:
+            return
+        normed = weights[names[0]] if names[0] in NORMED else None
+        objective = Objective.of(self._moment(inputs, normed))
+        for name in chosen:
+            quantized = quantize_for(objective, weights[name], self._formats[prefix + name])
+            self._calibrated.keep(prefix + name, quantized, objective.error(weights[name], quantized))
+            weights[name] = quantized.dequantize()
+
+    def _moment(self, inputs: Sequence[Floats], normed: Floats | None) -> Floats:
+        """Sum of x^T x, its lower triangle; x is divided by its output's length if that is `normed`."""
+        moment = np.zeros((inputs[0].shape[1],) * 2, np.float32)
+        for given in inputs:
+            x = given
+            if normed is not None:
+                power = np.mean(np.square(x @ normed.T), axis=-1, keepdims=True)
+                x = x / np.sqrt(power + self._epsilon)
+            # BLAS counts columns first: its upper triangle is the lower one of the transpose.
+            blas.ssyrk(1.0, x.T, beta=1.0, c=moment.T, overwrite_c=True)
+        return moment
+
+    def _begin(self, sequences: Sequence[Sequence[int]]) -> list[Stream]:
+        """Streams before the first layer, from tables and a projection that are quantised already."""
+        checkpoint, formats = self._calibrated.checkpoint, self._formats
+        ids = np.unique(np.concatenate([np.asarray(one, np.int64) for one in sequences]))
+        tensors = dict(checkpoint.tensors)
+        for name in ("embedding", "per_layer_embedding"):
+            if name in formats:
+                base = tensors[name]
+                rows = np.concatenate([base.rows(int(n), int(n) + 1) for n in ids])
+                width = checkpoint.architecture.per_layer_width if name != "embedding" else rows.shape[1]
+                quantized = self._calibrated.codes_for(name, 0, rows.reshape(-1, width), formats[name])
+                tensors[name] = _KnownRows(base, ids, quantized.dequantize().reshape(rows.shape))
+        decoder = ReferenceDecoder(replace(checkpoint, tensors=tensors))
+        if PROJECTION not in formats:
+            return decoder.begin(sequences)
+        inputs: list[Floats] = []
+
+        def note(_name: str, x: Floats, weight: Floats) -> Floats:
+            inputs.append(round_activations(x))
+            return x @ weight.T
+
+        decoder.begin(sequences, note)
+        weights = {PROJECTION: tensors[PROJECTION].array()}
+        self._choose("", (PROJECTION,), weights, inputs)
+        return decoder.begin(sequences, lambda name, x, _weight: round_activations(x) @ weights[name].T)
+
+
+class _KnownRows(LazyTensor):
+    """The few rows of a table that the sequences need, as they are after quantisation."""
+
+    def __init__(self, base: LazyTensor, ids: NDArray[np.int64], values: Floats) -> None:
+        self.name, self.shape, self.source_type = base.name, base.shape, base.source_type
+        self._ids, self._values = ids, values
+
+    def rows(self, start: int, stop: int) -> Floats:
+        at = int(np.searchsorted(self._ids, start))
+        return self._values[at : at + stop - start]

@@ -1,0 +1,54 @@
+"""The text that calibration looks at, as sequences of token ids."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from importlib import resources
+
+from converters.checkpoints.base import Checkpoint
+from edge.errors import EdgeError
+from edge.tokenizer import Tokenizer
+
+SEQUENCE = 512
+"""Tokens of a sequence, `<bos>` included."""
+
+_FEWEST = 4
+_MOST = 16
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """A text and what it is called in messages and in the manifest."""
+
+    name: str
+    content: str
+
+    @classmethod
+    def built_in(cls) -> CalibrationText:
+        """The text used where none is given: sensor requests with their answers, and general prose.
+
+        It was written for this project and shares nothing with the text that `evaluate` uses.
+        """
+        path = resources.files("converters").joinpath("data/calibration_text.txt")
+        return cls("built-in text", path.read_text("utf-8"))
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of the text."""
+        return hashlib.sha256(self.content.encode()).hexdigest()
+
+    def sequences(self, checkpoint: Checkpoint) -> list[list[int]]:
+        """Sequences of 512 ids that start with `<bos>`; of a long text, 16 from all over it.
+
+        Raises EdgeError if there are fewer than 4.
+        """
+        ids, step = Tokenizer(checkpoint.tokenizer_model).encode(self.content), SEQUENCE - 1
+        whole = len(ids) // step
+        if whole < _FEWEST:
+            raise EdgeError(
+                f"{self.name}: has {len(ids)} tokens, calibration needs {_FEWEST * step};"
+                " give a longer text, or --calibrate without a file for the built-in one"
+            )
+        chosen = min(whole, _MOST)
+        starts = (index * whole // chosen * step for index in range(chosen))
+        return [[checkpoint.chat.bos_id, *ids[start : start + step]] for start in starts]
