@@ -30,6 +30,7 @@ Sink = Callable[[Answer], None]
 ABANDON_S = 5.0  # how long the generator may take to notice that it is to stop
 IDLE_S = 1.0  # an idle decoder thread shows that it lives this often
 REFUSALS = ("busy", "unavailable")  # error codes of requests that were not taken on, or given back
+STACK_BYTES = 16 * 1024 * 1024  # of the decoder thread: twice what the largest schemas take (grammar_source)
 FIRST_GUESS_S = 1.0  # how long a request takes, before one has been answered
 
 
@@ -87,7 +88,9 @@ class Engine:
 
     def start(self) -> None:
         """Start the decoder thread."""
+        usual = threading.stack_size(STACK_BYTES)
         self._thread.start()
+        threading.stack_size(usual)
 
     @property
     def alive(self) -> bool:

@@ -8,11 +8,14 @@ that every JSON reader can hold them. Tool calls follow the declared parameters 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any
 
 from llguidance import LLMatcher, regex_to_lark
 
+from edge.errors import RequestError
 from edge.messages import Request
 from edge.prompt import CHANNEL, CHANNEL_END, begins_in_thought
 from edge.tokenizer import Tokenizer
@@ -20,14 +23,29 @@ from edge.tool_grammar import ToolRules, number_bounds, quoted
 
 _TEXT = "TEXT: /(?s:.+)/"
 
+# llguidance takes 8 KB of the stack for each schema below another, be it by reference, and the process ends
+# where the stack does; it takes gigabytes for a multiple of millions. Of common schemas none comes near.
+MAX_OBJECTS = 1024
+MAX_MULTIPLE = 100_000
+
 
 def grammar_source(request: Request, tokenizer: Tokenizer) -> str | None:
     """Write the grammar of all answers to `request`, as llguidance's JSON; None if any text will do.
 
-    Raises RequestError("bad_request"), naming the keyword, if a tool's schema can't be followed.
+    Raises RequestError("bad_request"), naming the keyword, if a tool's schema can't be followed, or if one is
+    so large that compiling it would harm others.
     """
     if request.response_format is None and not request.tools:
         return None
+    _check_size("response_format", request.response_format)
+    _check_size("tools", request.tools)
+    try:
+        return _source(request, tokenizer)
+    except RecursionError:
+        raise RequestError("bad_request", "tools: too many references, one behind the other") from None
+
+
+def _source(request: Request, tokenizer: Tokenizer) -> str:
     answer = _answer(request.response_format)
     if answer is not None and not request.tools and not request.reasoning:
         return json.dumps({"grammars": [answer]})
@@ -40,6 +58,33 @@ def grammar_source(request: Request, tokenizer: Tokenizer) -> str | None:
     if answer is not None:
         grammars.append({**answer, "name": "answer"})
     return json.dumps({"grammars": grammars})
+
+
+def _check_size(where: str, value: Any) -> None:
+    """Refuse too many objects (schemas and all that is in them), and too large a multiple of all numbers."""
+    pending, objects, multiple = [value], 0, 1
+    while pending:
+        item = pending.pop()
+        if isinstance(item, Mapping):
+            objects += 1
+            multiple = math.lcm(multiple, _digits(item.get("multipleOf")))
+            pending.extend(item.values())
+        elif isinstance(item, (list, tuple)):
+            pending.extend(item)
+        if objects > MAX_OBJECTS:
+            raise RequestError(
+                "bad_request", f"{where}: more than {MAX_OBJECTS} objects; describe less at once"
+            )
+        if multiple > MAX_MULTIPLE:
+            said = f"the multipleOf in it have no common multiple up to {MAX_MULTIPLE}; use rounder numbers"
+            raise RequestError("bad_request", f"{where}: {said}")
+
+
+def _digits(multiple: Any) -> int:
+    """Give the digits of a multipleOf without the zeros at its ends: 25 for 0.25 and for 2500."""
+    if not isinstance(multiple, (int, float)) or multiple <= 0:
+        return 1
+    return int("".join(map(str, Decimal(str(multiple)).normalize().as_tuple().digits)))
 
 
 def _thoughts(request: Request, rules: ToolRules) -> str:

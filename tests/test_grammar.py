@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -460,6 +462,79 @@ def test_schemas_of_the_wrong_shape_are_refused_not_crashed_on(weird: Any) -> No
     for request in (for_schema({"properties": {"x": weird}}), for_tool({"properties": {"x": weird}})):
         with pytest.raises(RequestError):
             small().compile(request)
+
+
+def chain(count: int, *wrapped: str) -> dict[str, Any]:
+    """A schema of references, one behind the other, each in `wrapped` (a key, its kind, more members)."""
+    definitions: dict[str, Any] = {f"a{count}": {"type": "string"}}
+    for number in range(count):
+        reference: Any = {"$ref": f"#/$defs/a{number + 1}"}
+        for key in wrapped:
+            reference = {key: [reference] if key in ("anyOf", "prefixItems") else reference}
+        definitions[f"a{number}"] = reference
+    return {"$defs": definitions, "$ref": "#/$defs/a0"}
+
+
+def members(count: int) -> dict[str, Any]:
+    return {"type": "object", "properties": {f"p{number}": {"type": "string"} for number in range(count)}}
+
+
+BOMBS = {
+    "references": for_schema(chain(3000)),
+    "objects in objects": for_schema(chain(2000, "additionalProperties")),
+    "lists in lists": for_schema(chain(2000, "items")),
+    "members": for_schema(members(8000)),
+    "members of a tool": for_tool(members(4000)),
+    "references in a tool": for_tool({"properties": {"x": {"$ref": "#/$defs/a0"}}, **chain(900)}),
+    "a multiple": for_schema({"type": "integer", "multipleOf": 9_999_991}),
+    "a multiple in a tool": for_tool({"properties": {"x": {"type": "integer", "multipleOf": 9_999_991}}}),
+    "multiples of multiples": for_schema(
+        {"allOf": [{"type": "integer", "multipleOf": 9973}, {"type": "integer", "multipleOf": 9967}]}
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BOMBS)
+def test_a_schema_that_would_take_all_memory_time_or_stack_is_refused(case: str) -> None:
+    with pytest.raises(
+        RequestError, match=r"more than 1024 objects|common multiple|behind the other"
+    ) as caught:
+        small().compile(BOMBS[case])
+    assert caught.value.code == "bad_request"
+
+
+LARGEST = """
+import sys, threading
+sys.path.insert(0, "tests")
+import test_grammar as tests
+from edge import engine
+
+shapes = [tests.chain(1000), tests.chain(330, "x", "properties")]
+shapes += [tests.chain(500, key) for key in ("items", "additionalProperties", "prefixItems", "anyOf")]
+
+def work():
+    for shape in shapes:
+        tests.small().compile(tests.for_schema(shape))
+        done.append(shape)
+
+done = []
+threading.stack_size(engine.STACK_BYTES // 2)
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+assert done == shapes
+"""
+
+
+def test_the_largest_schemas_that_are_taken_leave_half_of_the_stack() -> None:
+    """In a process of its own, because it would end with the stack."""
+    ended = subprocess.run([sys.executable, "-c", LARGEST], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.parametrize("multiple", [0.01, 0.25, 5, 15, 360, 1000, 86_400, 10**6, 1e-9])
+def test_multiples_that_people_use_are_followed(multiple: float) -> None:
+    assert small().compile(for_schema({"type": "number", "multipleOf": multiple})) is not None
 
 
 HOSTILE = [

@@ -176,7 +176,7 @@ def test_a_packet_is_never_larger_than_it_is_said_to_be(
     client.post(message)
     (sent,) = wait_until_published(broker, 1, 0, TOPIC)
     said = message.packet_bytes
-    assert said - 4 <= 1 + 1 + 2 + len(TOPIC) + 2 + len(sent.body) <= said
+    assert said - 12 <= 1 + 1 + 2 + len(TOPIC) + 2 + len(sent.body) <= said
 
 
 def test_what_waits_for_the_broker_is_bounded_but_for_what_is_to_be_kept(

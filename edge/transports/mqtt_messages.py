@@ -9,7 +9,10 @@ from paho.mqtt.client import MQTTMessage
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-HEADER_BYTES = 5 + 2 + 2  # type and length, at most; length of the topic; packet identifier (MQTT 5, 3.3)
+CONTENT_TYPE = "application/json"
+# Of a PUBLISH, at most: type and length, length of the topic, packet identifier; length of the properties,
+# format indicator, content type (MQTT 5, 3.3); each further property has three bytes beside its value.
+HEADER_BYTES = 5 + 2 + 2 + 4 + 2 + 3 + len(CONTENT_TYPE)
 
 Token = tuple[int, int]
 _Properties: Any = Properties  # paho leaves its constructor untyped
@@ -59,7 +62,7 @@ class Outgoing:
         """Make the properties (paho's) that MQTT 5 sends with it."""
         properties: Any = _Properties(PacketTypes.PUBLISH)
         properties.PayloadFormatIndicator = 1  # UTF-8
-        properties.ContentType = "application/json"
+        properties.ContentType = CONTENT_TYPE
         if self.correlation is not None:
             properties.CorrelationData = self.correlation
         if self.response_topic is not None:
@@ -69,8 +72,8 @@ class Outgoing:
     @property
     def packet_bytes(self) -> int:
         """The most that its packet takes."""
-        variable = self.topic.encode(), self.properties().pack(), self.payload.encode()
-        return HEADER_BYTES + sum(map(len, variable))
+        texts = self.topic.encode(), (self.response_topic or "").encode(), self.payload.encode()
+        return HEADER_BYTES + sum(map(len, texts)) + len(self.correlation or b"") + 2 * 3
 
 
 class Listener(Protocol):
