@@ -126,7 +126,10 @@ def edge_command(name: str, *arguments: str) -> list[str]:
 
 
 class DaemonProcess:
-    """`edge-daemon run`, with us in systemd's place. `config` is TOML after the directories."""
+    """`edge-daemon run`, with us in systemd's place. `config` is TOML after the directories.
+
+    `within` is a command that runs it somewhere else, such as a network namespace.
+    """
 
     def __init__(self, directory: Path, bundle: Path, config: str, **environment: str) -> None:
         self.directory = directory
@@ -136,6 +139,7 @@ class DaemonProcess:
             f'node = "pump"\nbundle = "{bundle}"\ncache_directory = "{directory}/cache"\n'
             f'state_directory = "{directory}/state"\nthreads = 2\n{config}'
         )
+        self.within: tuple[str, ...] = ()
         self._notices = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._notices.bind(str(directory / "notify"))
         self._notices.settimeout(0.2)
@@ -145,7 +149,7 @@ class DaemonProcess:
     def start(self, *options: str, wait: bool = True) -> None:
         """Start the daemon, and wait until it is ready."""
         with self.log.open("ab") as log:
-            command = edge_command("daemon", "run", "--config", str(self._file), *options)
+            command = [*self.within, *edge_command("daemon", "run", "--config", str(self._file), *options)]
             self.process = subprocess.Popen(command, stderr=log, env=self._environment)
         if wait:
             self.notice("READY=1")
