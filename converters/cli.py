@@ -1,4 +1,4 @@
-"""The `edge-convert` command: convert (the default), inspect and evaluate."""
+"""The `edge-convert` command: convert (the default), inspect, evaluate and golden."""
 
 from __future__ import annotations
 
@@ -67,6 +67,7 @@ def main() -> None:
       edge-convert gemma-3-270m.gguf -o small-bundle --recipe int4 --calibrate
       edge-convert inspect bundle
       edge-convert evaluate bundle small-bundle --against gemma-3-270m.gguf
+      edge-convert golden bundle
 
     A checkpoint is a GGUF file or a Hugging Face folder (config.json, safetensors, tokenizer). Give
     `edge-convert convert --help` for the options of a conversion; the word `convert` may be left out.
@@ -230,6 +231,32 @@ def evaluate(
         click.echo(report.to_json() if as_json else str(report))
     if picture is not None:
         _write_text(picture, page(reports, against.name))
+
+
+@main.command()
+@click.argument("bundle", type=_DIRECTORY)
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="A UTF-8 text of your field; its first 64 tokens count. Without it, a built-in one.",
+)
+def golden(bundle: Path, text: Path | None) -> None:
+    """Record in BUNDLE what it makes of a short text, for the self-test of every board that it comes to.
+
+    A board runs a new bundle over the same text, and uses it only if the mean loss is what it was here, to
+    0.3. The manifest changes, so this comes before the signature; one that is there is removed.
+
+    \b
+    Example:
+      edge-convert golden bundle --text field-notes.txt
+    """
+    from converters.evaluate import built_in_text
+    from converters.golden import record_golden
+
+    found = record_golden(
+        bundle, built_in_text() if text is None else _read_text(text), weight_cache_directory()
+    )
+    click.echo(f"{bundle}: a loss of {found.loss:.2f} over {len(found.ids)} tokens is recorded")
 
 
 def weight_cache_directory() -> Path:

@@ -5,6 +5,7 @@
     tokenizer.model           a SentencePiece model
     embedding.bin             only where the output head is a matrix of its own
     per_layer_embedding.bin   Gemma 4 only
+    manifest.sig              an Ed25519 signature of manifest.json, optional; see `edge.signature`
 
 A bundle is verified before anything of it is mapped, because LiteRT crashes on a damaged file: sizes and
 SHA-256 of every file. A stamp in the cache directory makes the next start cheap as long as no file changed.
@@ -30,6 +31,7 @@ from edge.strict_json import StrictJsonError, printable
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+SIGNATURE = "manifest.sig"
 DECODER = "decoder.tflite"
 TOKENIZER = "tokenizer.model"
 EMBEDDING = "embedding.bin"
@@ -48,12 +50,24 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
+class Golden:
+    """A text, its token ids with `<bos>`, and what a bundle makes of it: see `edge.golden`.
+
+    `loss` is the mean negative log-likelihood of all ids but the first, in nats.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    loss: float
+
+
+@dataclass(frozen=True)
 class Manifest:
     """All that a runtime must know of a bundle.
 
     `verify_width` and `prefill_widths` are the tokens per run of those signatures. `context` is the most
     tokens that a conversation may have. `quantization` says how each group of tensors is stored. `embedding`
-    and `head` are the same rows where the output head is tied.
+    and `head` are the same rows where the output head is tied. `golden` is None if nobody has recorded it.
     """
 
     architecture: Architecture
@@ -72,6 +86,7 @@ class Manifest:
     source: Mapping[str, Any]
     licence: str
     made_by: str
+    golden: Golden | None = None
 
     def to_json(self) -> str:
         """The manifest file's text: the same fields, sorted, so that equal manifests are equal bytes."""
@@ -92,12 +107,20 @@ class Manifest:
             )
         try:
             manifest = typed_json.read(cls, fields)
+            for name in manifest.files:
+                _check_plain(name)
             integer(0, 1 << 62)("quantization.bytes_per_token", manifest.quantization.get("bytes_per_token"))
         except FieldError as error:
             raise BundleError(
                 f"has a missing or wrong entry ({error}); convert the checkpoint again"
             ) from None
         return manifest
+
+
+def _check_plain(name: str) -> None:
+    """Raise FieldError unless `name` is that of a file in the bundle's own directory."""
+    if name in ("", ".", "..", MANIFEST, SIGNATURE) or any(c in name for c in "/\\\0"):
+        raise FieldError(f"files has {printable(name)}, which is no file name")
 
 
 def read_manifest(directory: Path) -> Manifest:

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
+from edge.bundle_cli import bundle
+from edge.systemd import CONFIG
+
 if TYPE_CHECKING:
     from edge.config import Broker
     from edge.link import Link
     from edge.messages import Request
 
-CONFIG = "/etc/edge-gemma/edge-daemon.toml"  # where the package's unit reads it
 FILE = click.Path(path_type=Path)
 
 ASK_EPILOG = """
@@ -84,6 +86,9 @@ def doctor(path: Path, as_json: bool) -> None:
     findings = examining.examine(load(path))
     click.echo((examining.as_json if as_json else examining.as_text)(findings))
     sys.exit(any(finding.state == "problem" for finding in findings))
+
+
+daemon.add_command(bundle)
 
 
 @daemon.group()

@@ -85,13 +85,15 @@ class SerialConfig:
 class Config:
     """All there is to set. `context` is in tokens, None for the bundle's own; `drain_s` in seconds.
 
-    `queue` is how many requests may wait. `cache_directory` may be lost at any time, `state_directory` not.
-    `metrics_file` is written for Prometheus; with `log_payloads` requests and answers stand in the log.
+    A bundle must be signed with a key of `bundle_key_file`, if there is one. `queue` is how many requests
+    may wait. `cache_directory` may be lost at any time, `state_directory` not. `metrics_file` is written for
+    Prometheus; with `log_payloads` requests and answers stand in the log.
     """
 
     path: Path
     node: str
     bundle: Path
+    bundle_key_file: Path | None
     cache_directory: Path
     state_directory: Path
     threads: int
@@ -112,8 +114,8 @@ class _Key(NamedTuple):
     default: Any = _MISSING
 
 
-def load(path: Path) -> Config:
-    """Read and check the configuration in `path`.
+def load(path: Path, secrets: bool = True) -> Config:
+    """Read and check the configuration in `path`; without `secrets` no password is read.
 
     Raises ConfigError, one line with the file, the line and the key.
     """
@@ -129,14 +131,14 @@ def load(path: Path) -> Config:
         raise ConfigError(f"{path}: not a configuration: nested too deeply") from None
     except ValueError as error:  # TOMLDecodeError, or a number with thousands of digits
         raise ConfigError(f"{path}: not TOML: {error}") from None
-    return _Reader(path, source).config(document)
+    return _Reader(path, source, secrets).config(document)
 
 
 class _Reader:
     """Checks one document; knows its path and text for messages."""
 
-    def __init__(self, path: Path, source: str) -> None:
-        self._path = path
+    def __init__(self, path: Path, source: str, secrets: bool) -> None:
+        self._path, self._secrets = path, secrets
         self._lines = source.splitlines()
 
     def config(self, document: Mapping[str, Any]) -> Config:
@@ -144,7 +146,7 @@ class _Reader:
         mqtt, ports, routes = top.pop("mqtt"), top.pop("serial"), top.pop("route")
         if mqtt is None and not ports:
             raise ConfigError(f"{self._path}: neither [mqtt] nor [[serial]] is there; at least one is needed")
-        for name in ("bundle", "cache_directory", "state_directory", "metrics_file"):
+        for name in ("bundle", "bundle_key_file", "cache_directory", "state_directory", "metrics_file"):
             top[name] = None if top[name] is None else self._from_here(top[name])
         serial = [self._serial(index, table) for index, table in enumerate(ports)]
         return Config(
@@ -170,7 +172,7 @@ class _Reader:
         if secret is not None and values["username"] is None:
             raise self._error("mqtt.password_file", "mqtt.password_file needs mqtt.username")
         own = {name: values.pop(name) for name in ("session_expiry_s", "reply_prefixes", "discovery_prefix")}
-        password = None if secret is None else self._secret(secret)
+        password = None if secret is None or not self._secrets else self._secret(secret)
         return MqttConfig(Broker(password=password, **values), **own)
 
     def _serial(self, index: int, table: Mapping[str, Any]) -> SerialConfig:
@@ -308,6 +310,7 @@ default_cache_directory = _directory("CACHE_DIRECTORY", "XDG_CACHE_HOME", ".cach
 _TOP = {
     "node": _Key(_node, _host_name),
     "bundle": _Key(_not_empty),
+    "bundle_key_file": _Key(_not_empty, None),
     "cache_directory": _Key(_not_empty, default_cache_directory),
     "state_directory": _Key(_not_empty, _directory("STATE_DIRECTORY", "XDG_STATE_HOME", ".local/state")),
     "threads": _Key(integer(1, 64), default_threads),

@@ -16,16 +16,14 @@ from typing import Any
 
 from edge import route_runner
 from edge.board import Board
-from edge.bundle import read_manifest
+from edge.bundle_keeper import keeper_of
 from edge.config import Config
 from edge.engine import Engine
 from edge.errors import EdgeError, TransportError
-from edge.generation import Generator
 from edge.health import health
 from edge.journal import Journal
 from edge.journaling import JournaledEngine, Origin
 from edge.metrics import MetricsFile
-from edge.requirements import require_memory, requirements
 from edge.route_runner import RouteRunner
 from edge.systemd import Watchdog, notify, watchdog_s
 from edge.transports import mqtt
@@ -48,38 +46,43 @@ class Daemon:
     def __init__(self, config: Config, force: bool = False) -> None:
         """Open the bundle, unless the board is too small for it and `force` is not set; prepare the rest.
 
-        Raises BundleError, RuntimeFailure, TransportError (a TLS file that can't be used), or EdgeError if
-        another process holds the journal.
+        Raises BundleError, RuntimeFailure, ConfigError (the key file), TransportError (a TLS file that can't
+        be used), or EdgeError if another process holds the journal or the bundle store.
         """
         self._config = config
         self._watched, self._clock = time.monotonic(), time.time() - time.monotonic()
         self._watch_s = min(WATCH_S, (watchdog_s() or 4 * WATCH_S) / 4)
         self._stop = threading.Event()
         self._board = Board()
-        if not force:
-            needed = requirements(read_manifest(config.bundle), config.context)
-            require_memory(str(config.bundle), needed, self._board)
-        self._generator = Generator.open(
-            config.bundle, config.cache_directory, config.threads, config.context
-        )
-        self._engine = Engine(self._generator, config.queue)
+        self._keeper = keeper_of(config, self._board, force)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _end)
+        try:
+            self._prepare()
+        except BaseException:
+            self._keeper.close()
+            raise
+
+    def _prepare(self) -> None:
+        config = self._config
+        self._engine = Engine(self._keeper.open(), config.queue)
+        self._keeper.attend(self._engine, self._switched)
         self._journal = Journal(config.state_directory / JOURNAL)
         self._journaled = JournaledEngine(self._engine, self._journal)
         self._routes: RouteRunner | None = None
         if config.routes:
-            plain = self._generator.bundle.manifest.prompt_format == "plain"
-            self._routes = RouteRunner(config.routes, plain, self._journaled, self._publish, self._show)
+            self._routes = RouteRunner(config.routes, self._plain, self._journaled, self._publish, self._show)
         self._mqtt: MqttTransport | None = None
         if config.mqtt is not None:
             self._mqtt = MqttTransport(
-                config.mqtt, config.node, self._journaled, self._status(), self._health, self._routes
+                config.mqtt, config.node, self._journaled, self._status, self._health, self._routes
             )
         self._ports = [
             SerialTransport(port, config.node, self._journaled, self._routes) for port in config.serial
         ]
         self._metrics: MetricsFile | None = None
         if config.metrics_file is not None:
-            self._metrics = MetricsFile(config.metrics_file, config.node, self._status(), self._health)
+            self._metrics = MetricsFile(config.metrics_file, config.node, self._status, self._health)
         self._watchdog = Watchdog({name: part[0] for name, part in self._parts().items()})
 
     def run(self) -> None:
@@ -113,6 +116,7 @@ class Daemon:
                     raise EdgeError(f"{name}: its thread has ended; the log above says why")
             if self._mqtt is not None and self._mqtt.connection.refused:
                 raise TransportError(self._mqtt.connection.refused)
+            self._keeper.look()
             self._watch()
 
     def _watch(self) -> None:
@@ -135,6 +139,7 @@ class Daemon:
     def _drain(self) -> None:
         waiting = self._engine.waiting + self._engine.working
         notify("STOPPING=1", f"STATUS=Stopping, {waiting} requests to answer")
+        self._keeper.close()
         done = threading.Event()
         drainer = threading.Thread(target=self._stop_parts, args=(done,), name="drain")
         drainer.start()
@@ -194,17 +199,33 @@ class Daemon:
             parts[f"port {port.name}"] = (lambda p=port: p.progress, lambda p=port: p.alive)
         return parts
 
+    @property
+    def _plain(self) -> bool:
+        return self._keeper.generator.bundle.manifest.prompt_format == "plain"
+
+    def _switched(self) -> None:
+        """Tell all parts that another bundle answers."""
+        if self._routes is not None:
+            self._routes.use_format(self._plain)
+        if self._mqtt is not None:
+            self._mqtt.announce()
+
     def _status(self) -> Mapping[str, Any]:
-        bundle = self._generator.bundle
+        bundle = self._keeper.generator.bundle
         return {
             "version": _version(),
             "model": bundle.manifest.architecture.family,
             "bundle": bundle.digest[:12],
-            "context": self._generator.context,
+            "context": self._keeper.generator.context,
         }
 
     def _health(self) -> Mapping[str, Any]:
         return health(self._engine, self._journal, self._board)
+
+
+def _end(_number: int, _frame: Any) -> None:
+    """End in order while the bundle is loaded; there is nothing to drain yet."""
+    raise SystemExit(0)
 
 
 def _version() -> str:

@@ -37,7 +37,7 @@ class Decoder:
         self.verify_width = manifest.verify_width
         digest = manifest.files[DECODER].sha256
         self._prefixes = PrefixCache(cache_directory / "prefixes", bundle.digest)
-        model = CompiledModel(bundle.path(DECODER), digest, cache_directory, threads)
+        self._model = model = CompiledModel(bundle.path(DECODER), digest, cache_directory, threads)
         self._tables = _Tables(bundle)
         self._cache = KVCache(self.arch, context)
         runs = {key: self._run_of(model, key) for key in ("decode", "verify")}
@@ -51,6 +51,10 @@ class Decoder:
         self._bind_caches()
         self._pending: Sequence[int] = ()
         self._tokens: list[int] = []
+
+    def close(self) -> None:
+        """Give all memory back; the decoder can't be used after that."""
+        self._model.close()
 
     @property
     def tokens(self) -> Sequence[int]:

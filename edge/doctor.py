@@ -20,7 +20,7 @@ from edge.doctor_board import (
     check_swap,
     check_system,
 )
-from edge.doctor_links import check_broker, check_bundle, check_serial
+from edge.doctor_links import check_broker, check_bundle, check_serial, check_store
 from edge.finding import Finding
 from edge.strict_json import dumps
 
@@ -34,6 +34,7 @@ def examine(config: Config, board: Board | None = None) -> list[Finding]:
         "power": lambda: check_power(board),
         "clock": check_clock,
         "bundle": lambda: check_bundle(config),
+        "store": lambda: check_store(config),
         "memory": lambda: check_memory(board, config),
         "limits": lambda: check_limits(board, config),
         "swap": lambda: check_swap(board),

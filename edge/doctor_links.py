@@ -11,9 +11,12 @@ from pathlib import Path
 
 from edge.board import Board
 from edge.bundle import MANIFEST, Bundle, file_digest, read_manifest
+from edge.bundle_record import read_record
+from edge.bundle_store import BundleStore
 from edge.config import Broker, Config
-from edge.errors import BundleError, TransportError
+from edge.errors import BundleError, ConfigError, TransportError
 from edge.finding import Finding
+from edge.signature import TrustedKeys
 from edge.transports.mqtt_connection import MqttConnection
 from edge.transports.mqtt_messages import Received
 
@@ -23,16 +26,37 @@ VERSION_WAIT_S = 2.0  # some brokers tell it to nobody
 
 
 def check_bundle(config: Config) -> Iterator[Finding]:
-    """Whether every byte of the bundle is what the manifest says."""
+    """Whether every byte of the bundle is what the manifest says, and who has signed that."""
     try:
         manifest = read_manifest(config.bundle)
+        if config.bundle_key_file is not None:
+            TrustedKeys(config.bundle_key_file).check(config.bundle)
         Bundle(config.bundle, manifest, file_digest(config.bundle / MANIFEST)).verify()
-    except BundleError as error:
-        yield Finding("bundle", "problem", str(error), f"copy a converted bundle to {config.bundle}")
+    except (BundleError, ConfigError) as error:
+        by_hand = config.bundle.is_dir() and not config.bundle.is_symlink()
+        install = "sudo edge-daemon bundle install BUNDLE, then activate it"
+        mend = f"copy a converted bundle to {config.bundle}" if by_hand else install
+        yield Finding("bundle", "problem", str(error), mend)
         return
     size = sum(entry.size for entry in manifest.files.values())
     said = f"{manifest.architecture.family} {manifest.recipe}, {size // MB} MB, whole"
     yield Finding("bundle", "ok", said)
+
+
+def check_store(config: Config) -> Iterator[Finding]:
+    """Whether bundles were refused or given up lately, and what there is to fall back to."""
+    if not config.bundle.is_symlink():
+        return
+    store = BundleStore(config.bundle)
+    record, current = read_record(store.directory), str(store.current)
+    failures = record.recent(current)
+    if failures:
+        said = f"{current} failed {len(failures)} times in the last hour: {failures[-1].why}"
+        yield Finding("bundle", "problem", said, "sudo edge-daemon bundle rollback")
+    elif record.trouble is not None:
+        yield Finding("bundle", "warning", record.trouble, "convert it again, or activate another one")
+    else:
+        yield Finding("bundle", "ok", f"{current}; to fall back to: {store.previous or 'none'}")
 
 
 def check_serial(board: Board, config: Config) -> Iterator[Finding]:

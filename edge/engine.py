@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from edge.errors import EdgeError, RequestError
+from edge.errors import EdgeError, RequestError, RuntimeFailure
 from edge.generation import Completion, Delta
 from edge.messages import Answer, Failure, Final, Partial, Request, Timings, Usage
 from edge.strict_json import printable
@@ -69,11 +69,12 @@ class Engine:
 
     `progress` grows while the decoder thread lives: at every prefill chunk and decode step, and about once a
     second when idle. Parts of an answer are sent at most every `partial_interval_s` seconds.
+    `decoder_failures` counts the requests that LiteRT failed on.
     """
 
     def __init__(self, generator: Generates, queue_length: int, partial_interval_s: float = 0.25) -> None:
         self.progress = 0
-        self.answered = self.failed = 0
+        self.answered = self.failed = self.decoder_failures = 0
         self.last_error: str | None = None
         self.last_final: Final | None = None
         self._generator = generator
@@ -83,7 +84,7 @@ class Engine:
         self._lock = threading.Condition()
         self._queue: deque[_Job] = deque()
         self._jobs: dict[tuple[str, str], _Job] = {}
-        self._stopping = self._abandoning = False
+        self._stopping = self._abandoning = self._paused = False
         self._thread = threading.Thread(target=self._run, name="decoder", daemon=True)
 
     def start(self) -> None:
@@ -145,6 +146,18 @@ class Engine:
         self._sweep()
         return True
 
+    def pause(self) -> None:
+        """Begin no request until `resume`, while new ones wait; returns when none is being answered."""
+        with self._lock:
+            self._paused = True
+            self._lock.wait_for(lambda: not self.working)
+
+    def resume(self, generator: Generates) -> None:
+        """Go on after `pause`, with another generator."""
+        with self._lock:
+            self._generator, self._paused = generator, False
+            self._lock.notify_all()
+
     def stop(self, drain_s: float) -> None:
         """Refuse new requests, answer those there are for up to `drain_s` seconds, the rest `unavailable`."""
         with self._lock:
@@ -175,12 +188,12 @@ class Engine:
         while True:
             self._sweep()
             with self._lock:
-                if not self._queue:
-                    if self._stopping:
-                        return None
+                if not self._queue and self._stopping:
+                    return None
+                if not self._queue or self._paused:
                     self._lock.wait(IDLE_S)
                 self.progress += 1
-                if self._queue:
+                if self._queue and not self._paused:
                     return self._queue.popleft()
 
     def _sweep(self) -> None:
@@ -208,6 +221,7 @@ class Engine:
             answer = Failure(job.request.id, error.code, str(error), error.retry_after_ms)
         except EdgeError as error:
             log.error("request %s: %s", job.request.id, error)
+            self.decoder_failures += isinstance(error, RuntimeFailure)
             answer = Failure(job.request.id, "internal", str(error))
         except Exception:
             log.exception("request %s failed", job.request.id)
@@ -216,6 +230,7 @@ class Engine:
             answer = answer if job.cancelled else _stopping(job.request)
         with self._lock:
             del self._jobs[job.key]
+            self._lock.notify_all()
             if isinstance(answer, Final):
                 self._typical_s += 0.25 * (time.monotonic() - job.started - self._typical_s)
         self._deliver(job, answer)

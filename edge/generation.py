@@ -67,6 +67,10 @@ class Generator:
 
         return GrammarCompiler(self.tokenizer, self.bundle.manifest.stop_ids)
 
+    def close(self) -> None:
+        """Give all memory back; the generator can't be used after that."""
+        self.decoder.close()
+
     def generate(self, request: Request, interrupted: Interrupted) -> Iterator[Delta | Completion]:
         """Yield text as it becomes certain, and at last one Completion.
 

@@ -8,7 +8,7 @@ route is cut to that, and stands whole in the attributes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from edge.strict_json import dumps, loads
@@ -42,11 +42,16 @@ _PROBLEMS = {"throttling": "Throttling", "journal": "Journal"}
 class HomeAssistant:
     """Makes the messages for a node's device; `prefix` is Home Assistant's discovery prefix.
 
-    `base` is where the node's topics are, `status` what its status says, `routes` are those that answer.
+    `base` is where the node's topics are, `status` gives what its status says, `routes` those that answer.
     """
 
     def __init__(
-        self, prefix: str, node: str, base: str, status: Mapping[str, Any], routes: Sequence[str]
+        self,
+        prefix: str,
+        node: str,
+        base: str,
+        status: Callable[[], Mapping[str, Any]],
+        routes: Sequence[str],
     ) -> None:
         self.birth_topic = f"{prefix}/status"
         self._prefix, self._node, self._base = prefix, node, base
@@ -55,13 +60,14 @@ class HomeAssistant:
     def device(self) -> Outgoing:
         """Describe the device."""
         name = f"edge-{self._node}"
-        version = str(self._status.get("version", "unknown"))
+        status = self._status()
+        version = str(status.get("version", "unknown"))
         described = {
             "device": {
                 "identifiers": [name],
                 "name": self._node,
                 "manufacturer": "edge-gemma",
-                "model": str(self._status.get("model", "unknown")),
+                "model": str(status.get("model", "unknown")),
                 "sw_version": version,
             },
             "origin": {"name": "edge-gemma", "sw_version": version},

@@ -23,9 +23,11 @@ import logging
 import mmap
 import os
 import platform
+import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,7 @@ _ELEMENT_CODES = {np.dtype(dtype).name: code for code, dtype in _ELEMENT_TYPES.i
 _ALIGNMENT = 64
 _LARGE = 1 << 17
 _CPU = 1
+_ABANDONED_S = 3600.0  # a file of weights that has not grown for so long is packed by nobody
 _OPTION_ACCELERATORS, _OPTION_LOG_SEVERITY, _ANY_INT, _ERRORS_ONLY = 24, 25, 2, 3
 
 
@@ -150,6 +153,20 @@ _PACKED_SHARE, _PACKED_BYTES = 1.1, 1 << 20
 """Packed weights take at most so much of the model file's size, and so many bytes beside."""
 
 
+def forget_packed_weights(directory: Path, kept_models: Sequence[str]) -> None:
+    """Remove all packed weights in `directory` but those of some models, and what a crash left of packing."""
+    kept = {weight_cache_name(digest) for digest in kept_models}
+    for path in directory.glob("*.xnnpack"):
+        if path.name not in kept:
+            with contextlib.suppress(OSError):
+                _stamp(path).unlink(missing_ok=True)
+                path.unlink()
+    for building in directory.glob("*/building"):
+        with contextlib.suppress(OSError):
+            if time.time() - building.stat().st_mtime > _ABANDONED_S:
+                shutil.rmtree(building.parent)
+
+
 class _Library:
     """The loaded library; `call` turns a status that is not OK into RuntimeFailure."""
 
@@ -201,6 +218,14 @@ class CompiledModel:
         self._model = self._lib.handle_of("LiteRtCreateModelFromFile", self._environment, os.fsencode(path))
         self._compiled = self._compile_with_cache(cache_directory, digest)
         self.signatures = {signature.key: signature for signature in self._find_signatures()}
+
+    def close(self) -> None:
+        """Give all memory and mappings back. The model's signatures may not be used after that."""
+        for signature in self.signatures.values():
+            signature.unbind()
+        self._lib.destroy("LiteRtDestroyCompiledModel", self._compiled)
+        self._lib.destroy("LiteRtDestroyModel", self._model)
+        self._lib.destroy("LiteRtDestroyEnvironment", self._environment)
 
     def _create_environment(self) -> ctypes.c_void_p:
         options = (_EnvironmentOption * 2)(
@@ -348,6 +373,13 @@ class Signature:
         array = aligned_array(self.shape(name), dtype)
         self.bind(name, array)
         return array
+
+    def unbind(self) -> None:
+        """Let go of all arrays."""
+        for buffer, _ in self._bound.values():
+            self._lib.destroy("LiteRtDestroyTensorBuffer", buffer)
+        self._bound.clear()
+        self._arguments = None
 
     def run(self) -> None:
         """Run on the bound arrays. Raises RuntimeFailure if LiteRT fails, KeyError if one is not bound."""

@@ -53,7 +53,11 @@ class MetricsFile:
     """The file `path`; `labels` name the node and its bundle, `health` gives what `edge.health` gathers."""
 
     def __init__(
-        self, path: Path, node: str, status: Mapping[str, Any], health: Callable[[], Mapping[str, Any]]
+        self,
+        path: Path,
+        node: str,
+        status: Callable[[], Mapping[str, Any]],
+        health: Callable[[], Mapping[str, Any]],
     ) -> None:
         self._path, self._node, self._status, self._health = path, node, status, health
         self._scratch = path.with_name(f".{path.name}.new")
@@ -66,7 +70,7 @@ class MetricsFile:
             return
         self._written = time.monotonic()
         try:
-            self._write(as_text(self._node, self._status, self._health()))
+            self._write(as_text(self._node, self._status(), self._health()))
             self._problem = None
         except OSError as error:
             problem = f"{self._path}: metrics can't be written: {error.strerror}"

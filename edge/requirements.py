@@ -63,14 +63,10 @@ def require_memory(name: str, needed: Requirements, board: Board) -> None:
 
     Where Linux does not tell how much there is, everything fits.
     """
-    total = board.memory("MemTotal")
-    if total is None:
+    found = _memory_there(board)
+    if found is None or needed.total <= found[0]:
         return
-    board_has = total - SYSTEM_BYTES
-    limit = min(_group_limits(board), default=board_has)
-    there, where = (limit, "its control group") if limit < board_has else (board_has, "the board")
-    if needed.total <= there:
-        return
+    there, where = found
     killed = needed.anonymous > there
     outcome = "it would be killed" if killed else "weights would be read anew for every token"
     cache = f"{_mb(needed.kv_cache)} for {needed.context:,} tokens of context"
@@ -79,6 +75,25 @@ def require_memory(name: str, needed: Requirements, board: Board) -> None:
         f" {_mb(needed.weights)} of weights for each token),"
         f" {where} has {_mb(there)} MB: {outcome}; use a smaller model, recipe or context, or --force"
     )
+
+
+def fit_together(running: Requirements, other: Requirements, board: Board) -> bool:
+    """Whether another bundle fits beside the one that runs, in the same process and at full speed."""
+    found, available = _memory_there(board), board.memory("MemAvailable")
+    if found is None or available is None:
+        return False
+    more = other.total - _INTERPRETER
+    return running.total + more <= found[0] and more <= available
+
+
+def _memory_there(board: Board) -> tuple[int, str] | None:
+    """Bytes for the daemon, and who says so; None where Linux does not tell."""
+    total = board.memory("MemTotal")
+    if total is None:
+        return None
+    board_has = total - SYSTEM_BYTES
+    limit = min(_group_limits(board), default=board_has)
+    return (limit, "its control group") if limit < board_has else (board_has, "the board")
 
 
 def _mb(size: int) -> str:

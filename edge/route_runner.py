@@ -65,6 +65,10 @@ class RouteRunner:
         self._stopping = True
         self._thread.join(timeout_s)
 
+    def use_format(self, plain: bool) -> None:
+        """Ask a model with, or without, a chat format from now on."""
+        self._router.plain = plain
+
     @property
     def alive(self) -> bool:
         """Whether the thread runs."""

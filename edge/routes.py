@@ -83,13 +83,13 @@ class _Sensor:
 class Router:
     """Applies the routes to readings. `wall_clock` (seconds since the epoch) is only for what events say.
 
-    `plain` is for models without a chat format: questions are then one `prompt`.
+    `plain` is for models without a chat format: questions are then one `prompt`. It may be set at any time.
     """
 
     def __init__(
         self, routes: Sequence[Route], plain: bool = False, wall_clock: Callable[[], float] = time.time
     ) -> None:
-        self._wall_clock, self._plain = wall_clock, plain
+        self._wall_clock, self.plain = wall_clock, plain
         self._asked = 0
         self._states = {route.name: _RouteState(route) for route in routes}
 
@@ -215,8 +215,8 @@ class Router:
         prompt = "\n\n".join([*(message.content for message in messages), asked])
         request = Request(
             id=f"{route.name}.{int(self._wall_clock() * 1000)}.{self._asked}",
-            prompt=prompt if self._plain else None,
-            messages=() if self._plain else (*messages, Message("user", asked)),
+            prompt=prompt if self.plain else None,
+            messages=() if self.plain else (*messages, Message("user", asked)),
             stream=False,
             **route.ask.request,
         )

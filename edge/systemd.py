@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 
 log = logging.getLogger(__name__)
 
+CONFIG = "/etc/edge-gemma/edge-daemon.toml"  # where the package's unit reads it
 PAYLOADS = "edge.payloads"  # the logger of what people ask and are answered
 
 

@@ -149,7 +149,7 @@ def test_a_password_is_not_shown(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('bundel = "b"\n', ":1: unknown key bundel; allowed: node, bundle, cache_directory"),
+        ('bundel = "b"\n', ":1: unknown key bundel; allowed: node, bundle, bundle_key_file"),
         ("[mqtt]\n", ": bundle is missing"),
         ('bundle = "b"\n', ": neither [mqtt] nor [[serial]] is there"),
         ('bundle = "b"\n\n[mqtt]\nhosts = "x"\n', ":4: unknown key mqtt.hosts; allowed: host, port, tls"),

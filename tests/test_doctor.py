@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from edge import doctor_board, doctor_links
 from edge.architecture import Architecture, Layer, Rope
 from edge.board import Board, Throttling
 from edge.bundle import FileEntry, Manifest, file_digest
+from edge.bundle_record import DaemonRecord
+from edge.bundle_store import BundleStore
 from edge.config import Config, load
 from edge.doctor import as_json, as_text, examine
 from edge.finding import Finding
@@ -329,3 +332,22 @@ def test_a_check_that_fails_hides_no_other(
 def test_a_clock_at_the_epoch_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "gmtime", lambda: time.struct_time((1970, 1, 1, 0, 0, 0, 3, 1, 0)))
     assert only(list(doctor_board.check_clock())).state == "problem"
+
+
+def test_a_bundle_that_was_refused_or_fails_is_named(config: Callable[..., Config], tmp_path: Path) -> None:
+    assert list(doctor_links.check_store(config())) == []
+    store = BundleStore(tmp_path / "bundles" / "current")
+    store.create()
+    for name in ("old", "new"):
+        (tmp_path / "bundles" / name).mkdir()
+        store.activate(name)
+    linked = replace(config(), bundle=store.link)
+    assert only(list(doctor_links.check_store(linked))).said == "new; to fall back to: old"
+    record = DaemonRecord(store.directory)
+    record.change(trouble="bundle newer is refused")
+    assert only(list(doctor_links.check_store(linked))).state == "warning"
+    record.fail("new", "the daemon was killed or crashed")
+    record.close()
+    finding = only(list(doctor_links.check_store(linked)))
+    assert finding.said == "new failed 1 times in the last hour: the daemon was killed or crashed"
+    assert finding.mend == "sudo edge-daemon bundle rollback"

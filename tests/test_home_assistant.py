@@ -41,7 +41,7 @@ UNITS = {"temperature": "°C", "data_size": "MiB", "duration": "ms"}  # that go 
 
 STATUS = {"version": "1.2", "model": "gemma3", "bundle": "0123", "context": 2048}
 QUESTION = Question("freezers", "left", "sensors/left", "condition", "explanations/left", Request("q1"))
-HOME = HomeAssistant("homeassistant", "pump", "edge/v1/pump", STATUS, ["freezers"])
+HOME = HomeAssistant("homeassistant", "pump", "edge/v1/pump", lambda: STATUS, ["freezers"])
 
 
 def described(home: HomeAssistant = HOME) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def test_the_device_is_published_when_the_node_comes_and_again_when_home_assista
     journaled = JournaledEngine(engine, Journal(None))
     routes = RouteRunner(parse_routes([ROUTE]), True, journaled, lambda *_: None)
     config = MqttConfig(mosquitto.broker, 60, (), "homeassistant")
-    node = MqttTransport(config, "pump", journaled, STATUS, lambda: {"queue": 0}, routes)
+    node = MqttTransport(config, "pump", journaled, lambda: STATUS, lambda: {"queue": 0}, routes)
     node.start()
     topic = "homeassistant/device/edge-pump/config"
     first = mosquitto.retained(topic)

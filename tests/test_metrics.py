@@ -71,7 +71,7 @@ def test_a_disk_that_fails_is_said_once_and_stops_nobody(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("edge.metrics.EVERY_S", 0.0)
-    file = MetricsFile(tmp_path / "there" / "edge.prom", "pump", STATUS, lambda: HEALTH)
+    file = MetricsFile(tmp_path / "there" / "edge.prom", "pump", lambda: STATUS, lambda: HEALTH)
     for _ in range(3):
         file.update()
     assert caplog.text.count("edge.prom: metrics can't be written: No such file or directory") == 1

@@ -123,7 +123,7 @@ class Node:
             MqttConfig(broker, session_expiry_s, prefixes),
             "pump",
             JournaledEngine(engine, Journal(None)),
-            {"version": "1"},
+            lambda: {"version": "1"},
             lambda: {"queue": engine.waiting},
         )
         engine.start()

@@ -60,14 +60,14 @@ class _Delivery:
 
 
 class MqttTransport:
-    """Serves one node on one broker. `describe` gives what the retained status says, `health` the health."""
+    """Serves one node on one broker. `status` gives what the retained status says, `health` the health."""
 
     def __init__(
         self,
         config: MqttConfig,
         node: str,
         engine: JournaledEngine,
-        status: Mapping[str, Any],
+        status: Callable[[], Mapping[str, Any]],
         health: Callable[[], Mapping[str, Any]],
         routes: RouteRunner | None = None,
     ) -> None:
@@ -75,7 +75,7 @@ class MqttTransport:
         self._base = f"{ROOT}/{node}"
         self._prefixes = (f"{self._base}/reply/", *config.reply_prefixes)
         self._engine = engine
-        self._status = dict(status)
+        self._status = status
         self._health = health
         self._routes = routes
         self.online = False
@@ -130,6 +130,10 @@ class MqttTransport:
         if self._home is not None:
             message = self._home.answer(route, payload)
             self.connection.post(partial(self._tell, message))
+
+    def announce(self) -> None:
+        """Publish the status again, from any thread, because it has changed."""
+        self.connection.post(self._say_online)
 
     # What follows is called in the connection's thread only.
 
@@ -321,8 +325,13 @@ class MqttTransport:
     def _tell(self, message: Outgoing) -> None:
         self.connection.publish(message)
 
+    def _say_online(self) -> None:
+        if self.online:
+            self.connection.publish(self._state("online"))
+            self._introduce()
+
     def _state(self, state: str) -> Outgoing:
-        return Outgoing(f"{self._base}/status", dumps({"state": state, **self._status}), retain=True)
+        return Outgoing(f"{self._base}/status", dumps({"state": state, **self._status()}), retain=True)
 
 
 def _client(reply: str) -> str:

@@ -1,0 +1,37 @@
+"""The self-test's reference: what a bundle makes of a text, measured here and written into its manifest.
+
+It is no part of a conversion, which loads no inference library and gives the same bytes on every machine.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from edge.bundle import MANIFEST, SIGNATURE, Golden
+from edge.errors import EdgeError
+from edge.files import write_atomically
+from edge.generation import Generator
+from edge.golden import record
+
+MOST_CHARACTERS = 1000
+"""Of a text: 64 tokens are never more in practice, and the manifest stays short."""
+
+
+def record_golden(directory: Path, text: str, cache_directory: Path) -> Golden:
+    """Run a bundle over the beginning of `text` and write what comes out into its manifest.
+
+    Raises BundleError or RuntimeFailure for what can't be run, EdgeError for a text that is too short.
+    """
+    generator = Generator.open(directory, cache_directory, os.cpu_count() or 1, None)
+    golden = record(generator, text[:MOST_CHARACTERS])
+    manifest = replace(generator.bundle.manifest, golden=golden)
+    generator.close()
+    try:
+        (directory / SIGNATURE).unlink(missing_ok=True)  # it would be of the old manifest
+        write_atomically(directory / MANIFEST, manifest.to_json().encode())
+        (directory / MANIFEST).chmod(0o644)
+    except OSError as error:
+        raise EdgeError(f"{directory}: can't be written: {error.strerror}") from None
+    return golden
