@@ -226,7 +226,7 @@ class Crowd:
         reply = f"edge/v1/pump/reply/c{client}"
         packets = []
         for number, name in enumerate(names):
-            payload = asking(id=name, reply_to=reply, max_tokens=8)
+            payload = asking(id=name, reply_to=reply, max_tokens=300)
             packets.append(_packet(0x32, _text(REQUEST.encode()) + (number + 1).to_bytes(2, "big") + payload))
         return b"".join(packets)
 
