@@ -92,9 +92,12 @@ class Results:
 
 
 def spread(values: Sequence[float]) -> float:
-    """Half the distance between the quartiles, as a share of the median: one disturbed round is no spread."""
+    """Half the distance between the quartiles, as a share of the median: one disturbed round is no spread.
+
+    Of a median of 0, as when no answer was valid, there is no share: 0.
+    """
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return (high - low) / 2 / median
+    return (high - low) / 2 / median if median else 0.0
 
 
 def table(results: Results) -> str:

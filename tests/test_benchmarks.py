@@ -116,3 +116,4 @@ def test_table_has_medians_spreads_and_the_ratio_to_the_peer() -> None:
     assert "| 1.14 ±0%" in text
     assert spread([1.0, 2.0, 3.0]) == 0.25
     assert spread([2.0, 2.0, 2.0, 2.0, 9.0]) == 0
+    assert spread([0.0, 0.0, 4.0]) == 0
