@@ -71,10 +71,10 @@ class Node:
     transport: SerialTransport
 
     @classmethod
-    def start(cls, port: Path, lenient: bool = False) -> "Node":
+    def start(cls, port: Path, lenient: bool = False, flow_control: str = "none") -> "Node":
         speller = Speller()
         engine = Engine(speller, queue_length=3, partial_interval_s=0)
-        config = SerialConfig(str(port), 115_200, "none", lenient)
+        config = SerialConfig(str(port), 115_200, flow_control, lenient)
         node = cls(speller, engine, SerialTransport(config, "pump", JournaledEngine(engine, Journal(None))))
         engine.start()
         node.transport.start()
@@ -189,6 +189,60 @@ def test_a_person_may_type_where_the_port_is_lenient(ptys: PtyPair, board: Board
     board.write('{"id":"a","prompt":"größe"}\r\n'.encode())
     assert board.hear("final")["text"] == "eßörg "
     node.stop()
+
+
+def test_a_board_that_resets_when_the_port_opens_says_hello_when_it_is_up(ptys: PtyPair) -> None:
+    node, board = Node.start(ptys.near), Board(ptys.far)
+    wait_for(lambda: node.transport.port.is_open)
+    while board.read():  # the first hello: nobody was there yet
+        pass
+    board.write(b"\xfe\x00ets Jun  8 2016\r\nrst:0x1 (POWERON_RESET)\r\nload:0x3f")
+    board.say('{"type":"hello"}')  # spoilt by the half line before it
+    assert board.hear("hello", "nak")["type"] == "nak"
+    board.say('{"type":"hello"}')
+    assert board.hear("hello")["protocol"] == 1
+    board.say(request("7"))
+    assert board.hear("final")["text"] == "cba fed "
+    assert node.speller.asked == ["7"]
+    board.close()
+    node.stop()
+
+
+def test_a_board_that_says_xoff_is_written_to_after_its_xon(ptys: PtyPair) -> None:
+    board, node = Board(ptys.far), Node.start(ptys.near, flow_control="xonxoff")
+    board.hear("hello")
+    board.write(b"\x13")
+    board.say(request("7"))
+    wait_for(lambda: node.engine.answered == 1)
+    assert board.read() == b""
+    board.write(b"\x11")
+    assert board.hear("final")["text"] == "cba fed "
+    board.close()
+    node.stop()
+
+
+def test_several_ports_have_ids_and_answers_of_their_own(ptys: PtyPair, tmp_path: Path) -> None:
+    second = PtyPair(tmp_path / "near-2", tmp_path / "far-2")
+    second.plug()
+    boards = [Board(pair.far) for pair in (ptys, second)]
+    engine = Engine(Speller(), queue_length=3, partial_interval_s=0)
+    journaled = JournaledEngine(engine, Journal(None))
+    engine.start()
+    ports = [
+        SerialTransport(SerialConfig(str(pair.near), 115_200, "none", lenient=False), "pump", journaled)
+        for pair in (ptys, second)
+    ]
+    for port in ports:
+        port.start()
+    for board, prompt in zip(boards, ("one", "two"), strict=True):
+        board.hear("hello")
+        board.say(request("7", prompt))
+    assert [board.hear("final")["text"] for board in boards] == ["eno ", "owt "]
+    engine.stop(WAIT_S)
+    for port, board in zip(ports, boards, strict=True):
+        port.stop(WAIT_S)
+        board.close()
+    second.unplug()
 
 
 def test_an_answer_waits_for_a_cable_that_came_out(ptys: PtyPair) -> None:
