@@ -43,7 +43,7 @@ DEFAULT_CONTEXT = 4096
 _CALIBRATION_EFFORT, _PROBE_EFFORT = 10, 5
 """How many times as long as writing a model these take, to tell how much is left."""
 
-_MANIFEST_BYTES = 1 << 16
+_MANIFEST_BYTES = 1 << 15
 
 _TFLITE_TYPES = {32: "float32", 8: "int8", 4: "int4", 2: "int2"}
 
@@ -184,8 +184,9 @@ def _size(checkpoint: Checkpoint, plan: Plan, widths: Widths) -> int:
     total = file_size(*_decoder_layout(checkpoint, plan, widths)) + len(checkpoint.tokenizer_model)
     if not arch.tied_head:
         total += plan.embedding.stored_bytes(arch.vocabulary, arch.hidden)
-    pieces = arch.vocabulary * len(arch.layers)
-    return total + plan.per_layer.stored_bytes(pieces, arch.per_layer_width) + _MANIFEST_BYTES
+    if arch.per_layer_width:
+        total += plan.per_layer.stored_bytes(arch.vocabulary * len(arch.layers), arch.per_layer_width)
+    return total + _MANIFEST_BYTES
 
 
 def _decoder_layout(checkpoint: Checkpoint, plan: Plan, widths: Widths) -> tuple[Model, dict[str, int]]:

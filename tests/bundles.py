@@ -9,6 +9,7 @@ from pathlib import Path
 
 from checkpoint_files import FIXTURES, NAMES
 
+from converters.calibration.text import CalibrationText
 from converters.checkpoints.opening import open_checkpoint
 from converters.convert import convert
 from edge.bundle import Bundle
@@ -24,10 +25,11 @@ def _scratch() -> tempfile.TemporaryDirectory[str]:
 
 
 @cache
-def bundle_directory(checkpoint: Path, recipe: str, context: int = 128) -> Path:
+def bundle_directory(checkpoint: Path, recipe: str, context: int = 128, calibrated: bool = False) -> Path:
     """The bundle of a checkpoint; callers must not change it (`copy_of` gives one to change)."""
-    target = Path(_scratch().name, f"{checkpoint.name}-{recipe}-{context}")
-    convert(open_checkpoint(checkpoint), target, recipe, context)
+    target = Path(_scratch().name, f"{checkpoint.name}-{recipe}-{context}" + "-calibrated" * calibrated)
+    text = CalibrationText.built_in() if calibrated else None
+    convert(open_checkpoint(checkpoint), target, recipe, context, calibration=text)
     return target
 
 

@@ -87,7 +87,7 @@ def test_a_bundle_fits_its_budget_and_the_manifest_says_what_was_chosen(name: st
     small = convert(checkpoint, tmp_path / "int4", "int4-all", 512)
     budget = (large.bytes + small.bytes) // 2
     found = convert(checkpoint, tmp_path / "auto", "auto", 512, calibration=TEXT, budget=budget)
-    assert 0.7 * budget < found.bytes <= budget
+    assert 0.85 * budget < found.bytes <= budget
     manifest = read_manifest(tmp_path / "auto")
     choice = manifest.quantization["choice"]
     assert choice["budget"] == budget

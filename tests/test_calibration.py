@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,13 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from converters.calibration import calibrate as calibration
 from converters.calibration.activations import round_activations
+from converters.calibration.calibrate import calibrate
 from converters.calibration.folding import fold
 from converters.calibration.lattice import Objective, quantize_for
 from converters.calibration.text import CalibrationText
+from converters.checkpoints.base import LazyTensor
 from converters.checkpoints.opening import open_checkpoint
 from converters.cli import main
 from converters.convert import convert
@@ -120,6 +124,43 @@ def formats_of(name: str, recipe: str) -> dict[str, Format]:
     """The formats of all tensors that are written as codes."""
     arch = open_checkpoint(FIXTURES / name).architecture
     return plan_for(recipe, arch).of_tensors(arch)
+
+
+class Plain(LazyTensor):
+    """A tensor in memory."""
+
+    def __init__(self, base: LazyTensor, values: Floats) -> None:
+        self.name, self.shape, self.source_type = base.name, base.shape, base.source_type
+        self._values = values
+
+    def rows(self, start: int, stop: int) -> Floats:
+        return self._values[start:stop]
+
+
+def of_few_directions(tensor: LazyTensor) -> LazyTensor:
+    """A matrix whose rows lie near a few directions, as those of trained models do."""
+    left, sizes, right = np.linalg.svd(tensor.array(), full_matrices=False)
+    sizes[4:] *= 0.02
+    return Plain(tensor, np.ascontiguousarray((left * sizes) @ right, np.float32))
+
+
+def test_int2_loses_less_than_half_of_what_nearest_codes_lose_at_the_outputs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checkpoint = open_checkpoint(FIXTURES / GEMMA4)
+    tensors = {
+        name: of_few_directions(tensor) if name.endswith((".gate", ".up")) or name == "embedding" else tensor
+        for name, tensor in checkpoint.tensors.items()
+    }
+    checkpoint = replace(checkpoint, tensors=tensors)
+    formats = formats_of(GEMMA4, "mobile")
+    narrow = [name for name, format in formats.items() if format == Format(2) and name.startswith("layers.")]
+    assert narrow
+    found = calibrate(checkpoint, formats, TEXT).errors
+    monkeypatch.setattr(calibration, "quantize_for", lambda _objective, rows, format: quantize(rows, format))
+    nearest = calibrate(checkpoint, formats, TEXT).errors
+    assert sum(found[name] for name in narrow) < 0.5 * sum(nearest[name] for name in narrow)
+    assert all(found[name] < 0.7 * nearest[name] for name in narrow)
 
 
 @pytest.mark.parametrize(

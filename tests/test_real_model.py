@@ -19,8 +19,8 @@ TOKENS = 700
 """More than the window of 512, so that the rings wrap."""
 
 
-def evaluated(recipe: str) -> Fidelity:
-    directory = bundles.bundle_directory(real_model(), recipe, 2048)
+def evaluated(recipe: str, calibrated: bool = False) -> Fidelity:
+    directory = bundles.bundle_directory(real_model(), recipe, 2048, calibrated)
     (report,) = evaluate_bundles(
         [directory], real_model(), built_in_text(), bundles.cache_directory(), threads=2
     )
@@ -50,3 +50,14 @@ def test_int8_stays_within_two_percent_of_the_perplexity_and_agrees_on_the_top_t
     assert report.tokens >= 4000
     assert report.bundle_perplexity < 1.02 * report.checkpoint_perplexity
     assert report.top1_agreement >= 0.89
+
+
+@pytest.mark.parametrize(
+    ("recipe", "rise", "agreement"), [("int8", 0.01, 0.92), ("int4", 0.08, 0.8), ("int4-all", 0.14, 0.75)]
+)
+def test_a_calibrated_bundle_stays_near_the_checkpoint_on_a_text_that_took_no_part(
+    recipe: str, rise: float, agreement: float
+) -> None:
+    report = evaluated(recipe, calibrated=True)
+    assert report.perplexity_rise < rise
+    assert report.top1_agreement >= agreement

@@ -102,7 +102,7 @@ def plan_within(
         over = size_of(plan) - budget
         if over <= 0:
             break
-        beside += over  # what stands beside the codes depends a little on the formats
+        beside += max(over, budget // 1000)  # what stands beside the codes depends a little on the formats
     notes = {
         "budget": budget,
         "divergence": round(sum(one.damage for one in chosen.values()), 5),

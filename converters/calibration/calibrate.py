@@ -1,12 +1,17 @@
 """Calibrated quantisation: what the converter asks for codes instead of rounding weights itself.
 
-The calibration sequences run through the layers together, as the bundle will compute: each matrix sees what
-those before it, already quantised, have left, rounded as the runtime rounds it, and gets the codes of least
-output error for that. Where the output is normed, a token counts by its output's inverse square, because the
-norm takes the length away: else a few very long outputs decide all codes. Nothing is drawn at random.
+The calibration sequences run through the layers twice side by side: as the checkpoint computes, and as the
+bundle will, inputs rounded as the runtime rounds them. A matrix W should give W x, but will be given x', what
+those before it, already quantised, have left of x. Its codes are those of least output error against
 
-Memory: one layer's weights in float32, what the sequences bring to one matrix (tokens * k * 4 bytes for k
-columns), for the widest matrix twice k * k * 4 bytes, and the codes of all layers, packed.
+    W + trust * W E[(x - x') x'^T] E[x' x'^T]^-1,
+
+which with a trust of 1 comes nearest to W x on this text (GPTAQ, Li et al. 2025). Where the output is normed,
+a token counts by its output's inverse square, because the norm takes the length away: else a few very long
+outputs decide all codes. Nothing is drawn at random.
+
+Memory: one layer's weights in float32 twice, what the sequences bring to one matrix twice (tokens * k * 4
+bytes for k columns), for the widest matrix twice k * k * 4 bytes, and the codes of all layers, packed.
 """
 
 from __future__ import annotations
@@ -25,14 +30,17 @@ from converters.calibration.lattice import Objective, quantize_for
 from converters.calibration.text import CalibrationText
 from converters.checkpoints.base import Checkpoint, LazyTensor
 from converters.quantization import Floats, Format, Quantized, pack, quantize, tensor_group, unpack
-from converters.reference_decoder import PROJECTION, ReferenceDecoder, Stream, layer_steps
+from converters.reference_decoder import PROJECTION, ReferenceDecoder, Steps, Stream, layer_steps
 from edge.errors import EdgeError
 
 Advance = Callable[[str, float], None]
 """Is told what was done last, and what share of the work that was."""
 
-_FOLD_SHARE = 0.3
+_FOLD_SHARE = 0.15
 """Of the whole time, roughly."""
+
+_TRUST = np.float32(0.5)
+"""How much of the correction for inputs that are off is made; all of it would fit the text too well."""
 
 
 def calibrate(
@@ -127,7 +135,7 @@ class _Packed:
 
 
 class _Run:
-    """The calibration sequences, between two layers of a decoder that is being quantised."""
+    """The sequences between two layers: as they should be, and as the codes so far have left them."""
 
     def __init__(
         self, calibrated: Calibrated, formats: Mapping[str, Format], sequences: Sequence[Sequence[int]]
@@ -135,51 +143,64 @@ class _Run:
         self._calibrated, self._formats = calibrated, formats
         self._decoder = ReferenceDecoder(calibrated.checkpoint)
         self._epsilon = np.float32(self._decoder.arch.rms_epsilon)
-        self._streams = self._begin(sequences)
+        self._exact, self._rough = self._begin(sequences)
 
     def layer(self, index: int) -> None:
         """Choose the codes of a layer's matrices, in the order in which they are used."""
-        prefix, weights = f"layers.{index}.", self._decoder.layer_weights(index)
-        steps = [layer_steps(self._decoder.arch, index, weights, stream) for stream in self._streams]
-        reached = [next(step) for step in steps]
-        while reached:
-            names = reached[0][0]
-            inputs = [round_activations(x) for _, x in reached]
-            self._choose(prefix, names, weights, inputs)
-            reached = []
-            for step in steps:
-                x = inputs.pop(0)
-                with contextlib.suppress(StopIteration):
-                    reached.append(step.send([x @ weights[name].T for name in names]))
+        arch, weights = self._decoder.arch, self._decoder.layer_weights(index)
+        coded = dict(weights)
+        exact = [layer_steps(arch, index, weights, stream) for stream in self._exact]
+        rough = [layer_steps(arch, index, coded, stream) for stream in self._rough]
+        wanted, given = [next(step) for step in exact], [next(step) for step in rough]
+        while wanted:
+            names = wanted[0][0]
+            x, rounded = [x for _, x in wanted], [round_activations(x) for _, x in given]
+            del given
+            self._choose(f"layers.{index}.", names, weights, coded, x, rounded)
+            wanted, given = _advance(exact, names, weights, x), _advance(rough, names, coded, rounded)
 
     def _choose(
-        self, prefix: str, names: Sequence[str], weights: dict[str, Floats], inputs: Sequence[Floats]
+        self,
+        prefix: str,
+        names: Sequence[str],
+        weights: Mapping[str, Floats],
+        coded: dict[str, Floats],
+        exact: Sequence[Floats],
+        rough: Sequence[Floats],
     ) -> None:
-        """Replace the weights of matrices that share `inputs` by what their codes stand for."""
+        """Choose codes of matrices that share inputs; `coded` gets what they stand for."""
         chosen = [name for name in names if prefix + name in self._formats]
         if not chosen:
             return
-        normed = weights[names[0]] if names[0] in NORMED else None
-        objective = Objective.of(self._moment(inputs, normed))
+        moment, cross = self._sums(exact, rough, weights[names[0]] if names[0] in NORMED else None)
+        missed = {name: weights[name] @ cross for name in chosen}
+        del cross
+        objective = Objective.of(moment)
         for name in chosen:
-            quantized = quantize_for(objective, weights[name], self._formats[prefix + name])
-            self._calibrated.keep(prefix + name, quantized, objective.error(weights[name], quantized))
-            weights[name] = quantized.dequantize()
+            target = weights[name] + _TRUST * objective.solve(missed.pop(name))
+            quantized = quantize_for(objective, target, self._formats[prefix + name])
+            self._calibrated.keep(prefix + name, quantized, objective.error(target, quantized))
+            coded[name] = quantized.dequantize()
 
-    def _moment(self, inputs: Sequence[Floats], normed: Floats | None) -> Floats:
-        """Sum of x^T x, its lower triangle; x is divided by its output's length if that is `normed`."""
-        moment = np.zeros((inputs[0].shape[1],) * 2, np.float32)
-        for given in inputs:
-            x = given
+    def _sums(
+        self, exact: Sequence[Floats], rough: Sequence[Floats], normed: Floats | None
+    ) -> tuple[Floats, Floats]:
+        """Sums of x'^T x', its lower triangle, and (x - x')^T x'; over the squares of `normed` x."""
+        columns = rough[0].shape[1]
+        moment, cross = np.zeros((columns, columns), np.float32), np.zeros((columns, columns), np.float32)
+        for wanted, given in zip(exact, rough, strict=True):
+            missed, x = wanted - given, given
             if normed is not None:
-                power = np.mean(np.square(x @ normed.T), axis=-1, keepdims=True)
-                x = x / np.sqrt(power + self._epsilon)
+                power = np.mean(np.square(wanted @ normed.T), axis=-1, keepdims=True)
+                length = np.sqrt(power + self._epsilon)
+                missed, x = missed / length, x / length
             # BLAS counts columns first: its upper triangle is the lower one of the transpose.
             blas.ssyrk(1.0, x.T, beta=1.0, c=moment.T, overwrite_c=True)
-        return moment
+            blas.sgemm(1.0, x.T, missed.T, beta=1.0, c=cross.T, trans_b=True, overwrite_c=True)
+        return moment, cross
 
-    def _begin(self, sequences: Sequence[Sequence[int]]) -> list[Stream]:
-        """Streams before the first layer, from tables and a projection that are quantised already."""
+    def _begin(self, sequences: Sequence[Sequence[int]]) -> tuple[list[Stream], list[Stream]]:
+        """Streams before the first layer: exact ones, and ones of quantised tables and projection."""
         checkpoint, formats = self._calibrated.checkpoint, self._formats
         ids = np.unique(np.concatenate([np.asarray(one, np.int64) for one in sequences]))
         tensors = dict(checkpoint.tensors)
@@ -192,17 +213,33 @@ class _Run:
                 tensors[name] = _KnownRows(base, ids, quantized.dequantize().reshape(rows.shape))
         decoder = ReferenceDecoder(replace(checkpoint, tensors=tensors))
         if PROJECTION not in formats:
-            return decoder.begin(sequences)
-        inputs: list[Floats] = []
+            return self._decoder.begin(sequences), decoder.begin(sequences)
+        seen: list[Floats] = []
 
         def note(_name: str, x: Floats, weight: Floats) -> Floats:
-            inputs.append(round_activations(x))
+            seen.append(x)
             return x @ weight.T
 
         decoder.begin(sequences, note)
+        rough = [round_activations(x) for x in seen]
+        seen.clear()
+        exact = self._decoder.begin(sequences, note)
         weights = {PROJECTION: tensors[PROJECTION].array()}
-        self._choose("", (PROJECTION,), weights, inputs)
-        return decoder.begin(sequences, lambda name, x, _weight: round_activations(x) @ weights[name].T)
+        coded = dict(weights)
+        self._choose("", (PROJECTION,), weights, coded, seen, rough)
+        return exact, decoder.begin(sequences, lambda name, x, _weight: round_activations(x) @ coded[name].T)
+
+
+def _advance(
+    steps: Sequence[Steps], names: Sequence[str], weights: Mapping[str, Floats], inputs: list[Floats]
+) -> list[tuple[tuple[str, ...], Floats]]:
+    """Send the outputs of matrices to each of `steps`; what they ask for next, nothing at the layer's end."""
+    asked = []
+    for step in steps:
+        x = inputs.pop(0)
+        with contextlib.suppress(StopIteration):
+            asked.append(step.send([x @ weights[name].T for name in names]))
+    return asked
 
 
 class _KnownRows(LazyTensor):

@@ -75,6 +75,17 @@ class Objective:
         factor /= spread
         return cls(moment, factor, np.square(spread))
 
+    def solve(self, right: Floats) -> Floats:
+        """`right` [n, k] times the inverse of H."""
+        half = linalg.solve_triangular(
+            self.feedback, right.T, lower=True, unit_diagonal=True, check_finite=False
+        )
+        half /= self.weights[:, None]
+        solved = linalg.solve_triangular(
+            self.feedback, half, trans="T", lower=True, unit_diagonal=True, check_finite=False
+        )
+        return np.ascontiguousarray(solved.T)
+
     def error(self, rows: Floats, quantized: Quantized) -> float:
         """Squared output error of `quantized` relative to the squared output of float32 `rows` [n, k]."""
         difference = quantized.dequantize() - rows
