@@ -105,10 +105,11 @@ class MqttTransport:
         until = time.monotonic() + timeout_s
         handed_over = threading.Event()  # what was posted before is then being published
         self.connection.post(handed_over.set)
+        pause = threading.Event()  # waits also where time.sleep refuses to, after a jump of the clock
         while self.connection.connected and time.monotonic() < until:
             if handed_over.is_set() and not self._publishing:
                 break
-            time.sleep(0.02)
+            pause.wait(0.02)
         self.connection.post(partial(self._tell, self._state("offline")))
         self.connection.stop(timeout_s)
 
