@@ -9,7 +9,7 @@ ARM64_TESTS := bundle litert decoder generation prefix_cache tokenizer sampling 
                engine mqtt serial journal end_to_end
 
 .DEFAULT_GOAL := help
-.PHONY: help install system lint test test-all test-arm64 test-system fuzz deb demo bench bench-e2b bench-check clean
+.PHONY: help install system lint test test-all test-arm64 test-system fuzz deb demo bench bench-e2b bench-check adapter adapter-score clean
 
 help: ## show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -61,6 +61,20 @@ bench-e2b: $(STAMP) ## Gemma 4 E2B at full size, random weights (30 GB of disk, 
 
 bench-check: $(STAMP) ## fail if a ratio got worse than in the committed table
 	$(BIN)/python -m benchmarks.bench --check
+
+ADAPTER := .cache/adapter
+TORCH := $(ADAPTER)/venv/bin/python
+GGUF = $(shell $(BIN)/python -c 'from benchmarks import models; print(models.checkpoint())')
+
+adapter: $(STAMP) ## train a LoRA adapter for sensor reports, with a torch of its own (an hour of two cores)
+	test -x $(TORCH) || $(PYTHON) -m venv $(ADAPTER)/venv
+	$(TORCH) -m pip install --quiet --disable-pip-version-check -r adapters/field_270m/requirements.txt
+	$(BIN)/python -m adapters.field_270m.examples $(GGUF) $(ADAPTER)/examples.jsonl
+	$(TORCH) adapters/field_270m/train.py $(GGUF) $(ADAPTER)/examples.jsonl -o $(ADAPTER)/trained --bfloat16
+
+adapter-score: $(STAMP) ## ask it held-out scenarios in float32, int8 and int4, and the base model too
+	$(BIN)/python -m adapters.field_270m.score $(GGUF) --recipe float32
+	$(BIN)/python -m adapters.field_270m.score $(GGUF) --recipe float32 --recipe int8 --recipe int4 --lora $(ADAPTER)/trained
 
 clean: ## remove what was made, downloads included
 	rm -rf $(VENV) .cache build dist

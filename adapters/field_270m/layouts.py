@@ -1,0 +1,142 @@
+"""How a report of one sensor, or of several sites, is written: as a sentence, as JSON, or by a route."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from adapters.field_270m.sensors import SensorKind
+from edge.route_config import parse_routes
+from edge.routes import Question, Router
+
+END = "\nJSON:"
+"""What every prompt ends with."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Values beyond `value` are too high (`above`) or too low."""
+
+    above: bool
+    value: str
+
+    @property
+    def side(self) -> str:
+        """The word for beyond."""
+        return "above" if self.above else "below"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One reading as it came: `value` as text, None if the sensor sent `mark` instead."""
+
+    value: str | None
+    unit: str
+    mark: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is known of one sensor; `entries` oldest first, one due every `interval` seconds."""
+
+    place: str
+    kind: SensorKind
+    limit: Limit
+    entries: tuple[Entry, ...]
+    interval: int
+    age: int
+
+
+def number(value: float) -> str:
+    """At most four digits and no exponent."""
+    return f"{float(f'{value:.4g}'):.10f}".rstrip("0").rstrip(".")
+
+
+def sentence(draw: random.Random, report: Report, units: bool) -> str:
+    """A line of text; with `units` behind each value."""
+    limit, kind = report.limit, report.kind
+    listed = ", ".join(_written(entry, units) for entry in report.entries)
+    if draw.random() < 0.5:
+        return (
+            f"{report.place}, {kind.quantity} in {kind.unit}, alarm {limit.side} {limit.value}: {listed}."
+            f" Every {report.interval} s, newest {report.age} s old.{END}"
+        )
+    return (
+        f"{report.place} ({kind.quantity}, {kind.unit}): {listed}. Interval {report.interval} s, age"
+        f" {report.age} s. Alarm {limit.side} {limit.value}.{END}"
+    )
+
+
+def message(_draw: random.Random, report: Report, units: bool) -> str:
+    """A gateway's JSON message."""
+    content = {
+        "sensor": report.place,
+        "quantity": report.kind.quantity,
+        "unit": report.kind.unit,
+        f"alarm_{report.limit.side}": _plain(report.limit.value),
+        "every_s": report.interval,
+        "age_s": report.age,
+        "values": [_json_value(entry, units) for entry in report.entries],
+    }
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":")) + END
+
+
+def route(_draw: random.Random, report: Report, _units: bool) -> str:
+    """The question of a route of this product that heard the readings; they must all be numbers."""
+    limit, kind = report.limit, report.kind
+    question = (
+        f"{{sensor}}, {kind.quantity} in {kind.unit}, alarm {limit.side} {limit.value}: {{readings}}."
+        f" Every {report.interval} s, newest {{age}} s old.{END}"
+    )
+    last = (len(report.entries) - 1) * report.interval
+    table = {
+        "name": "field",
+        "topics": ["+"],
+        "window": {"seconds": 31 * 86400},
+        "answer_topic": "answers/{sensor}",
+        "trigger": {"every_s": last + report.age},
+        "ask": {"question": question},
+    }
+    router = Router(parse_routes([table]), plain=True)
+    for index, entry in enumerate(report.entries):
+        assert entry.value is not None
+        router.reading(report.place, entry.value.encode(), float(index * report.interval))
+    (asked,) = router.tick(float(last + report.age))
+    assert isinstance(asked, Question)
+    return asked.request.prompt or ""
+
+
+def sites_sentence(kind: SensorKind, limit: Limit, values: Mapping[str, str]) -> str:
+    """A line about one quantity at several sites."""
+    listed = ", ".join(f"{site} {value}" for site, value in values.items())
+    return f"{kind.quantity} in {kind.unit}, alarm {limit.side} {limit.value}: {listed}.{END}"
+
+
+def sites_message(kind: SensorKind, limit: Limit, values: Mapping[str, str]) -> str:
+    """A gateway's JSON message about one quantity at several sites."""
+    content = {
+        "quantity": kind.quantity,
+        "unit": kind.unit,
+        f"alarm_{limit.side}": _plain(limit.value),
+        "sites": {site: _plain(value) for site, value in values.items()},
+    }
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":")) + END
+
+
+def _written(entry: Entry, units: bool) -> str:
+    if entry.value is None:
+        return entry.mark
+    return f"{entry.value} {entry.unit}" if units else entry.value
+
+
+def _json_value(entry: Entry, units: bool) -> str | float | None:
+    if entry.value is None:
+        return None if entry.mark == "null" else entry.mark
+    return f"{entry.value} {entry.unit}" if units else _plain(entry.value)
+
+
+def _plain(text: str) -> float:
+    """The number that `text` writes, whole where it has no point."""
+    return float(text) if "." in text else int(text)

@@ -1,0 +1,188 @@
+"""Scenarios for the field adapter: their answers are what the text calls for, and are counted as such."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import bundles
+import pytest
+from checkpoint_files import FIXTURES, GEMMA3
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adapters.field_270m.examples import Encoder
+from adapters.field_270m.scenarios import KINDS, Scenario, scenarios
+from adapters.field_270m.score import held_out, score
+from adapters.field_270m.sensors import HELD_OUT, TRAINING, World
+from converters.checkpoints.opening import open_checkpoint
+from edge.generation import Generator
+from edge.tokenizer import Tokenizer
+
+WORLDS = {"training": TRAINING, "held out": HELD_OUT}
+worlds = st.sampled_from(sorted(WORLDS)).map(WORLDS.__getitem__)
+
+LIMIT = r"larm (?P<side>above|below) (?P<limit>-?[\d.]+)"
+NAMES = r"(?P<place>.+), .+ in (?P<unit>\S+)"
+TIMES = r"very (?P<every>\d+) s, newest (?P<age>\S+) s old"
+SENTENCES = (
+    rf"{NAMES}, a{LIMIT}: (?P<values>.+)\. E{TIMES}\.",
+    r"(?P<place>.+) \(.+, (?P<unit>\S+)\): (?P<values>.+)\. "
+    rf"Interval (?P<every>\d+) s, age (?P<age>\d+) s\. A{LIMIT}\.",
+)
+SITES = rf".+ in \S+, a{LIMIT}: (?P<values>.+)\."
+
+
+def some(world: World, seed: int, count: int) -> list[Scenario]:
+    return list(itertools.islice(scenarios(world, seed), count))
+
+
+@dataclass
+class Reading:
+    """Of a report's readings one, as it stands in the text; no value if there is no number."""
+
+    text: str
+    unit: str
+
+    @property
+    def value(self) -> float | None:
+        return float(self.text) if re.match(r"-?\d", self.text) else None
+
+
+@dataclass
+class Understood:
+    """What a prompt says."""
+
+    unit: str
+    side: str
+    limit: float
+    readings: dict[str, Reading]
+    every: float = 0.0
+    age: float = 0.0
+
+
+def understood(prompt: str) -> Understood:
+    body, end, _ = prompt.rpartition("\nJSON:")
+    assert end
+    return from_json(json.loads(body)) if body.startswith("{") else from_text(body)
+
+
+def from_json(data: dict[str, Any]) -> Understood:
+    side = "above" if "alarm_above" in data else "below"
+    values = data.get("sites") or dict(enumerate(data["values"]))
+    readings = {str(name): reading(str(value), data["unit"]) for name, value in values.items()}
+    times = float(data.get("every_s", 0)), float(data.get("age_s", 0))
+    return Understood(data["unit"], side, data[f"alarm_{side}"], readings, *times)
+
+
+def from_text(body: str) -> Understood:
+    found = next((match for pattern in SENTENCES if (match := re.fullmatch(pattern, body))), None)
+    if found is None:
+        sites = re.fullmatch(SITES, body)
+        assert sites
+        pairs = (item.rsplit(" ", 1) for item in sites["values"].split(", "))
+        readings = {name: Reading(value, "") for name, value in pairs}
+        return Understood("", sites["side"], float(sites["limit"]), readings)
+    listed = re.sub(r" \(\S+ s ago\)", "", found["values"])
+    return Understood(
+        found["unit"],
+        found["side"],
+        float(found["limit"]),
+        {str(index): reading(item, found["unit"]) for index, item in enumerate(listed.split(", "))},
+        float(found["every"]),
+        float(found["age"]),
+    )
+
+
+def reading(text: str, unit: str) -> Reading:
+    value, _, named = text.partition(" ")
+    return Reading(value, named or unit)
+
+
+def status(report: Understood, value: float) -> str:
+    return "alarm" if (value > report.limit) == (report.side == "above") else "ok"
+
+
+def judged(report: Understood, asked: Collection[str]) -> dict[str, str]:
+    """The right answer by the rules, from what the text says alone."""
+    if report.every == 0:
+        found = {site: status(report, item.value or 0.0) for site, item in report.readings.items()}
+        if "site" not in asked:
+            return found
+        beyond = [site for site, what in found.items() if what != "ok"]
+        assert len(beyond) < 2
+        return {"site": beyond[0] if beyond else "none"}
+    items = list(report.readings.values())
+    values = [item.value for item in items if item.value is not None]
+    if items[-1].value is None or report.age > 3 * report.every:
+        fault = "missing"
+    elif len({item.text for item in items}) == 1:
+        fault = "stuck"
+    elif items[-1].unit != report.unit or not 0.2 < values[-1] / values[0] < 5:
+        fault = "unit"
+    else:
+        ups = {b > a for a, b in itertools.pairwise(values)}
+        trend = (
+            "steady"
+            if len(set(values)) < len(values) or len(ups) == 2
+            else "rising"
+            if True in ups
+            else "falling"
+        )
+        return {"fault": "none", "trend": trend, "status": status(report, values[-1])}
+    return {"fault": fault, "trend": "unknown", "status": "unknown"}
+
+
+@settings(max_examples=150, deadline=None)
+@given(worlds, st.integers(0, 2**32))
+def test_the_answer_is_what_the_text_alone_calls_for(world: World, seed: int) -> None:
+    for scenario in some(world, seed, 14):
+        assert json.loads(scenario.answer) == judged(
+            understood(scenario.prompt), scenario.schema["required"]
+        ), scenario.prompt
+
+
+def test_scenarios_are_those_of_their_seed_and_of_all_kinds() -> None:
+    again, other = some(HELD_OUT, 5, 60), some(HELD_OUT, 6, 60)
+    assert some(HELD_OUT, 5, 60) == again
+    assert not {s.prompt for s in again} & {s.prompt for s in other}
+    assert [s.kind for s in again[: len(KINDS)]] == list(KINDS)
+    statuses = {json.loads(s.answer)["status"] for s in again if s.kind == "threshold"}
+    assert statuses == {"ok", "alarm"}
+
+
+def test_nothing_that_is_held_out_is_trained_on() -> None:
+    assert not {k.quantity for k in TRAINING.kinds} & {k.quantity for k in HELD_OUT.kinds}
+    assert not {k.unit for k in TRAINING.kinds} & {k.unit for k in HELD_OUT.kinds}
+    for name in ("places", "sites", "marks"):
+        assert not {*getattr(TRAINING, name)} & {*getattr(HELD_OUT, name)}, name
+
+
+@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+def test_the_schemas_grammar_leads_to_the_answer_and_leaves_a_choice_for_each_member(world: World) -> None:
+    checkpoint = open_checkpoint(FIXTURES / GEMMA3)
+    tokenizer = Tokenizer(checkpoint.tokenizer_model)
+    encoder = Encoder(tokenizer, checkpoint.chat.bos_id, checkpoint.chat.stop_ids)
+    for scenario in some(world, 1, 30):
+        example = encoder.example(scenario)
+        assert tokenizer.decode(example.ids) == scenario.prompt + scenario.answer
+        assert len(example.choices) >= len(json.loads(scenario.answer))
+        for position, allowed, right in example.choices:
+            assert example.ids[position] == allowed[right]
+
+
+def test_a_score_counts_each_kind_and_every_answer_is_one_that_the_schema_allows() -> None:
+    directory = bundles.small_bundle(GEMMA3, context=512)
+    generator = Generator.open(directory, bundles.cache_directory(), 2, 512)
+    result = score(generator, held_out(2 * len(KINDS)))
+    assert result.asked == dict.fromkeys(KINDS, 2)
+    assert result.right.total() + len(result.mistakes) == 2 * len(KINDS)
+    for scenario, answer in result.mistakes:
+        said = json.loads(answer)
+        assert answer != scenario.answer
+        assert list(said) == scenario.schema["required"]
+        assert all(said[key] in rule["enum"] for key, rule in scenario.schema["properties"].items())
