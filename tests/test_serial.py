@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from edge.framing import Damaged, FrameDecoder, encode
 from edge.journal import Journal
 from edge.journaling import JournaledEngine
 from edge.messages import Request
+from edge.transports import serial_port
 from edge.transports.serial import MAX_LINE_BYTES, SerialTransport
 from edge.transports.serial_port import MAX_WAITING_BYTES
 
@@ -208,7 +210,6 @@ def test_a_board_that_resets_when_the_port_opens_says_hello_when_it_is_up(ptys: 
     node.stop()
 
 
-@pytest.mark.slow  # it fails now and then: a write that times out under XOFF opens the port again
 def test_a_board_that_says_xoff_is_written_to_after_its_xon(ptys: PtyPair) -> None:
     board, node = Board(ptys.far), Node.start(ptys.near, flow_control="xonxoff")
     board.hear("hello")
@@ -218,6 +219,31 @@ def test_a_board_that_says_xoff_is_written_to_after_its_xon(ptys: PtyPair) -> No
     assert board.read() == b""
     board.write(b"\x11")
     assert board.hear("final")["text"] == "cba fed "
+    board.close()
+    node.stop()
+
+
+def _has_answered(node: Node, count: int) -> bool:
+    return node.engine.answered == count
+
+
+def test_a_request_after_xoff_is_taken_at_once_and_an_xon_that_is_lost_is_not_waited_for_for_ever(
+    ptys: PtyPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serial_port, "XOFF_S", 1.5)
+    board, node = Board(ptys.far), Node.start(ptys.near, flow_control="xonxoff")
+    for number in range(10):  # XOFF as early as can be: with the last byte that was written
+        board.hear("hello")
+        board.write(b"\x13")
+        board.say(request(str(number)))
+        wait_for(partial(_has_answered, node, number + 1))
+        board.write(b"\x11")
+        assert board.hear("final")["id"] == str(number)
+        board.say('{"type": "hello"}')
+    board.hear("hello")
+    board.write(b"\x13")
+    board.say(request("lost"))
+    assert board.hear("final")["id"] == "lost"
     board.close()
     node.stop()
 

@@ -65,7 +65,7 @@ class SerialTransport:
         self.port.send(frame, written=written or (lambda: None))
 
     def _greet(self) -> None:
-        self.port.send(self._hello)
+        self.port.send(self._hello, droppable=True)
 
     def _received(self, item: str | Damaged) -> None:
         """Take a line, in the port's thread."""

@@ -1,14 +1,17 @@
 """One serial port behind one thread: frames out, frames in, open again when it was unplugged.
 
 Whoever sends never waits for the port: frames queue up, and what may be lost (parts of an answer) is dropped
-first. A frame that was not written completely when the port went away is written again when it is back. The
-port is opened exclusively, an advisory lock between well-behaved programs.
+first. A frame that was not written completely when the port went away is written again when it is back. A
+port that takes nothing (flow control) is still read. It is opened exclusively, an advisory lock between
+well-behaved programs.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
+import os
+import select
 import threading
 import time
 from collections import deque
@@ -26,7 +29,10 @@ log = logging.getLogger(__name__)
 TICK_S = 1.0  # the thread shows that it lives at least this often
 REOPEN_S = 0.5  # between two tries to open the port
 CHUNK_BYTES = 256  # written between two looks at what came in
-WRITE_S = 5.0  # a port that takes nothing for so long (flow control) is opened anew
+HELD_S = 5.0  # a port that takes nothing for so long is opened anew
+XOFF_S = (
+    30.0  # after so long without XON, which noise may have swallowed or XOFF made of something else, go on
+)
 MAX_WAITING_BYTES = 1024 * 1024  # of frames that wait for the port
 
 
@@ -36,6 +42,10 @@ class _Frame(NamedTuple):
     data: bytes
     droppable: bool
     written: Callable[[], None]
+
+
+_END_OF_LINE = _Frame(b"\n", True, lambda: None)
+"""Ends whatever half line the other side holds."""
 
 
 class SerialPort:
@@ -64,6 +74,7 @@ class SerialPort:
         self._waiting: deque[_Frame] = deque()
         self._waiting_bytes = 0
         self._rest = b""  # of the frame at the head of the queue
+        self._held_since: float | None = None  # when the port began to take nothing
         self._idle = threading.Event()
         self._idle.set()
         self._thread = threading.Thread(target=self._run, name=f"serial {config.port}", daemon=True)
@@ -134,42 +145,60 @@ class SerialPort:
             config.port,
             config.baud,
             timeout=TICK_S,
-            write_timeout=WRITE_S,
             xonxoff=config.flow_control == "xonxoff",
             rtscts=config.flow_control == "rtscts",
             exclusive=True,
         )
         with self._lock:
             self._port = port
-        self.problem = None
+            self._waiting.appendleft(_END_OF_LINE)
+            self._waiting_bytes += len(_END_OF_LINE.data)
+        self.problem, self._held_since = None, None
         log.info("port %s: open at %d baud", config.port, config.baud)
         decoder = FrameDecoder(self._max_line_bytes, config.lenient)
-        port.write(b"\n")  # ends whatever half line the other side holds
         self._opened()
         while not self._stopping:
             self.progress += 1
             writing = self._write_some(port)
+            if self._held_since is not None:
+                self._wait_held(port, self._held_since)
             count = port.in_waiting
             data = port.read(count if writing or count else 1)
             for item in decoder.feed(data):
                 self._received(item)
 
     def _write_some(self, port: Any) -> bool:
-        """Write the next chunk of the frame at the head of the queue; False if none waits."""
+        """Write what the port takes of the frame at the head of the queue; False if none waits."""
         if not self._rest:
             with self._lock:
                 if not self._waiting:
                     self._idle.set()
                     return False
                 self._rest = self._waiting[0].data
-        port.write(self._rest[:CHUNK_BYTES])
-        self._rest = self._rest[CHUNK_BYTES:]
+        taken = _written_at_once(port, self._rest[:CHUNK_BYTES])
+        if not taken:
+            self._held_since = self._held_since or time.monotonic()
+            return True
+        self._held_since = None
+        self._rest = self._rest[taken:]
         if not self._rest:
             with self._lock:
                 frame = self._waiting.popleft()
                 self._waiting_bytes -= len(frame.data)
             frame.written()
         return True
+
+    def _wait_held(self, port: Any, since: float) -> None:
+        """Wait for a port that takes nothing, or for something to read; end what lasts too long."""
+        held_s = time.monotonic() - since
+        if self._config.flow_control != "xonxoff" and held_s > HELD_S:
+            raise serial.SerialTimeoutException(f"it takes nothing for {HELD_S:.0f} s")
+        if held_s > XOFF_S:
+            log.warning("port %s: no XON for %.0f s; it may be lost, going on without it", self.name, XOFF_S)
+            port.set_output_flow_control(False)
+            port.set_output_flow_control(True)
+            self._held_since = None
+        select.select([port], [port], [], TICK_S)
 
     def _close(self) -> None:
         with self._lock:
@@ -185,6 +214,19 @@ class SerialPort:
         if said != self.problem:
             log.warning("%s Trying again.", said)
         self.problem = said
+
+
+def _written_at_once(port: Any, data: bytes) -> int:
+    """Write what a port takes without waiting; the number of bytes.
+
+    pyserial's write waits for room also when everything is written, and nothing is read meanwhile.
+    """
+    if not select.select([], [port], [], 0)[1]:
+        return 0
+    try:
+        return os.write(port.fileno(), data)
+    except BlockingIOError:
+        return 0
 
 
 def _reason(error: Exception) -> str:
