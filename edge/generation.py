@@ -103,9 +103,11 @@ class Generator:
         self, answer: Answer, prompt: list[int], interrupted: Interrupted
     ) -> Iterator[Delta | Completion]:
         self._previous = prompt
-        yield from answer.run(interrupted)
-        self._answers.append(answer.tokens)
-        return_free_memory()  # what the graph's scratch tensors had before caches grew
+        for item in answer.run(interrupted):
+            if isinstance(item, Completion):  # whoever has it asks for no more
+                self._answers.append(answer.tokens)
+                return_free_memory()  # what the graph's scratch tensors had before caches grew
+            yield item
 
     def _render(self, request: Request) -> list[int]:
         manifest = self.bundle.manifest

@@ -103,6 +103,13 @@ def test_a_repeated_beginning_is_not_computed_again() -> None:
     assert 0 < again.cached < again.prompt
 
 
+def test_an_answer_can_be_looked_up_later_though_nobody_asked_for_more_than_its_completion() -> None:
+    g = Generator.open(bundles.small_bundle("gemma3-one-kv-head"), bundles.cache_directory(), 2, None)
+    answer = g.generate(Request("1", prompt="pump", max_tokens=5), lambda: None)
+    completion = next(item for item in answer if isinstance(item, Completion))
+    assert [len(tokens) for tokens in g._answers] == [completion.usage.generated]
+
+
 def test_a_system_prompt_is_remembered_behind_a_wrapped_ring() -> None:
     g = Generator.open(bundles.small_bundle("gemma3-two-kv-heads"), bundles.cache_directory(), 2, None)
     system = Message("system", "You watch pumps and freezers in a long cold valley of machines. " * 2)
