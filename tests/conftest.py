@@ -57,7 +57,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Field]:
     import bundles  # here, so that tests without a model need no converter
 
     directory = tmp_path_factory.mktemp("field")
-    bundle = bundles.small_bundle("gemma4-two-kv-heads", "int8", context=2048)
+    bundle = bundles.small_bundle("gemma4-two-kv-heads", "float32", context=2048)
     mosquitto = Mosquitto(directory, ("allow_anonymous true",))
     ptys = PtyPair(directory / "near", directory / "far")
     config = f'queue = 4\n[mqtt]\nport = {mosquitto.port}\n[[serial]]\nport = "{ptys.near}"\n'

@@ -214,8 +214,13 @@ def test_no_tool_text_can_forge_a_control_token() -> None:
 plain_text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"), max_size=40)
 
 
+def without_control_names(text: str) -> bool:
+    """Whether a tokenizer that takes control tokens from text finds none in it."""
+    return not any(name in text for name in ("<bos>", *real_vocabulary.GEMMA4_NAMES.values()))
+
+
 @settings(max_examples=150, deadline=None)
-@given(texts=st.lists(plain_text, min_size=1, max_size=4))
+@given(texts=st.lists(plain_text.filter(without_control_names), min_size=1, max_size=4))
 def test_cutting_at_control_tokens_gives_the_whole_texts_tokens(texts: list[str]) -> None:
     roles = ["user", "assistant"] * 4
     turns = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
