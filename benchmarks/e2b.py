@@ -34,8 +34,8 @@ from benchmarks.speed import read_bandwidth, seconds
 from converters.checkpoints.opening import open_checkpoint
 from converters.convert import convert
 from converters.decoder_graph import Widths, widths_of
-from edge.bundle import DECODER, Bundle, read_manifest
-from edge.litert import CompiledModel, Signature, aligned_array
+from edge.bundles.bundle import DECODER, Bundle, read_manifest
+from edge.runtime.litert import CompiledModel, Signature, aligned_array
 
 CONTEXT, PROMPT, ANSWER, ROUNDS = 2048, 512, 64, 3
 CAP = 2 << 30
@@ -141,8 +141,8 @@ def _open_seconds(bundle: Path, cache: Path, threads: int) -> float:
     code = """
 import sys, time
 from pathlib import Path
-from edge.bundle import Bundle
-from edge.decoder import Decoder
+from edge.bundles.bundle import Bundle
+from edge.runtime.decoder import Decoder
 started = time.perf_counter()
 bundle, cache = Path(sys.argv[1]), Path(sys.argv[2])
 Decoder(Bundle.open(bundle, cache), cache, int(sys.argv[3]), int(sys.argv[4]))

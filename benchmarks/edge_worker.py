@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.speed import decode_steps, seconds
-from edge.generation import Completion, Generator
-from edge.messages import Message, Request
+from edge.generation.generator import Completion, Generator
+from edge.protocol.messages import Message, Request
 
 
 class Work:

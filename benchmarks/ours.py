@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks import models, startup
 from benchmarks.processes import Memory, Worker
 from benchmarks.tasks import CONTEXT, Answered, Task, Tasks
-from edge.bundle import read_manifest
+from edge.bundles.bundle import read_manifest
 
 
 class Ours:

@@ -21,7 +21,7 @@ from converters.architectures import gemma4
 from converters.architectures.fields import Fields
 from converters.architectures.names import huggingface_name
 from converters.checkpoints.opening import open_checkpoint
-from edge.architecture import tensor_shapes
+from edge.bundles.architecture import tensor_shapes
 
 _PREFIX = "model.language_model."
 _SLIDING, _FULL = "sliding_attention", "full_attention"

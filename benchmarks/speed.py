@@ -18,8 +18,8 @@ from pathlib import Path
 import click
 import numpy as np
 
-from edge.bundle import Bundle
-from edge.decoder import Decoder
+from edge.bundles.bundle import Bundle
+from edge.runtime.decoder import Decoder
 
 PROMPT, ANSWER, RUNS = 512, 128, 5
 

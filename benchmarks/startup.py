@@ -19,9 +19,9 @@ import click
 
 from benchmarks.processes import PATIENCE_S, Memory, memory_of
 from benchmarks.tasks import Task
-from edge.framing import Damaged, FrameDecoder, encode
-from edge.messages import Failure, Final, Request, parse_answer
-from edge.strict_json import loads
+from edge.protocol.framing import Damaged, FrameDecoder, encode
+from edge.protocol.messages import Failure, Final, Request, parse_answer
+from edge.protocol.strict_json import loads
 
 MAX_LINE_BYTES = 1 << 20
 

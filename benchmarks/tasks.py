@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import workload
-from edge.bundle import TOKENIZER
-from edge.tokenizer import Tokenizer
+from edge.bundles.bundle import TOKENIZER
+from edge.text.tokenizer import Tokenizer
 
 CONTEXT = 2048
 _DOMAINS = {"alarm": "weather", "summary": "greenhouses", "classification": "batteries"}

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from edge.messages import Request, parse_request
+from edge.protocol.messages import Request, parse_request
 
 DATA = Path(__file__).with_name("sensor_requests.json")
 KINDS = ("alarm", "summary", "classification")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edge.bundle import Manifest, read_manifest
+from edge.bundles.bundle import Manifest, read_manifest
 from edge.errors import EdgeError
 
 if TYPE_CHECKING:

@@ -32,11 +32,20 @@ from converters.quantization import Format, tensor_group
 from converters.recipes import AUTO, Plan, choose_recipe, plan_that_keeps, stored_format
 from converters.tflite.graph import Model, Region, Weight
 from converters.tflite.writer import ModelWriter, file_size
-from edge.architecture import Architecture
-from edge.bundle import DECODER, EMBEDDING, MANIFEST, PER_LAYER, TOKENIZER, FileEntry, Manifest, file_digest
+from edge.bundles.architecture import Architecture
+from edge.bundles.bundle import (
+    DECODER,
+    EMBEDDING,
+    MANIFEST,
+    PER_LAYER,
+    TOKENIZER,
+    FileEntry,
+    Manifest,
+    file_digest,
+)
+from edge.bundles.row_table import RowTable
 from edge.errors import EdgeError
 from edge.files import sync_directory
-from edge.row_table import RowTable
 
 DEFAULT_CONTEXT = 4096
 

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converters.tflite.graph import DYNAMIC, Graph, Model, Tensor, Weight
-from edge.architecture import Architecture, Attention, tensor_shapes
+from edge.bundles.architecture import Architecture, Attention, tensor_shapes
 
 Vector = Callable[[str], NDArray[np.float32]]
 """Name of a small tensor (norm, scalar) -> its values, float32."""

@@ -25,10 +25,10 @@ from numpy.typing import NDArray
 
 from converters.checkpoints.opening import open_checkpoint
 from converters.reference_decoder import Floats, ReferenceDecoder
-from edge.bundle import TOKENIZER, Bundle
-from edge.decoder import Decoder
+from edge.bundles.bundle import TOKENIZER, Bundle
 from edge.errors import BundleError, EdgeError
-from edge.tokenizer import Tokenizer
+from edge.runtime.decoder import Decoder
+from edge.text.tokenizer import Tokenizer
 
 CHUNK = 512
 

@@ -32,7 +32,7 @@ from converters.checkpoints.stored import (
 )
 from converters.checkpoints.text_files import read_json
 from converters.recipes import stored_format
-from edge.architecture import Architecture, tensor_shapes
+from edge.bundles.architecture import Architecture, tensor_shapes
 from edge.errors import CheckpointError
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

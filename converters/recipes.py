@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from converters.checkpoints.base import ExactCodes
 from converters.decoder_graph import stacked_matrices
 from converters.quantization import Format
-from edge.architecture import Architecture
+from edge.bundles.architecture import Architecture
 from edge.errors import EdgeError
 
 _BLOCKWISE = Format(4, 32)

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converters.checkpoints.base import Checkpoint, LazyTensor
-from edge.architecture import Architecture, Rope, layer_shapes
+from edge.bundles.architecture import Architecture, Rope, layer_shapes
 
 Floats = NDArray[np.float32]
 Linear = Callable[[str, Floats, Floats], Floats]
@@ -107,7 +107,7 @@ class Stream:
 def run_layer(
     arch: Architecture, index: int, weights: Mapping[str, Floats], stream: Stream, linear: Linear = multiply
 ) -> None:
-    """Advance a stream by layer `index`. `weights` has the names of `edge.architecture.layer_shapes`."""
+    """Advance a stream by layer `index`. `weights` are named by `edge.bundles.architecture`."""
     steps = layer_steps(arch, index, weights, stream)
     with contextlib.suppress(StopIteration):
         names, x = next(steps)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from converters.checkpoints.text_files import read_bytes, read_json
 from edge.errors import CheckpointError
-from edge.vocabulary import (
+from edge.text.vocabulary import (
     BYTE,
     CONTROL,
     NORMAL,

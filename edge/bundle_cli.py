@@ -15,9 +15,9 @@ from edge.errors import BundleError, EdgeError
 from edge.systemd import CONFIG
 
 if TYPE_CHECKING:
-    from edge.bundle_record import Record
-    from edge.bundle_store import BundleStore
-    from edge.signature import TrustedKeys
+    from edge.bundles.record import Record
+    from edge.bundles.signature import TrustedKeys
+    from edge.bundles.store import BundleStore
 
 SWITCH_S = 900.0
 """How long a daemon may take to load and test a bundle; LiteRT packs the weights of a new one."""
@@ -64,7 +64,7 @@ def install(config: Path, source: Path) -> None:
     Exit codes: 0 installed, or there already; 1 no room, or the disk failed; 2 wrong command line;
     3 the bundle is damaged, incomplete or not signed; 5 wrong configuration.
     """
-    from edge.bundle_install import install as run
+    from edge.bundles.installation import install as run
 
     store, keys = _open(config)
     for number in (signal.SIGTERM, signal.SIGHUP):  # the line to the board may break
@@ -117,8 +117,8 @@ def list_bundles(config: Path, as_json: bool) -> None:
     `verified` are those that `install` has put there: all their bytes were what the manifest says. The daemon
     looks again when it begins to use a bundle, and `edge-daemon doctor` whenever it is called.
     """
-    from edge.bundle_list import as_text, describe
-    from edge.strict_json import dumps
+    from edge.bundles.listing import as_text, describe
+    from edge.protocol.strict_json import dumps
 
     store, keys = _open(config)
     found = describe(store, keys)
@@ -130,9 +130,9 @@ def _interrupt(_signal: int, _frame: object) -> None:
 
 
 def _open(config: Path) -> tuple[BundleStore, TrustedKeys | None]:
-    from edge.bundle_store import BundleStore
+    from edge.bundles.signature import TrustedKeys
+    from edge.bundles.store import BundleStore
     from edge.config import load
-    from edge.signature import TrustedKeys
 
     settings = load(config, secrets=False)
     keys = None if settings.bundle_key_file is None else TrustedKeys(settings.bundle_key_file)
@@ -140,8 +140,8 @@ def _open(config: Path) -> tuple[BundleStore, TrustedKeys | None]:
 
 
 def _activate(store: BundleStore, keys: TrustedKeys | None, name: str) -> None:
-    from edge.bundle import read_manifest
-    from edge.bundle_record import daemon_lives, read_record
+    from edge.bundles.bundle import read_manifest
+    from edge.bundles.record import daemon_lives, read_record
 
     if keys is not None:
         keys.check(store.path(name))

@@ -15,9 +15,9 @@ from edge.bundle_cli import bundle
 from edge.systemd import CONFIG
 
 if TYPE_CHECKING:
+    from edge.client.link import Link
     from edge.config import Broker
-    from edge.link import Link
-    from edge.messages import Request
+    from edge.protocol.messages import Request
 
 FILE = click.Path(path_type=Path)
 
@@ -63,7 +63,7 @@ def run(path: Path, force: bool) -> None:
     from edge.config import load
 
     config = load(path)
-    from edge.daemon import Daemon
+    from edge.service.daemon import Daemon
     from edge.systemd import log_to_stderr
 
     log_to_stderr(config.log_payloads)
@@ -79,8 +79,8 @@ def doctor(path: Path, as_json: bool) -> None:
     \b
     Exit codes: 0 no problem, 1 a problem was found, 2 wrong command line, 5 wrong configuration.
     """
-    from edge import doctor as examining
     from edge.config import load
+    from edge.doctor import doctor as examining
 
     logging.getLogger("edge").addHandler(logging.NullHandler())  # the findings say it
     findings = examining.examine(load(path))
@@ -106,7 +106,7 @@ def test(path: Path, recording: TextIO) -> None:
     Record with: mosquitto_sub -t 'sensors/#' -F '%U %t %p' > readings.txt
     """
     from edge.config import load
-    from edge.route_replay import describe, replay
+    from edge.routes.replay import describe, replay
 
     for at, outcome in replay(load(path).routes, recording, recording.name):
         click.echo(describe(at, outcome))
@@ -155,7 +155,7 @@ def ask(prompt: str | None, as_json: bool, stats: bool, status: bool, **options:
     if prompt in (None, "-"):
         prompt = sys.stdin.read()
     request = _request(prompt or "", as_json, options)
-    from edge import ask as asking
+    from edge.client import ask as asking
 
     logging.getLogger("edge").addHandler(logging.NullHandler())  # what matters is said by exceptions
     try:
@@ -167,8 +167,8 @@ def ask(prompt: str | None, as_json: bool, stats: bool, status: bool, **options:
 
 def _request(prompt: str, as_json: bool, options: dict[str, Any]) -> Request:
     """Put a request together and check it as a daemon would. Raises RequestError."""
-    from edge import strict_json
-    from edge.messages import parse_request
+    from edge.protocol import strict_json
+    from edge.protocol.messages import parse_request
 
     names = ("max_tokens", "temperature", "top_k", "top_p", "seed")
     data: dict[str, Any] = {name: options[name] for name in names if options[name] is not None}
@@ -190,7 +190,7 @@ def _request(prompt: str, as_json: bool, options: dict[str, Any]) -> Request:
 
 
 def _schema(path: Path) -> dict[str, Any]:
-    from edge.strict_json import StrictJsonError, loads
+    from edge.protocol.strict_json import StrictJsonError, loads
 
     try:
         return loads(path.read_bytes(), 256 * 1024)
@@ -202,11 +202,13 @@ def _schema(path: Path) -> dict[str, Any]:
 
 def _link(options: dict[str, Any]) -> Link:
     if options["bundle"] is not None:
-        from edge.bundle_link import BundleLink  # neither it nor a daemon's clients load what the other needs
+        from edge.client.bundle_link import (
+            BundleLink,  # neither it nor a daemon's clients load what the other needs
+        )
 
         return BundleLink(options["bundle"])
+    from edge.client.links import MqttLink, SerialLink
     from edge.config import SerialConfig
-    from edge.links import MqttLink, SerialLink
 
     if options["serial"] is not None:
         return SerialLink(SerialConfig(options["serial"], options["baud"], "none", lenient=False))
@@ -229,9 +231,9 @@ def _broker(options: dict[str, Any]) -> Broker:
 
 def _status(broker: Broker, node: str | None, as_json: bool) -> bool:
     """Print how the nodes are; whether none is online. Raises TransportError."""
-    from edge import nodes
+    from edge.client import nodes
     from edge.errors import TransportError
-    from edge.strict_json import dumps
+    from edge.protocol.strict_json import dumps
 
     logging.getLogger("edge").addHandler(logging.NullHandler())
     found = nodes.read_nodes(broker, node)
@@ -248,7 +250,7 @@ def _top(options: dict[str, Any], excluded: bool) -> None:
         raise click.UsageError("top goes with a broker only, and has no --json; use --status --json")
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise click.UsageError("top needs a terminal; use --status")
-    from edge.top import top
+    from edge.client.top import top
 
     logging.getLogger("edge").addHandler(logging.NullHandler())
     top(_broker(options), options["node"])

@@ -11,7 +11,7 @@
     [[serial]]
     port = "/dev/ttyUSB0"
 
-    [[route]]                          # see `edge.route_config`
+    [[route]]                          # see `edge.routes.config`
 
 Secrets stand in files or systemd credentials, never in the TOML itself.
 """
@@ -28,10 +28,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from edge.checks import FieldError, array, flag, integer, number, one_of, text
 from edge.errors import ConfigError
-from edge.route_config import Route, parse_routes
-from edge.strict_json import printable
+from edge.protocol.checks import FieldError, array, flag, integer, number, one_of, text
+from edge.protocol.strict_json import printable
+from edge.routes.config import Route, parse_routes
 
 _NODE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _MISSING = object()

@@ -16,14 +16,14 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from edge.bundle import Manifest
+from edge.bundles.bundle import Manifest
 from edge.config import load
 from edge.errors import BundleError, ConfigError, EdgeError, RequestError, TransportError
-from edge.framing import Damaged, FrameDecoder, encode
-from edge.messages import parse_answer, parse_request, salvage
-from edge.route_config import parse_routes
-from edge.routes import Event, Ignored, Question, Router
-from edge.strict_json import loads
+from edge.protocol.framing import Damaged, FrameDecoder, encode
+from edge.protocol.messages import parse_answer, parse_request, salvage
+from edge.protocol.strict_json import loads
+from edge.routes.config import parse_routes
+from edge.routes.router import Event, Ignored, Question, Router
 
 _SETTINGS_BYTES = 3  # in front of a stream of frames
 _READING_GAP_S = 61.0  # between two readings, so that conditions and regular questions fire

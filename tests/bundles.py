@@ -12,8 +12,8 @@ from checkpoint_files import FIXTURES, NAMES
 from converters.calibration.text import CalibrationText
 from converters.checkpoints.opening import open_checkpoint
 from converters.convert import convert
-from edge.bundle import Bundle
-from edge.decoder import Decoder
+from edge.bundles.bundle import Bundle
+from edge.runtime.decoder import Decoder
 
 SMALL = NAMES
 

@@ -21,7 +21,7 @@ from converters.architectures.names import gguf_name, huggingface_name
 from converters.checkpoints.base import Checkpoint
 from converters.checkpoints.opening import open_checkpoint
 from converters.checkpoints.safetensors_file import read_safetensors
-from edge.architecture import Architecture
+from edge.bundles.architecture import Architecture
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = sorted(folder.name for folder in FIXTURES.iterdir() if (folder / "config.json").exists())

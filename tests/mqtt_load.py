@@ -13,7 +13,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from edge.messages import Answer, Failure, Final, Request, parse_answer
+from edge.protocol.messages import Answer, Failure, Final, Request, parse_answer
 
 REPLY = "edge/v1/pump/reply/load"
 STATUS = "edge/v1/pump/status"

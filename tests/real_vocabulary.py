@@ -11,8 +11,8 @@ from checkpoint_files import real_model
 
 from converters import tokenizer_model
 from converters.checkpoints.gguf_file import read_gguf
-from edge.tokenizer import Tokenizer
-from edge.vocabulary import USER_DEFINED
+from edge.text.tokenizer import Tokenizer
+from edge.text.vocabulary import USER_DEFINED
 
 GEMMA4_NAMES = {
     46: "<|tool>",

@@ -4,8 +4,8 @@ import threading
 from collections.abc import Callable, Iterator
 
 from edge.errors import RequestError, RuntimeFailure
-from edge.generation import Completion, Delta
-from edge.messages import Request, Timings, Usage
+from edge.generation.generator import Completion, Delta
+from edge.protocol.messages import Request, Timings, Usage
 
 WAIT_S = 30
 

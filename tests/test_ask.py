@@ -14,8 +14,8 @@ from conftest import Field
 from counterparts import WAIT_S, Mosquitto, PtyPair, edge_command, free_port, wait_for
 from paho.mqtt import publish
 
-from edge.ask import _Text
-from edge.messages import Final, Partial, Timings, Usage
+from edge.client.ask import _Text
+from edge.protocol.messages import Final, Partial, Timings, Usage
 
 LONG = ("--max-tokens", "2000")  # seconds of work
 

@@ -9,8 +9,8 @@ import real_vocabulary
 
 from benchmarks import gate, workload
 from benchmarks.results import MACHINE, Results, spread, table
-from edge.grammar import GrammarCompiler
-from edge.messages import parse_request
+from edge.generation.grammar import GrammarCompiler
+from edge.protocol.messages import parse_request
 
 
 def test_workload_covers_every_domain_with_every_kind_of_answer() -> None:

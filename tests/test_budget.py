@@ -18,7 +18,7 @@ from converters.cli import main
 from converters.convert import convert
 from converters.decoder_graph import stacked_matrices
 from converters.quantization import Format
-from edge.bundle import read_manifest
+from edge.bundles.bundle import read_manifest
 
 INT2, INT4, INT8 = Format(2), Format(4, 32), Format(8)
 TEXT = CalibrationText("some text", CalibrationText.built_in().content[:9000])

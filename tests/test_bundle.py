@@ -9,7 +9,7 @@ from pathlib import Path
 import bundles
 import pytest
 
-from edge.bundle import DECODER, MANIFEST, TOKENIZER, Bundle, Manifest, read_manifest
+from edge.bundles.bundle import DECODER, MANIFEST, TOKENIZER, Bundle, Manifest, read_manifest
 from edge.errors import BundleError
 
 

@@ -19,12 +19,12 @@ import pytest
 from click.testing import CliRunner, Result
 from counterparts import WAIT_S, edge_command, wait_for
 
-from edge.bundle import DECODER, MANIFEST, SIGNATURE, TOKENIZER
-from edge.bundle_install import RESERVE_BYTES, install
-from edge.bundle_store import BundleStore
+from edge.bundles.bundle import DECODER, MANIFEST, SIGNATURE, TOKENIZER
+from edge.bundles.installation import RESERVE_BYTES, install
+from edge.bundles.signature import TrustedKeys
+from edge.bundles.store import BundleStore
 from edge.cli import daemon
 from edge.errors import BundleError, ConfigError, EdgeError
-from edge.signature import TrustedKeys
 
 needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
 

@@ -17,18 +17,18 @@ from mqtt_load import MqttLoad
 from test_crashes import SerialLoad
 
 from converters.golden import record_golden
-from edge import bundle_keeper
 from edge.board import Board
-from edge.bundle import DECODER, MANIFEST, read_manifest
-from edge.bundle_install import install
-from edge.bundle_keeper import StoreKeeper
-from edge.bundle_record import daemon_lives, read_record
-from edge.bundle_store import BundleStore
+from edge.bundles.bundle import DECODER, MANIFEST, read_manifest
+from edge.bundles.installation import install
+from edge.bundles.record import daemon_lives, read_record
+from edge.bundles.store import BundleStore
 from edge.config import load
-from edge.engine import Engine
 from edge.errors import BundleError
 from edge.files import write_atomically
-from edge.messages import Answer, Final, Request, parse_answer
+from edge.protocol.messages import Answer, Final, Request, parse_answer
+from edge.requests.engine import Engine
+from edge.service import bundle_keeper
+from edge.service.bundle_keeper import StoreKeeper
 
 TEXT = "The hut stands on a shoulder of the hill, where the wind does not reach it with its full strength."
 

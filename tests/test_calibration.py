@@ -28,9 +28,9 @@ from converters.evaluate import built_in_text, evaluate_bundles
 from converters.quantization import HIGHEST, LOWEST, Floats, Format, quantize
 from converters.recipes import plan_for
 from converters.reference_decoder import ReferenceDecoder
-from edge.bundle import DECODER, file_digest, read_manifest
-from edge.decoder import dynamic_int8
+from edge.bundles.bundle import DECODER, file_digest, read_manifest
 from edge.errors import EdgeError
+from edge.runtime.decoder import dynamic_int8
 
 FORMATS = (Format(8), Format(4), Format(2), Format(4, 32))
 TEXT = CalibrationText("built-in text", CalibrationText.built_in().content[:9000])

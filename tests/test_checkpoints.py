@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from converters.checkpoints.gguf_checkpoint import stored_tensor
 from converters.checkpoints.gguf_file import read_gguf
 from converters.checkpoints.opening import open_checkpoint
-from edge.architecture import Rope, tensor_shapes
+from edge.bundles.architecture import Rope, tensor_shapes
 from edge.errors import CheckpointError
 
 

@@ -27,7 +27,7 @@ from test_checkpoints import read_all, refusal
 
 from converters.checkpoints.opening import open_checkpoint
 from converters.checkpoints.stored import bfloat16_rows
-from edge.architecture import tensor_shapes
+from edge.bundles.architecture import tensor_shapes
 from edge.errors import CheckpointError
 
 SHARDED, TEXT_ONLY = "gemma3-two-kv-heads", "gemma4-two-kv-heads"

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from converters.checkpoints.opening import open_checkpoint
 from converters.cli import main
 from converters.convert import Progress, convert
-from edge.bundle import read_manifest
+from edge.bundles.bundle import read_manifest
 from edge.errors import EdgeError
 
 GEMMA3 = FIXTURES / "gemma3-one-kv-head"

@@ -10,10 +10,10 @@ import pytest
 from counterparts import WAIT_S, DaemonProcess, Mosquitto, PtyPair, wait_for
 from mqtt_load import MqttLoad, keep_busy, one_answer_each, wait_until_back
 
+from edge.client.links import SerialLink
 from edge.config import SerialConfig
 from edge.errors import TransportError
-from edge.links import SerialLink
-from edge.messages import Answer, Final, Partial, Request, parse_answer
+from edge.protocol.messages import Answer, Final, Partial, Request, parse_answer
 
 
 class SerialLoad(threading.Thread):

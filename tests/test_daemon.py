@@ -18,11 +18,11 @@ import pytest
 from counterparts import WAIT_S, DaemonProcess, Mosquitto, PtyPair, wait_for
 from speller import Speller
 
+from edge.client.links import MqttLink, SerialLink
 from edge.config import Broker, SerialConfig
-from edge.engine import Engine
 from edge.errors import TransportError
-from edge.links import MqttLink, SerialLink
-from edge.messages import Answer, Final, Request
+from edge.protocol.messages import Answer, Final, Request
+from edge.requests.engine import Engine
 from edge.systemd import Watchdog, notify, watchdog_s
 
 LONG = Request("long", "Pump?", max_tokens=4000, stream=False)  # seconds of work, and health is one late

@@ -95,7 +95,7 @@ def test_checksums_are_those_of_the_files(tree: Path) -> None:
 def test_the_project_and_its_files_for_the_board_are_in_it(tree: Path) -> None:
     library = tree / "usr/lib/edge-gemma"
     for name in (
-        "edge/daemon.py",
+        "edge/service/daemon.py",
         "edge/transports/mqtt.py",
         "paho/mqtt/client.py",
         "ai_edge_litert/libLiteRt.so",

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from edge.decoder import Decoder
 from edge.errors import BundleError, RequestError
+from edge.runtime.decoder import Decoder
 
 FLOAT_TOLERANCE = 2e-4
 """Float32 weights through LiteRT against transformers' float32 logits, which span about -5 to 5."""

@@ -19,14 +19,14 @@ from checkpoint_files import FIXTURES, GEMMA3, GEMMA4, read_arrays
 from numpy.typing import NDArray
 from test_decoder import FLOAT_TOLERANCE, reference
 
-import edge.decoder
+import edge.runtime.decoder
 from converters.architectures.names import huggingface_name
 from converters.checkpoints.base import Checkpoint, LazyTensor
 from converters.checkpoints.opening import open_checkpoint
 from converters.convert import convert
 from converters.tflite.graph import Graph, Tensor
 from converters.tflite.schema import schema
-from edge.architecture import Architecture, Attention, Layer, tensor_shapes
+from edge.bundles.architecture import Architecture, Attention, Layer, tensor_shapes
 
 pytestmark = pytest.mark.slow
 
@@ -215,5 +215,5 @@ def test_the_denominator_of_turned_pairs_only_shows(tmp_path: Path, monkeypatch:
         turned = int(rope.rotated_share * half)
         return np.concatenate([rope.base ** (-np.arange(turned) / turned), np.zeros(half - turned)])
 
-    monkeypatch.setattr(edge.decoder, "_frequencies", frequencies)
+    monkeypatch.setattr(edge.runtime.decoder, "_frequencies", frequencies)
     assert furthest_logit(right(GEMMA4), GEMMA4, tmp_path) > 10 * FLOAT_TOLERANCE

@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 from counterparts import Mosquitto, PtyPair, free_port
 
-from edge import doctor_board, doctor_links
-from edge.architecture import Architecture, Layer, Rope
 from edge.board import Board, Throttling
-from edge.bundle import FileEntry, Manifest, file_digest
-from edge.bundle_record import DaemonRecord
-from edge.bundle_store import BundleStore
+from edge.bundles.architecture import Architecture, Layer, Rope
+from edge.bundles.bundle import FileEntry, Manifest, file_digest
+from edge.bundles.record import DaemonRecord
+from edge.bundles.row_table import RowTable
+from edge.bundles.store import BundleStore
 from edge.config import Config, load
-from edge.doctor import as_json, as_text, examine
-from edge.finding import Finding
-from edge.row_table import RowTable
+from edge.doctor import board_checks, link_checks
+from edge.doctor.doctor import as_json, as_text, examine
+from edge.doctor.finding import Finding
 
 PI_4 = {
     "proc/device-tree/model": "Raspberry Pi 4 Model B Rev 1.4\0",
@@ -117,14 +117,14 @@ def only(findings: list[Finding]) -> Finding:
 
 
 def test_a_pi_4_without_dot_products_is_told_what_to_expect(board: Callable[..., Board]) -> None:
-    finding = only(list(doctor_board.check_cpu(board())))
+    finding = only(list(board_checks.check_cpu(board())))
     assert (finding.state, "Raspberry Pi 4 Model B" in finding.said) == ("warning", True)
 
 
 def test_a_pi_5_is_fine_unless_its_clock_is_held_low(board: Callable[..., Board]) -> None:
-    assert only(list(doctor_board.check_cpu(board(proc__cpuinfo=PI_5_CPU)))).state == "ok"
+    assert only(list(board_checks.check_cpu(board(proc__cpuinfo=PI_5_CPU)))).state == "ok"
     governor = "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"
-    findings = list(doctor_board.check_cpu(board(**{"proc__cpuinfo": PI_5_CPU, governor: "powersave"})))
+    findings = list(board_checks.check_cpu(board(**{"proc__cpuinfo": PI_5_CPU, governor: "powersave"})))
     assert [finding.state for finding in findings] == ["ok", "warning"]
     assert findings[1].mend is not None
     assert "scaling_governor" in findings[1].mend
@@ -151,7 +151,7 @@ def test_heat_and_voltage_are_told_apart(
         if text is not None:
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_text(text)
-    finding = only(list(doctor_board.check_power(Board(tmp_path))))
+    finding = only(list(board_checks.check_power(Board(tmp_path))))
     assert (finding.state, finding.said) == (state, said)
     assert (finding.mend is None) if mend is None else (mend in str(finding.mend))
 
@@ -178,7 +178,7 @@ def test_throttling_bits_are_the_firmware_s(tmp_path: Path) -> None:
 def test_memory_is_compared_with_weights_cache_and_the_rest(
     board: Callable[..., Board], config: Callable[..., Config], weights: int, state: str, said: str
 ) -> None:
-    finding = only(list(doctor_board.check_memory(board(), config(weights))))
+    finding = only(list(board_checks.check_memory(board(), config(weights))))
     assert finding.state == state
     assert said in finding.said
 
@@ -186,7 +186,7 @@ def test_memory_is_compared_with_weights_cache_and_the_rest(
 def test_a_disabled_memory_controller_comes_with_the_command_that_enables_it(
     board: Callable[..., Board], config: Callable[..., Config]
 ) -> None:
-    finding = only(list(doctor_board.check_limits(board(), config())))
+    finding = only(list(board_checks.check_limits(board(), config())))
     assert finding.state == "warning"
     assert "cgroup_enable=memory" in str(finding.mend)
 
@@ -197,7 +197,7 @@ def test_limits_below_the_model_are_a_problem(
 ) -> None:
     cgroup = "sys__fs__cgroup__system.slice__edge-daemon.service__memory.high"
     limited = board(**{"sys__fs__cgroup__cgroup.controllers": "cpu memory pids", cgroup: limit})
-    finding = only(list(doctor_board.check_limits(limited, config(270_000_000))))
+    finding = only(list(board_checks.check_limits(limited, config(270_000_000))))
     assert finding.state == state
 
 
@@ -207,18 +207,18 @@ def test_limits_below_the_model_are_a_problem(
 )
 def test_swap_on_the_card_is_a_warning(board: Callable[..., Board], swaps: str, state: str) -> None:
     text = "Filename Type Size Used Priority\n" + swaps
-    assert only(list(doctor_board.check_swap(board(proc__swaps=text)))).state == state
+    assert only(list(board_checks.check_swap(board(proc__swaps=text)))).state == state
 
 
 def test_free_space_is_checked_where_the_daemon_writes(config: Callable[..., Config], tmp_path: Path) -> None:
-    findings = list(doctor_board.check_disk(Board(), config()))
+    findings = list(board_checks.check_disk(Board(), config()))
     assert [finding.state for finding in findings] == ["ok", "ok"]
     assert f"{tmp_path}/state: " in findings[0].said
-    findings = list(doctor_board.check_disk(Board(), config(weights=10**15)))
+    findings = list(board_checks.check_disk(Board(), config(weights=10**15)))
     assert [finding.state for finding in findings] == ["ok", "warning"]
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "x.xnnpack").touch()
-    assert [f.state for f in doctor_board.check_disk(Board(), config(weights=10**15))] == ["ok", "ok"]
+    assert [f.state for f in board_checks.check_disk(Board(), config(weights=10**15))] == ["ok", "ok"]
 
 
 def test_an_sd_card_is_known_by_its_device(tmp_path: Path) -> None:
@@ -235,8 +235,8 @@ def test_an_sd_card_is_known_by_its_device(tmp_path: Path) -> None:
 
 
 def test_a_whole_bundle_is_ok_and_a_damaged_one_named(config: Callable[..., Config]) -> None:
-    assert only(list(doctor_links.check_bundle(config()))).state == "ok"
-    finding = only(list(doctor_links.check_bundle(config(intact=False))))
+    assert only(list(link_checks.check_bundle(config()))).state == "ok"
+    finding = only(list(link_checks.check_bundle(config(intact=False))))
     assert finding.state == "problem"
     assert "decoder.tflite" in finding.said
 
@@ -245,7 +245,7 @@ def test_a_port_that_is_not_there_is_named_with_those_that_are(
     board: Callable[..., Board], config: Callable[..., Config]
 ) -> None:
     lines = '[[serial]]\nport = "/dev/ttyNOWHERE"\n'
-    finding = only(list(doctor_links.check_serial(board(), config(lines=lines))))
+    finding = only(list(link_checks.check_serial(board(), config(lines=lines))))
     assert (finding.state, finding.said.startswith("/dev/ttyNOWHERE is not there")) == ("problem", True)
 
 
@@ -253,27 +253,27 @@ def test_ports_are_looked_at(
     board: Callable[..., Board], config: Callable[..., Config], ptys: PtyPair
 ) -> None:
     lines = f'[[serial]]\nport = "{ptys.near}"\n'
-    assert only(list(doctor_links.check_serial(board(), config(lines=lines)))).state == "ok"
+    assert only(list(link_checks.check_serial(board(), config(lines=lines)))).state == "ok"
     plain = f'[[serial]]\nport = "{Path(__file__)}"\n'
-    finding = only(list(doctor_links.check_serial(board(), config(lines=plain))))
+    finding = only(list(link_checks.check_serial(board(), config(lines=plain))))
     assert "is not a serial port" in finding.said
 
 
 def test_the_kernel_s_console_is_recognised(board: Callable[..., Board]) -> None:
     pi = board().consoles
     assert pi == ("serial0",)
-    assert [doctor_links.is_console(name, pi) for name in ("ttyAMA0", "ttyS0", "ttyUSB0")] == [
+    assert [link_checks.is_console(name, pi) for name in ("ttyAMA0", "ttyS0", "ttyUSB0")] == [
         True,
         True,
         False,
     ]
     other = board(proc__cmdline="console=ttyAMA2,115200 console=tty1").consoles
-    assert [doctor_links.is_console(name, other) for name in ("ttyAMA2", "ttyAMA0")] == [True, False]
+    assert [link_checks.is_console(name, other) for name in ("ttyAMA2", "ttyAMA0")] == [True, False]
     assert board(proc__cmdline="console=tty1 quiet").consoles == ()
 
 
 def test_a_running_broker_tells_its_version(config: Callable[..., Config], mosquitto: Mosquitto) -> None:
-    finding = only(list(doctor_links.check_broker(config(lines=f"[mqtt]\nport = {mosquitto.port}\n"))))
+    finding = only(list(link_checks.check_broker(config(lines=f"[mqtt]\nport = {mosquitto.port}\n"))))
     assert (finding.state, finding.mend) == ("ok", None)
     assert "mosquitto version 2." in finding.said
 
@@ -281,9 +281,9 @@ def test_a_running_broker_tells_its_version(config: Callable[..., Config], mosqu
 def test_a_broker_that_is_not_there_is_a_problem_with_a_command(
     config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor_links, "BROKER_WAIT_S", 1.0)
+    monkeypatch.setattr(link_checks, "BROKER_WAIT_S", 1.0)
     port = free_port()
-    finding = only(list(doctor_links.check_broker(config(lines=f"[mqtt]\nport = {port}\n"))))
+    finding = only(list(link_checks.check_broker(config(lines=f"[mqtt]\nport = {port}\n"))))
     assert finding.state == "problem"
     assert str(port) in finding.said
     assert finding.mend == "sudo apt install mosquitto"
@@ -294,9 +294,9 @@ def test_a_broker_that_refuses_is_told_from_one_that_is_away(
     start_mosquitto: Callable[..., Mosquitto],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(doctor_links, "BROKER_WAIT_S", 2.0)
+    monkeypatch.setattr(link_checks, "BROKER_WAIT_S", 2.0)
     strict = start_mosquitto("allow_anonymous false")
-    finding = only(list(doctor_links.check_broker(config(lines=f"[mqtt]\nport = {strict.port}\n"))))
+    finding = only(list(link_checks.check_broker(config(lines=f"[mqtt]\nport = {strict.port}\n"))))
     assert finding.state == "problem"
     assert "refuses" in finding.said
     assert "password_file" in str(finding.mend)
@@ -331,23 +331,23 @@ def test_a_check_that_fails_hides_no_other(
 
 def test_a_clock_at_the_epoch_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "gmtime", lambda: time.struct_time((1970, 1, 1, 0, 0, 0, 3, 1, 0)))
-    assert only(list(doctor_board.check_clock())).state == "problem"
+    assert only(list(board_checks.check_clock())).state == "problem"
 
 
 def test_a_bundle_that_was_refused_or_fails_is_named(config: Callable[..., Config], tmp_path: Path) -> None:
-    assert list(doctor_links.check_store(config())) == []
+    assert list(link_checks.check_store(config())) == []
     store = BundleStore(tmp_path / "bundles" / "current")
     store.create()
     for name in ("old", "new"):
         (tmp_path / "bundles" / name).mkdir()
         store.activate(name)
     linked = replace(config(), bundle=store.link)
-    assert only(list(doctor_links.check_store(linked))).said == "new; to fall back to: old"
+    assert only(list(link_checks.check_store(linked))).said == "new; to fall back to: old"
     record = DaemonRecord(store.directory)
     record.change(trouble="bundle newer is refused")
-    assert only(list(doctor_links.check_store(linked))).state == "warning"
+    assert only(list(link_checks.check_store(linked))).state == "warning"
     record.fail("new", "the daemon was killed or crashed")
     record.close()
-    finding = only(list(doctor_links.check_store(linked)))
+    finding = only(list(link_checks.check_store(linked)))
     assert finding.said == "new failed 1 times in the last hour: the daemon was killed or crashed"
     assert finding.mend == "sudo edge-daemon bundle rollback"

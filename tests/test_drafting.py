@@ -7,7 +7,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge.drafting import Payoff, PromptLookup
+from edge.generation.drafting import Payoff, PromptLookup
 
 few_tokens = st.lists(st.integers(0, 4), max_size=60)
 

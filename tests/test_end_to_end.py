@@ -17,8 +17,8 @@ from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from edge.framing import FrameDecoder, encode
-from edge.messages import MAX_REQUEST_BYTES, Request
+from edge.protocol.framing import FrameDecoder, encode
+from edge.protocol.messages import MAX_REQUEST_BYTES, Request
 
 COUNT = 200
 WARM_UP = 50

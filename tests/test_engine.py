@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from speller import WAIT_S, Speller
 
-from edge.engine import Engine
-from edge.messages import Answer, Failure, Final, Partial, Request
+from edge.protocol.messages import Answer, Failure, Final, Partial, Request
+from edge.requests.engine import Engine
 
 
 @dataclass

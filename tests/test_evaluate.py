@@ -20,7 +20,7 @@ from converters.convert import convert
 from converters.evaluate import Fidelity, Report, built_in_text, compare, cut, evaluate_bundles
 from converters.picture import picture
 from converters.reference_decoder import Floats
-from edge.bundle import read_manifest
+from edge.bundles.bundle import read_manifest
 from edge.errors import BundleError, EdgeError
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -27,9 +27,9 @@ from converters.checkpoints.opening import open_checkpoint
 from converters.convert import Converted, convert
 from converters.decoder_graph import stacked_matrices
 from converters.quantization import Format, quantize
-from edge.bundle import DECODER, EMBEDDING, PER_LAYER, read_manifest
+from edge.bundles.bundle import DECODER, EMBEDDING, PER_LAYER, read_manifest
+from edge.bundles.row_table import MappedRows, RowTable
 from edge.errors import EdgeError
-from edge.row_table import MappedRows, RowTable
 
 Written = dict[str, tuple[NDArray[np.int8], NDArray[np.float32]]]
 

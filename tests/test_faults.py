@@ -17,12 +17,12 @@ import pytest
 from counterparts import WAIT_S, DaemonProcess, Mosquitto, PtyPair, edge_command, wait_for
 from paho.mqtt import publish
 
+from edge.client.links import MqttLink, SerialLink
 from edge.config import SerialConfig
 from edge.errors import TransportError
-from edge.framing import Damaged, FrameDecoder
-from edge.links import MqttLink, SerialLink
-from edge.messages import Answer, Final, Request
-from edge.strict_json import loads
+from edge.protocol.framing import Damaged, FrameDecoder
+from edge.protocol.messages import Answer, Final, Request
+from edge.protocol.strict_json import loads
 
 REOPENED_S = 2.0
 WATCHDOG_S = 8.0

@@ -20,8 +20,8 @@ from adapters.field_270m.scenarios import KINDS, Scenario, scenarios
 from adapters.field_270m.score import held_out, score
 from adapters.field_270m.sensors import HELD_OUT, TRAINING, World
 from converters.checkpoints.opening import open_checkpoint
-from edge.generation import Generator
-from edge.tokenizer import Tokenizer
+from edge.generation.generator import Generator
+from edge.text.tokenizer import Tokenizer
 
 WORLDS = {"training": TRAINING, "held out": HELD_OUT}
 worlds = st.sampled_from(sorted(WORLDS)).map(WORLDS.__getitem__)

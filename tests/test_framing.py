@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge.framing import Damaged, FrameDecoder, encode
+from edge.protocol.framing import Damaged, FrameDecoder, encode
 
 LIMIT = 4096
 lines = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=100)

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from edge.errors import RequestError
-from edge.generation import Completion, Delta, Generator
-from edge.messages import Message, Request
+from edge.generation.generator import Completion, Delta, Generator
+from edge.protocol.messages import Message, Request
 
 SCHEMA = {
     "type": "object",
@@ -204,9 +204,9 @@ def test_drafting_changes_no_answer(
         return verify(ids)
 
     monkeypatch.setattr(g.decoder, "verify", counted)
-    monkeypatch.setattr("edge.drafting.Payoff.allows", lambda _self: True)
+    monkeypatch.setattr("edge.generation.drafting.Payoff.allows", lambda _self: True)
     drafted = run(g, request)[1]
-    monkeypatch.setattr("edge.drafting.PromptLookup.guess", lambda _self, _count: [])
+    monkeypatch.setattr("edge.generation.drafting.PromptLookup.guess", lambda _self, _count: [])
     assert run(g, request)[1].text == drafted.text
     assert checked or schema is not None
 

@@ -13,10 +13,10 @@ from click.testing import CliRunner
 
 from converters.cli import main
 from converters.golden import record_golden
-from edge.bundle import SIGNATURE, Golden, read_manifest
+from edge.bundles.bundle import SIGNATURE, Golden, read_manifest
 from edge.errors import BundleError, EdgeError
-from edge.generation import Generator
-from edge.golden import TOLERANCE, self_test
+from edge.generation.generator import Generator
+from edge.generation.golden import TOLERANCE, self_test
 
 TEXT = "The hut stands on a shoulder of the hill, where the wind does not reach it with its full strength."
 

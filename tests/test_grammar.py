@@ -23,11 +23,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from edge.errors import RequestError
-from edge.grammar import CACHED_GRAMMARS, Constraint, GrammarCompiler
-from edge.messages import Request, ToolCall, parse_request
-from edge.prompt import OutputParser
-from edge.sampling import Sampler, Sampling
-from edge.tokenizer import Tokenizer
+from edge.generation.grammar import CACHED_GRAMMARS, Constraint, GrammarCompiler
+from edge.generation.sampling import Sampler, Sampling
+from edge.protocol.messages import Request, ToolCall, parse_request
+from edge.text.prompt import OutputParser
+from edge.text.tokenizer import Tokenizer
 
 STOPS = (1, 106, 50)
 THOUGHT, THOUGHT_END, CALL, QUOTE = 100, 101, 48, 52
@@ -507,7 +507,7 @@ LARGEST = """
 import sys, threading
 sys.path.insert(0, "tests")
 import test_grammar as tests
-from edge import engine
+from edge.requests import engine
 
 shapes = [tests.chain(1000), tests.chain(330, "x", "properties")]
 shapes += [tests.chain(500, key) for key in ("items", "additionalProperties", "prefixItems", "anyOf")]

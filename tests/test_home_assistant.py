@@ -13,15 +13,15 @@ from speller import Speller
 
 from edge.board import Board
 from edge.config import MqttConfig
-from edge.engine import Engine
-from edge.health import health
-from edge.home_assistant import MAX_STATE, HomeAssistant
-from edge.journal import Journal
-from edge.journaling import JournaledEngine
-from edge.messages import Failure, Final, Request, Timings, Usage
-from edge.route_config import parse_routes
-from edge.route_runner import RouteRunner
-from edge.routes import Question, answer_payload
+from edge.protocol.messages import Failure, Final, Request, Timings, Usage
+from edge.requests.engine import Engine
+from edge.requests.journal import Journal
+from edge.requests.journaling import JournaledEngine
+from edge.requests.route_runner import RouteRunner
+from edge.routes.config import parse_routes
+from edge.routes.router import Question, answer_payload
+from edge.service.health import health
+from edge.transports.home_assistant import MAX_STATE, HomeAssistant
 from edge.transports.mqtt import MqttTransport
 
 # Of homeassistant/components/mqtt: schemas.py (device discovery), sensor.py, binary_sensor.py, entity.py.

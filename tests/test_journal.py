@@ -17,9 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from edge import durable_store
 from edge.errors import EdgeError, RequestError
-from edge.journal import (
+from edge.requests import durable_store
+from edge.requests.journal import (
     Accepted,
     Answered,
     Conflict,
@@ -172,7 +172,7 @@ def test_a_clock_that_jumps_back_loses_nothing(journal: Journal, clock: Clock) -
 def test_unpublished_answers_outlive_the_replay_time_and_are_then_dropped(
     path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edge.journal.HOUSEKEEPING_S", 0.0)
+    monkeypatch.setattr("edge.requests.journal.HOUSEKEEPING_S", 0.0)
     journal = Journal(path, Limits(replay_s=10, keep_s=100), clock)
     for key in ("published", "waiting"):
         journal.accept(key, REQUEST, "mqtt")
@@ -347,7 +347,7 @@ def test_a_power_cut_loses_nothing_that_waited_for_the_disk(data: st.DataObject)
 WORKER = """
 import sys
 from pathlib import Path
-from edge.journal import Journal
+from edge.requests.journal import Journal
 
 journal, first = Journal(Path(sys.argv[1])), int(sys.argv[2])
 for entry in journal.unfinished():
@@ -399,8 +399,8 @@ def test_a_process_killed_at_any_moment_has_kept_all_it_said(path: Path) -> None
 FULL_DISK = """
 import os, subprocess, sys
 from pathlib import Path
-from edge import durable_store
-from edge.journal import Accepted, Answered, Journal
+from edge.requests import durable_store
+from edge.requests.journal import Accepted, Answered, Journal
 
 mount = Path(sys.argv[1])
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "none", str(mount)], check=True)
@@ -430,8 +430,8 @@ again.close()
 READ_ONLY_DISK = """
 import subprocess, sys
 from pathlib import Path
-from edge import durable_store
-from edge.journal import Accepted, Answered, Journal
+from edge.requests import durable_store
+from edge.requests.journal import Accepted, Answered, Journal
 
 mount = Path(sys.argv[1])
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(mount)], check=True)

@@ -12,10 +12,10 @@ import pytest
 from counterparts import WAIT_S, wait_for
 from speller import Speller
 
-from edge.engine import Engine, Sink
-from edge.journal import Journal, Limits
-from edge.journaling import JournaledEngine
-from edge.messages import Answer, Failure, Final, Partial, Request, parse_answer
+from edge.protocol.messages import Answer, Failure, Final, Partial, Request, parse_answer
+from edge.requests.engine import Engine, Sink
+from edge.requests.journal import Journal, Limits
+from edge.requests.journaling import JournaledEngine
 
 A = Request("a", "abc def", stream=False)
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edge.bundle import DECODER, read_manifest
-from edge.litert import CompiledModel, aligned_array, weight_cache_name
+from edge.bundles.bundle import DECODER, read_manifest
+from edge.runtime.litert import CompiledModel, aligned_array, weight_cache_name
 
 NAME = "gemma3-two-kv-heads"
 
@@ -92,7 +92,7 @@ def test_the_cache_is_named_after_version_cpu_and_model(monkeypatch: pytest.Monk
     names = {weight_cache_name("a"), weight_cache_name("b")}
     monkeypatch.setattr("importlib.metadata.version", lambda _name: "0.0.0")
     names.add(weight_cache_name("a"))
-    monkeypatch.setattr("edge.litert._cpu_identity", lambda: "another")
+    monkeypatch.setattr("edge.runtime.litert._cpu_identity", lambda: "another")
     names.add(weight_cache_name("a"))
     assert len(names) == 4
 
@@ -101,7 +101,7 @@ def test_two_processes_may_build_the_cache_at_once(tmp_path: Path) -> None:
     run = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
-from edge.litert import CompiledModel
+from edge.runtime.litert import CompiledModel
 CompiledModel(Path(sys.argv[1]), "digest", Path({str(tmp_path)!r}), 1)
 """
     path = str(bundles.small_bundle(NAME, "int8") / DECODER)

@@ -32,7 +32,7 @@ from converters.checkpoints.opening import open_checkpoint
 from converters.cli import main
 from converters.convert import convert
 from converters.lora import merge_adapter
-from edge.bundle import read_manifest
+from edge.bundles.bundle import read_manifest
 from edge.errors import CheckpointError
 
 ADAPTERS = FIXTURES / "adapters"

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from edge.errors import RequestError, TransportError
-from edge.messages import (
+from edge.protocol.messages import (
     MAX_REQUEST_BYTES,
     Failure,
     Final,

@@ -11,7 +11,7 @@ import pytest
 from counterparts import DaemonProcess, Mosquitto, edge_command, wait_for
 from prometheus_client.parser import text_string_to_metric_families
 
-from edge.metrics import MODE, MetricsFile, as_text
+from edge.service.metrics import MODE, MetricsFile, as_text
 
 STATUS = {"version": "1", "model": "gemma3", "bundle": 'a"b\\c\n'}
 HEALTH = {
@@ -70,7 +70,7 @@ def test_what_is_not_known_is_left_out() -> None:
 def test_a_disk_that_fails_is_said_once_and_stops_nobody(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edge.metrics.EVERY_S", 0.0)
+    monkeypatch.setattr("edge.service.metrics.EVERY_S", 0.0)
     file = MetricsFile(tmp_path / "there" / "edge.prom", "pump", lambda: STATUS, lambda: HEALTH)
     for _ in range(3):
         file.update()

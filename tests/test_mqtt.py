@@ -19,11 +19,11 @@ from paho.mqtt.properties import Properties
 from speller import Speller
 
 from edge.config import Broker, MqttConfig
-from edge.engine import Engine
 from edge.errors import TransportError
-from edge.journal import Journal
-from edge.journaling import JournaledEngine
-from edge.messages import MAX_REQUEST_BYTES, Answer, Failure, Final, Partial, Request, parse_answer
+from edge.protocol.messages import MAX_REQUEST_BYTES, Answer, Failure, Final, Partial, Request, parse_answer
+from edge.requests.engine import Engine
+from edge.requests.journal import Journal
+from edge.requests.journaling import JournaledEngine
 from edge.transports.mqtt import MqttTransport
 
 REPLY = "edge/v1/pump/reply/sensor"

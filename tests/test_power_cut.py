@@ -16,10 +16,11 @@ import bundles
 import pytest
 from power_cut import Disk, write_tree
 
-from edge import bundle_install, bundle_store
-from edge.bundle import MANIFEST, FileEntry, Manifest, read_manifest
-from edge.bundle_install import install
-from edge.bundle_store import BundleStore
+from edge.bundles import installation
+from edge.bundles import store as bundle_store
+from edge.bundles.bundle import MANIFEST, FileEntry, Manifest, read_manifest
+from edge.bundles.installation import install
+from edge.bundles.store import BundleStore
 
 FILES = {"decoder.tflite": 5000, "tokenizer.model": 700}
 
@@ -62,8 +63,8 @@ def make(tmp_path: Path, template: Manifest) -> Callable[[str], Path]:
 @pytest.fixture
 def store(tmp_path: Path, make: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> BundleStore:
     """A store with a current and a previous bundle."""
-    monkeypatch.setattr(bundle_install, "_BLOCK", 2000)  # several writes for a file
-    monkeypatch.setattr(bundle_install, "_SYNC_EVERY", 4000)
+    monkeypatch.setattr(installation, "_BLOCK", 2000)  # several writes for a file
+    monkeypatch.setattr(installation, "_SYNC_EVERY", 4000)
     store = BundleStore(tmp_path / "store" / "current")
     with mock.patch.object(os, "fsync"), mock.patch.object(os, "posix_fadvise"):  # for speed
         for name in ("first", "second"):
@@ -147,7 +148,7 @@ def test_an_update_for_which_room_must_be_made(
     def disk_usage(_path: Path) -> object:
         room = 2 * (sum(FILES.values()) + FILES["decoder.tflite"])
         used = sum(sum(FILES.values()) for _ in store.names())
-        return shutil._ntuple_diskusage(0, 0, bundle_install.RESERVE_BYTES + room - used)
+        return shutil._ntuple_diskusage(0, 0, installation.RESERVE_BYTES + room - used)
 
     monkeypatch.setattr(shutil, "disk_usage", disk_usage)
     disk = Disk(store.directory)
@@ -201,9 +202,9 @@ def test_a_sync_that_is_forgotten_would_be_noticed(
 ) -> None:
     source, old = make("third"), store.current
     if forgotten == "files":
-        monkeypatch.setattr(bundle_install, "_to_disk", lambda _descriptor: None)
+        monkeypatch.setattr(installation, "_to_disk", lambda _descriptor: None)
     else:
-        module = bundle_install if forgotten == "scratch directory" else bundle_store
+        module = installation if forgotten == "scratch directory" else bundle_store
         monkeypatch.setattr(module, "sync_directory", lambda _directory: None)
     disk = Disk(store.directory)
     with disk.recording():

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from checkpoint_files import FIXTURES
 
-from edge.architecture import Architecture, Layer, Rope
-from edge.kv_cache import KVCache
-from edge.prefix_cache import SHORTEST, PrefixCache
+from edge.bundles.architecture import Architecture, Layer, Rope
+from edge.runtime.kv_cache import KVCache
+from edge.runtime.prefix_cache import SHORTEST, PrefixCache
 
 ARCH = Architecture(
     family="gemma3",

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge.errors import BundleError, RequestError
-from edge.messages import Message, Request, ToolCall, parse_request
-from edge.prompt import CALL, CALL_END, Increment, OutputParser, encode_segments, render
-from edge.tokenizer import Tokenizer
-from edge.tool_syntax import Segment, ToolCallError, call, parse_call
+from edge.protocol.messages import Message, Request, ToolCall, parse_request
+from edge.text.prompt import CALL, CALL_END, Increment, OutputParser, encode_segments, render
+from edge.text.tokenizer import Tokenizer
+from edge.text.tool_syntax import Segment, ToolCallError, call, parse_call
 
 SYSTEM, USER = {"role": "system", "content": "Be brief."}, {"role": "user", "content": " Hi\n"}
 WEATHER = {

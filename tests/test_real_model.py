@@ -10,8 +10,8 @@ from checkpoint_files import real_model
 from converters.checkpoints.opening import open_checkpoint
 from converters.evaluate import Fidelity, built_in_text, evaluate_bundles
 from converters.reference_decoder import ReferenceDecoder
-from edge.bundle import TOKENIZER, read_manifest
-from edge.tokenizer import Tokenizer
+from edge.bundles.bundle import TOKENIZER, read_manifest
+from edge.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.slow
 

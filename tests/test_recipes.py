@@ -14,7 +14,7 @@ from converters.checkpoints.opening import open_checkpoint
 from converters.decoder_graph import matrix_shapes, stacked_matrices
 from converters.quantization import Format
 from converters.recipes import RECIPES, choose_recipe, plan_for, plan_that_keeps, stored_format
-from edge.architecture import Architecture, Layer
+from edge.bundles.architecture import Architecture, Layer
 from edge.errors import EdgeError
 
 INT8, INT4, INT2, BLOCKWISE = Format(8), Format(4), Format(2), Format(4, 32)

@@ -18,7 +18,7 @@ from converters import reference_decoder
 from converters.checkpoints.base import Checkpoint, LazyTensor
 from converters.checkpoints.opening import open_checkpoint
 from converters.reference_decoder import Floats, ReferenceDecoder, run_layer
-from edge.architecture import Architecture, Rope, tensor_shapes
+from edge.bundles.architecture import Architecture, Rope, tensor_shapes
 
 FIXTURES = Path(__file__).parent / "fixtures"
 GEMMA3 = ("gemma3-one-kv-head", "gemma3-two-kv-heads")

@@ -13,9 +13,9 @@ import pytest
 from checkpoint_files import real_model
 
 from edge.board import Board
-from edge.bundle import Manifest, read_manifest
+from edge.bundles.bundle import Manifest, read_manifest
+from edge.bundles.requirements import Requirements, require_memory, requirements
 from edge.errors import BundleError
-from edge.requirements import Requirements, require_memory, requirements
 
 MB = 1_000_000
 NEEDED = Requirements(program=100 * MB, kv_cache=30 * MB, weights=270 * MB, context=2048)
@@ -118,8 +118,8 @@ def test_the_real_model_needs_about_what_is_said() -> None:
     bundle = bundles.bundle_directory(real_model(), "int8", 2048)
     code = f"""
 from pathlib import Path
-from edge.generation import Generator
-from edge.messages import Request
+from edge.generation.generator import Generator
+from edge.protocol.messages import Request
 generator = Generator.open(Path({str(bundle)!r}), Path({str(bundles.cache_directory())!r}), 2, 2048)
 form = {{"type": "json_object"}}
 request = Request("1", prompt="Pump 2 is hot. " * 300, max_tokens=20, response_format=form)

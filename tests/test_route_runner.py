@@ -16,7 +16,7 @@ from paho.mqtt.client import Client, MQTTMessage, MQTTv5
 from paho.mqtt.enums import CallbackAPIVersion
 
 from edge.config import SerialConfig
-from edge.framing import Damaged
+from edge.protocol.framing import Damaged
 from edge.transports.serial_port import SerialPort
 
 ROUTE = """

@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge.errors import ConfigError, EdgeError
-from edge.messages import Failure, Final, Timings, Usage, parse_request
-from edge.route_config import parse_routes
-from edge.route_replay import replay
-from edge.route_statistics import Window
-from edge.routes import Event, Ignored, Outcome, Question, Router, answer_payload
-from edge.topic_filter import TopicFilter, disjoint
+from edge.protocol.messages import Failure, Final, Timings, Usage, parse_request
+from edge.protocol.topic_filter import TopicFilter, disjoint
+from edge.routes.config import parse_routes
+from edge.routes.replay import replay
+from edge.routes.router import Event, Ignored, Outcome, Question, Router, answer_payload
+from edge.routes.statistics import Window
 
 FREEZER = """
 [[route]]

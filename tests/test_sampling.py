@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from edge.errors import RuntimeFailure
-from edge.sampling import Sampler, Sampling
+from edge.generation.sampling import Sampler, Sampling
 
 Logits = NDArray[np.float32]
 

@@ -24,10 +24,10 @@ from hypothesis import strategies as st
 from speller import Speller
 
 from edge.config import SerialConfig
-from edge.engine import Engine
-from edge.framing import FrameDecoder, encode
-from edge.journal import Journal
-from edge.journaling import JournaledEngine
+from edge.protocol.framing import FrameDecoder, encode
+from edge.requests.engine import Engine
+from edge.requests.journal import Journal
+from edge.requests.journaling import JournaledEngine
 from edge.transports.serial import SerialTransport
 
 PROJECT = Path(__file__).parent.parent

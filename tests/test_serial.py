@@ -17,11 +17,11 @@ from counterparts import WAIT_S, PtyPair, wait_for
 from speller import Speller
 
 from edge.config import SerialConfig
-from edge.engine import Engine
-from edge.framing import Damaged, FrameDecoder, encode
-from edge.journal import Journal
-from edge.journaling import JournaledEngine
-from edge.messages import Request
+from edge.protocol.framing import Damaged, FrameDecoder, encode
+from edge.protocol.messages import Request
+from edge.requests.engine import Engine
+from edge.requests.journal import Journal
+from edge.requests.journaling import JournaledEngine
 from edge.transports import serial_port
 from edge.transports.serial import MAX_LINE_BYTES, SerialTransport
 from edge.transports.serial_port import MAX_WAITING_BYTES

@@ -21,9 +21,9 @@ from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
+from edge.client.links import MqttLink
 from edge.config import Broker
-from edge.links import MqttLink
-from edge.messages import MAX_REQUEST_BYTES, Final, Request
+from edge.protocol.messages import MAX_REQUEST_BYTES, Final, Request
 
 REQUEST, REPLY = "edge/v1/pump/request", "edge/v1/pump/reply/stranger"
 PROPERTIES: Any = Properties  # paho leaves its constructor untyped

@@ -13,8 +13,8 @@ from sentencepiece import SentencePieceProcessor
 
 from converters.evaluate import built_in_text
 from edge.errors import BundleError, RequestError
-from edge.tokenizer import TextStream, Tokenizer
-from edge.vocabulary import Vocabulary, flatten
+from edge.text.tokenizer import TextStream, Tokenizer
+from edge.text.vocabulary import Vocabulary, flatten
 
 VECTORS = {
     "Hello, world! 12345": [9259, 236764, 1902, 236888, 236743, 236770, 236778, 236800, 236812, 236810],

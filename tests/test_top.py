@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from paho.mqtt import publish
 from test_messages import json_values
 
-from edge.top import ENTER, HOME, LEAVE, picture
+from edge.client.top import ENTER, HOME, LEAVE, picture
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 

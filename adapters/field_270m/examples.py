@@ -20,9 +20,9 @@ import click
 from adapters.field_270m.scenarios import MAX_TOKENS, Scenario, scenarios
 from adapters.field_270m.sensors import TRAINING
 from converters.checkpoints.opening import open_checkpoint
-from edge.grammar import Grammar, GrammarCompiler
-from edge.prompt import render
-from edge.tokenizer import Tokenizer
+from edge.generation.grammar import Grammar, GrammarCompiler
+from edge.text.prompt import render
+from edge.text.tokenizer import Tokenizer
 
 MIX = (
     *("survey", "threshold", "trend", "survey", "sites", "unit"),

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from adapters.field_270m.sensors import SensorKind
-from edge.route_config import parse_routes
-from edge.routes import Question, Router
+from edge.routes.config import parse_routes
+from edge.routes.router import Question, Router
 
 END = "\nJSON:"
 """What every prompt ends with."""

@@ -26,7 +26,7 @@ from typing import Any
 from adapters.field_270m import layouts
 from adapters.field_270m.layouts import Entry, Limit, Report
 from adapters.field_270m.sensors import ForeignUnit, SensorKind, World
-from edge.messages import Request, parse_request
+from edge.protocol.messages import Request, parse_request
 
 KINDS = ("threshold", "trend", "stuck", "unit", "missing", "sites", "survey")
 MAX_TOKENS = 64

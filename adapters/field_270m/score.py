@@ -23,9 +23,9 @@ from adapters.field_270m.sensors import HELD_OUT
 from converters.checkpoints.opening import open_checkpoint
 from converters.convert import convert
 from converters.lora import merge_adapter
-from edge.answer import Completion
 from edge.config import default_threads
-from edge.generation import Generator
+from edge.generation.answer import Completion
+from edge.generation.generator import Generator
 
 SEED = 2_000_000
 CONTEXT = 512

@@ -6,7 +6,7 @@ Larger Gemma 3 models scale their RoPE and are refused by that name.
 from __future__ import annotations
 
 from converters.architectures.fields import Fields
-from edge.architecture import Architecture, Attention, Layer, Rope
+from edge.bundles.architecture import Architecture, Attention, Layer, Rope
 
 FAMILY = "gemma3"
 STOP_IDS = (1, 106)  # <eos>, <end_of_turn>

@@ -14,7 +14,7 @@ from converters.architectures.gemma3 import (
     require_heads,
     round_float32,
 )
-from edge.architecture import Architecture, Attention, Layer, Rope
+from edge.bundles.architecture import Architecture, Attention, Layer, Rope
 
 FAMILY = "gemma4"
 STOP_IDS = (1, 106, 50)  # <eos>, <turn|>, <|tool_response> (it ends a tool call)

@@ -12,7 +12,7 @@ _LEVELS = np.float32(255)
 def round_activations(x: Floats) -> Floats:
     """Round each row of x [n, k] to the 256 levels of a dynamic, asymmetric int8 row; the result is float32.
 
-    XNNPACK's qd8, as `edge.decoder.dynamic_int8` has it for one row: the row's range, widened to hold 0, in
+    XNNPACK's qd8, as `edge.runtime.decoder.dynamic_int8` has it for one row: its range, widened to hold 0, in
     255 steps, with an integer zero point.
     """
     low = np.minimum(x.min(axis=-1, keepdims=True), 0)

@@ -23,7 +23,7 @@ from converters.decoder_graph import matrix_shapes, stacked_matrices
 from converters.quantization import Floats, Format, quantize
 from converters.recipes import Plan
 from converters.reference_decoder import HEAD_ROWS, PROJECTION, ReferenceDecoder, Stream, run_layer
-from edge.architecture import Architecture
+from edge.bundles.architecture import Architecture
 from edge.errors import EdgeError
 
 _MATRIX_FORMATS = (Format(4, 32), Format(2), Format(8))

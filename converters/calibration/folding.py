@@ -23,7 +23,7 @@ from converters.calibration.activations import round_activations
 from converters.checkpoints.base import Checkpoint, LazyTensor
 from converters.quantization import Floats, Format, quantize
 from converters.reference_decoder import ReferenceDecoder, run_layer
-from edge.architecture import Architecture
+from edge.bundles.architecture import Architecture
 
 NORMED = ("output", "down", "per_layer_projection")
 """Matrices whose output goes through a norm: an error counts relative to the output's length."""

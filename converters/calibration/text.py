@@ -8,7 +8,7 @@ from importlib import resources
 
 from converters.checkpoints.base import Checkpoint
 from edge.errors import EdgeError
-from edge.tokenizer import Tokenizer
+from edge.text.tokenizer import Tokenizer
 
 SEQUENCE = 512
 """Tokens of a sequence, `<bos>` included."""

@@ -26,7 +26,7 @@ from converters.checkpoints.stored import (
     float32_rows,
 )
 from converters.tokenizer_model import from_gguf
-from edge.architecture import Architecture, tensor_shapes
+from edge.bundles.architecture import Architecture, tensor_shapes
 from edge.errors import CheckpointError
 
 _PLAIN = {

@@ -18,7 +18,7 @@ from converters.checkpoints.safetensors_file import TensorEntry, read_safetensor
 from converters.checkpoints.stored import Stored, StoredTensor, bfloat16_rows, float16_rows, float32_rows
 from converters.checkpoints.text_files import read_json
 from converters.tokenizer_model import from_sentencepiece, from_tokenizer_json
-from edge.architecture import Architecture, tensor_shapes
+from edge.bundles.architecture import Architecture, tensor_shapes
 from edge.errors import CheckpointError
 
 _FAMILIES = {

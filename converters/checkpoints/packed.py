@@ -25,7 +25,7 @@ from converters.checkpoints.stored import (
     float32_rows,
     require_finite,
 )
-from edge.architecture import Architecture, tensor_shapes
+from edge.bundles.architecture import Architecture, tensor_shapes
 from edge.errors import CheckpointError
 
 _FLOATS = {"F32": float32_rows, "F16": float16_rows, "BF16": bfloat16_rows}

@@ -1,1 +1,1 @@
-"""Bytes to messages and back; a transport knows nothing of prompts or tensors."""
+"""Bytes to messages and back: MQTT and serial. A transport knows nothing of prompts or tensors."""

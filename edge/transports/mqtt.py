@@ -26,16 +26,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeGuard
 
-from edge.checks import FieldError, mapping
 from edge.config import MqttConfig
-from edge.engine import REFUSALS, Sink
 from edge.errors import RequestError
-from edge.home_assistant import HomeAssistant
-from edge.journaling import JournaledEngine
-from edge.messages import Answer, Failure, Final, Partial, Request, parse_request, salvage
-from edge.request_fields import request_id, response_topic
-from edge.route_runner import RouteRunner
-from edge.strict_json import StrictJsonError, dumps, loads, printable
+from edge.protocol.checks import FieldError, mapping
+from edge.protocol.messages import Answer, Failure, Final, Partial, Request, parse_request, salvage
+from edge.protocol.request_fields import request_id, response_topic
+from edge.protocol.strict_json import StrictJsonError, dumps, loads, printable
+from edge.requests.engine import REFUSALS, Sink
+from edge.requests.journaling import JournaledEngine
+from edge.requests.route_runner import RouteRunner
+from edge.transports.home_assistant import HomeAssistant
 from edge.transports.mqtt_connection import MqttConnection
 from edge.transports.mqtt_messages import Outgoing, Received, Token
 

@@ -1,4 +1,4 @@
-"""Requests and answers over a serial port, one frame each (`edge.framing`).
+"""Requests and answers over a serial port, one frame each (`edge.protocol.framing`).
 
 From the sensor: a request; `{"type": "cancel", "id": ...}`; `{"type": "hello"}`; and
 `{"type": "reading", "topic": ..., "payload": ...}` for the routes. To the sensor: `hello` with
@@ -16,16 +16,16 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from edge.checks import FieldError, mapping, one_of
 from edge.config import SerialConfig
-from edge.engine import Sink
 from edge.errors import RequestError
-from edge.framing import Damaged
-from edge.journaling import JournaledEngine
-from edge.messages import Answer, Failure, Partial, parse_request, salvage
-from edge.request_fields import request_id, response_topic
-from edge.route_runner import RouteRunner
-from edge.strict_json import StrictJsonError, dumps, loads
+from edge.protocol.checks import FieldError, mapping, one_of
+from edge.protocol.framing import Damaged
+from edge.protocol.messages import Answer, Failure, Partial, parse_request, salvage
+from edge.protocol.request_fields import request_id, response_topic
+from edge.protocol.strict_json import StrictJsonError, dumps, loads
+from edge.requests.engine import Sink
+from edge.requests.journaling import JournaledEngine
+from edge.requests.route_runner import RouteRunner
 from edge.transports.serial_port import SerialPort
 
 log = logging.getLogger(__name__)

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import serial
 
 from edge.config import SerialConfig
-from edge.framing import Damaged, FrameDecoder, encode
-from edge.strict_json import printable
+from edge.protocol.framing import Damaged, FrameDecoder, encode
+from edge.protocol.strict_json import printable
 
 log = logging.getLogger(__name__)
 

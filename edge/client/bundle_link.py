@@ -1,0 +1,44 @@
+"""A way from a client to a bundle in its own process, without a daemon (`edge.client.link`)."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator
+from pathlib import Path
+
+from edge.client.link import next_event, until_s
+from edge.config import default_cache_directory, default_threads
+from edge.generation.generator import Generator
+from edge.protocol.messages import Answer, Partial, Request
+from edge.requests.engine import Engine
+
+
+class BundleLink:
+    """A bundle in this process, without a daemon."""
+
+    def __init__(self, directory: Path, threads: int | None = None) -> None:
+        """Open the bundle. Raises BundleError or RuntimeFailure."""
+        cache = Path(default_cache_directory())
+        self._answers: queue.Queue[Answer] = queue.Queue()
+        generator = Generator.open(directory, cache, threads or default_threads(), None)
+        self._engine = Engine(generator, queue_length=1, partial_interval_s=0)
+        self._engine.start()
+
+    def ask(self, request: Request, patience_s: float | None = None) -> Iterator[Answer]:
+        """Answer `request`."""
+        until = until_s(patience_s)
+        self._engine.submit("", request, self._answers.put)
+        while True:
+            answer = next_event(self._answers, until)
+            if answer is not None:
+                yield answer
+                if not isinstance(answer, Partial):
+                    return
+
+    def cancel(self, request_id: str) -> None:
+        """Cancel at the next step."""
+        self._engine.cancel("", request_id)
+
+    def close(self) -> None:
+        """Stop the engine."""
+        self._engine.stop(0)

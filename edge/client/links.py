@@ -1,0 +1,236 @@
+"""Two ways from a client to a daemon (`edge.client.link`): over MQTT, or over a serial port."""
+
+from __future__ import annotations
+
+import queue
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import replace
+
+from edge.client.link import next_event, until_s
+from edge.config import Broker, SerialConfig
+from edge.errors import TransportError
+from edge.protocol.framing import Damaged
+from edge.protocol.messages import Answer, Partial, Request, parse_answer
+from edge.protocol.strict_json import StrictJsonError, dumps, loads
+from edge.transports.mqtt_connection import MqttConnection
+from edge.transports.mqtt_messages import Outgoing, Received
+from edge.transports.serial_port import SerialPort
+
+CONNECT_S = 10.0  # for a broker or a port to be there
+STATUS_S = 2.0  # for the retained status of a node to arrive
+OTHERS_S = 0.3  # after the first one's, for those of other nodes
+LOST_S = 30.0  # for a lost broker or node to come back
+ACK_S = (0.4, 0.8, 1.6, 3.2, 3.2)  # for an acknowledgement on a serial line, try by try, as EZSP's ASH has it
+MAX_LINE_BYTES = 1024 * 1024  # of an answer
+
+
+class MqttLink:
+    """A client of a broker. `node` None means the only one that is online there."""
+
+    def __init__(self, broker: Broker, node: str | None) -> None:
+        """Prepare a connection. Raises TransportError if a TLS file can't be used."""
+        self._broker, self._node = broker, node
+        self._events: queue.Queue[str | Received] = queue.Queue()
+        self._reply = ""
+        self._connection = MqttConnection(
+            broker, f"edge-ask-{uuid.uuid4().hex[:12]}", self, session_expiry_s=0
+        )
+        self._connection.start()
+
+    def ask(self, request: Request, patience_s: float | None = None) -> Iterator[Answer]:
+        """Send `request` to the node and yield what it answers.
+
+        It is sent again after each new connection, and when the node was away; a repeat changes nothing.
+        """
+        until = until_s(patience_s)
+        node = self._find_node()
+        user = self._broker.username or "anonymous"  # so that a broker's access list can keep users apart
+        self._reply = f"edge/v1/{node}/reply/{user}/{uuid.uuid4().hex[:12]}"
+        self._connection.post(lambda: self._connection.subscribe(self._reply))
+        topic, payload = f"edge/v1/{node}/request", replace(request, reply_to=self._reply).to_json()
+        self._publish(topic, payload)
+        there, heard = True, time.monotonic()
+        while True:
+            event = next_event(self._events, until)
+            if there and self._connection.connected:
+                heard = time.monotonic()
+            self._give_up(node, there, time.monotonic() - heard)
+            if event == "back":
+                self._publish(topic, payload)
+            elif isinstance(event, Received) and event.topic == self._reply:
+                answer = parse_answer(event.payload)
+                yield answer
+                if not isinstance(answer, Partial):
+                    return
+            elif isinstance(event, Received) and _state(event)[0] == node:
+                there = _state(event)[1] == "online"
+                if there:  # it hears requests anew, and may have missed one
+                    self._publish(topic, payload)
+
+    def cancel(self, request_id: str) -> None:
+        """Publish a cancellation."""
+        if self._reply:
+            payload = dumps({"id": request_id, "reply_to": self._reply})
+            self._publish(f"edge/v1/{self._reply.split('/')[2]}/cancel", payload)
+
+    def _give_up(self, node: str, there: bool, silent_s: float) -> None:
+        """Raise TransportError if the broker refuses, or it or the node has been away for too long."""
+        problem = self._connection.problem
+        if problem and (self._connection.connected or silent_s > LOST_S):
+            raise TransportError(problem)
+        if not there and silent_s > LOST_S:
+            raise TransportError(f"node {node} went offline; ask again when it is back")
+
+    def close(self) -> None:
+        """Disconnect."""
+        self._connection.stop(CONNECT_S)
+
+    def _publish(self, topic: str, payload: str) -> None:
+        message = Outgoing(topic, payload, response_topic=self._reply)
+        self._connection.post(lambda: self._handle(message))
+
+    def _handle(self, message: Outgoing) -> None:
+        self._connection.publish(message)
+
+    def _find_node(self) -> str:
+        """Wait for the connection and for the node's status. Raises TransportError."""
+        until = time.monotonic() + CONNECT_S
+        states: dict[str, str] = {}
+        while time.monotonic() < until:
+            problem = self._connection.problem
+            if problem:
+                raise TransportError(problem)
+            try:
+                event = self._events.get(timeout=0.05)
+            except queue.Empty:
+                continue
+            if event == "subscribed":
+                until = min(until, time.monotonic() + STATUS_S)
+            elif isinstance(event, Received):
+                states.update([_state(event)])
+                until = min(until, time.monotonic() + OTHERS_S) if self._node is None else until
+                if self._node is not None and states.get(self._node) == "online":
+                    return self._node
+        return self._choose(states)
+
+    def _choose(self, states: dict[str, str]) -> str:
+        """Give the node that was not named, or say why there is none. Raises TransportError."""
+        online = sorted(name for name, state in states.items() if state == "online")
+        if self._node is None and len(online) == 1:
+            return online[0]
+        at = f"at broker {self._broker.address}"
+        known = f"online are {', '.join(online)}" if online else "none is online"
+        if not self._connection.connected:
+            raise TransportError(f"broker {self._broker.address}: no answer in {CONNECT_S:.0f} s")
+        if self._node is None:
+            raise TransportError(f"which node {at}? {known}; name one with --node, or start edge-daemon")
+        raise TransportError(f"node {self._node} {at} is {states.get(self._node, 'not known')}; {known}")
+
+    # The listener of the connection, in its thread.
+
+    def connected(self) -> None:
+        """Subscribe to what tells which nodes there are, and to the answers."""
+        self._connection.subscribe("edge/v1/+/status", *([self._reply] if self._reply else []), retained=True)
+        if self._reply:
+            self._events.put("back")
+
+    def subscribed(self) -> None:
+        """Pass it on."""
+        self._events.put("subscribed")
+
+    def disconnected(self) -> None:
+        """Do nothing: the connection comes back."""
+
+    def received(self, message: Received) -> None:
+        """Pass it on."""
+        self._events.put(message)
+        self._connection.acknowledge(message.token)
+
+    def published(self, number: int, refused: str | None) -> None:
+        """Do nothing: an answer is the sign that it has arrived."""
+
+    def tick(self) -> None:
+        """Do nothing."""
+
+
+def _state(message: Received) -> tuple[str, str]:
+    """Name and state of the node that a status message is about."""
+    try:
+        return message.topic.split("/")[2], str(loads(message.payload, 65536).get("state"))
+    except (StrictJsonError, IndexError):
+        return "", ""
+
+
+class SerialLink:
+    """A client at the other end of a serial line."""
+
+    def __init__(self, config: SerialConfig) -> None:
+        """Open the port. Raises TransportError."""
+        self._lines: queue.Queue[str | Damaged] = queue.Queue()
+        self._port = SerialPort(config, MAX_LINE_BYTES, lambda: None, self._lines.put)
+        self._port.start()
+        until = time.monotonic() + CONNECT_S
+        while not self._port.is_open:
+            if self._port.problem or time.monotonic() > until:
+                self._port.stop(1)
+                raise TransportError(
+                    (self._port.problem or f"port {config.port}: can't be opened").rstrip(".")
+                )
+            time.sleep(0.01)
+
+    def ask(self, request: Request, patience_s: float | None = None) -> Iterator[Answer]:
+        """Send `request` until it is acknowledged, and yield what is answered."""
+        until = until_s(patience_s)
+        self._send_until_acknowledged(request)
+        while True:
+            line = next_event(self._lines, until)
+            if isinstance(line, Damaged) or _kind(line) == "hello":
+                self._port.send(request.to_json())  # what was lost may have been the answer
+            elif (answer := _answer(line, request.id)) is not None:
+                yield answer
+                if not isinstance(answer, Partial):
+                    return
+
+    def cancel(self, request_id: str) -> None:
+        """Send a cancellation."""
+        self._port.send(dumps({"type": "cancel", "id": request_id}))
+
+    def close(self) -> None:
+        """Close the port."""
+        self._port.stop(1)
+
+    def _send_until_acknowledged(self, request: Request) -> None:
+        """Send, and send again on `nak` or silence. Raises TransportError."""
+        for wait_s in ACK_S:
+            self._port.send(request.to_json())
+            until = time.monotonic() + wait_s
+            while (left := until - time.monotonic()) > 0:
+                try:
+                    line = self._lines.get(timeout=left)
+                except queue.Empty:
+                    break
+                if isinstance(line, Damaged) or _kind(line) == "nak":
+                    break
+                if _kind(line) in ("ack", "error"):
+                    if _kind(line) == "error":
+                        self._lines.put(line)
+                    return
+        name = self._port.name
+        raise TransportError(f"port {name}: no acknowledgement; is edge-daemon there, at the same baud rate?")
+
+
+def _kind(line: str | Damaged | None) -> str:
+    try:
+        return str(loads(line, MAX_LINE_BYTES).get("type")) if isinstance(line, str) else ""
+    except StrictJsonError:
+        return ""
+
+
+def _answer(line: str | Damaged | None, request_id: str) -> Answer | None:
+    """Read the answer in a line if it is one to this request."""
+    if not isinstance(line, str) or _kind(line) not in ("partial", "final", "error"):
+        return None
+    answer = parse_answer(line)
+    return answer if answer.id in (request_id, None) else None

@@ -1,0 +1,198 @@
+"""The doctor's checks of the board itself: processor, power, clock, memory and disk."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import platform
+import struct
+import time
+from collections.abc import Iterator
+
+from edge.board import Board
+from edge.bundles.bundle import DECODER, Manifest, read_manifest
+from edge.bundles.requirements import SYSTEM_BYTES, requirements
+from edge.config import Config
+from edge.doctor.finding import Finding
+from edge.errors import EdgeError
+
+MB = 1024 * 1024
+MIN_FREE_BYTES = 200 * MB
+UNIT = "edge-daemon.service"
+HOT_C = 80.0  # a Pi slows down from here on
+EARLIEST_YEAR = 2025
+TIME_ERROR = 5  # what adjtimex(2) returns while nobody disciplines the clock
+
+
+def check_system() -> Iterator[Finding]:
+    """Whether LiteRT can run on this architecture at all."""
+    machine, bits = platform.machine(), struct.calcsize("P") * 8
+    if machine not in ("aarch64", "arm64", "x86_64") or bits != 64:
+        yield Finding(
+            "system",
+            "problem",
+            f"{machine}, {bits}-bit Python: LiteRT has wheels for 64-bit systems only",
+            "install the 64-bit edition of Raspberry Pi OS",
+        )
+        return
+    try:
+        version = importlib.metadata.version("ai-edge-litert")
+        yield Finding("system", "ok", f"{machine}, Python {platform.python_version()}, LiteRT {version}")
+    except importlib.metadata.PackageNotFoundError:
+        yield Finding(
+            "system", "problem", "ai-edge-litert is not installed", "python3 -m pip install ai-edge-litert"
+        )
+
+
+def check_cpu(board: Board) -> Iterator[Finding]:
+    """Dot-product instructions, and whether the clock is held low."""
+    features, name = board.cpu_features, board.model or platform.machine()
+    if not features:
+        yield Finding("cpu", "unknown", f"{name}: the kernel does not list the processor's features")
+    elif features & {"asimddp", "avx2"}:
+        yield Finding("cpu", "ok", name)
+    else:
+        said = f"{name}: no dot-product instructions (a Pi 4, 3 or Zero 2 W has none): prefill is slow"
+        yield Finding("cpu", "warning", said, "keep prompts short, or use a Pi 5")
+    if board.governor == "powersave":
+        yield Finding(
+            "cpu",
+            "warning",
+            "the governor powersave keeps the clock at its lowest",
+            "echo ondemand | sudo tee /sys/devices/system/cpu/cpu*/cpufreq/scaling_governor",
+        )
+
+
+def check_power(board: Board) -> Iterator[Finding]:
+    """Heat and supply voltage."""
+    temperature, throttling = board.temperature_c, board.throttling
+    shown = "temperature unknown" if temperature is None else f"{temperature:.0f} °C"
+    if throttling is not None and throttling.now:
+        said, state = f"{shown}, now: {', '.join(throttling.now)}", "problem"
+    elif throttling is not None and throttling.before:
+        said, state = f"{shown}, since the start: {', '.join(throttling.before)}", "warning"
+    elif temperature is not None and temperature >= HOT_C:
+        said, state = f"{shown}: the processor slows down at such heat", "warning"
+    else:
+        yield Finding("power", "unknown" if temperature is None else "ok", shown)
+        return
+    voltage = "under-voltage" in said
+    mend = "use the board's own power supply and a short cable" if voltage else "fit a heat sink or a fan"
+    yield Finding("power", "problem" if state == "problem" else "warning", said, mend)
+
+
+def check_clock() -> Iterator[Finding]:
+    """Whether the time is right; certificates and deadlines depend on it."""
+    year = time.gmtime().tm_year
+    if year < EARLIEST_YEAR:
+        yield Finding(
+            "clock",
+            "problem",
+            f"it shows the year {year}: TLS certificates will not be valid",
+            "sudo timedatectl set-ntp true, or add a real-time clock",
+        )
+    elif not _clock_is_synchronised():
+        yield Finding("clock", "warning", "it is not synchronised", "sudo timedatectl set-ntp true")
+    else:
+        yield Finding("clock", "ok", "synchronised")
+
+
+def _clock_is_synchronised() -> bool:
+    """Ask the kernel."""
+    timex = ctypes.create_string_buffer(512)  # larger than struct timex; mode 0 only reads
+    verdict: int = ctypes.CDLL(None).adjtimex(timex)
+    return verdict != TIME_ERROR
+
+
+def check_memory(board: Board, config: Config) -> Iterator[Finding]:
+    """Whether the model fits into memory; one that does not is read from the disk with every token."""
+    manifest = _manifest(config)
+    total, available = board.memory("MemTotal"), board.memory("MemAvailable")
+    if total is None or manifest is None:
+        yield Finding("memory", "unknown", "not compared: no bundle, or no /proc/meminfo")
+        return
+    needed = requirements(manifest, config.context).total
+    said = f"{needed // MB} MB needed, {total // MB} MB there"
+    smaller = "use a smaller model or int4, or a smaller context in the configuration"
+    if needed + SYSTEM_BYTES > total:
+        yield Finding("memory", "problem", f"{said}: it does not fit", smaller)
+    elif available is not None and needed > available:
+        said = f"{said}, {available // MB} MB of it free: other programs hold the rest"
+        yield Finding("memory", "warning", said, f"stop what is not needed, or {smaller}")
+    else:
+        yield Finding("memory", "ok", said)
+
+
+def check_limits(board: Board, config: Config) -> Iterator[Finding]:
+    """The memory controller, and the unit's limits against what the model needs."""
+    controllers = board.cgroup_controllers
+    if controllers is None:
+        yield Finding("limits", "unknown", "cgroup version 2 is not in use here")
+        return
+    if "memory" not in controllers:
+        yield Finding(
+            "limits",
+            "warning",
+            "the memory controller is off (as Raspberry Pi OS has it): MemoryMax of the unit has no effect",
+            "sudo sed -i '1s/$/ cgroup_enable=memory/' /boot/firmware/cmdline.txt && sudo reboot",
+        )
+        return
+    manifest = _manifest(config)
+    needed = 0 if manifest is None else requirements(manifest, config.context).total
+    for name, key in (("memory.max", "MemoryMax"), ("memory.high", "MemoryHigh")):
+        limit = board.cgroup_limit(UNIT, name)
+        if limit is not None and limit < needed:
+            yield Finding(
+                "limits",
+                "problem",
+                f"{key} of {UNIT} is {limit // MB} MB, {needed // MB} MB are needed: weights are read anew",
+                f"sudo systemctl set-property {UNIT} {key}={needed // MB + 64}M",
+            )
+            return
+    yield Finding("limits", "ok", "the memory controller is on, no limit is too low")
+
+
+def check_swap(board: Board) -> Iterator[Finding]:
+    """Swap on a card wears it out, and is slower than anything else on the board."""
+    on_disk = [name for name in board.swaps if not name.startswith("/dev/zram")]
+    if on_disk:
+        yield Finding(
+            "swap",
+            "warning",
+            f"memory is swapped to {', '.join(on_disk)}",
+            "sudo apt install systemd-zram-generator && sudo apt remove dphys-swapfile && sudo reboot",
+        )
+    else:
+        yield Finding("swap", "ok", "compressed in memory" if board.swaps else "none")
+
+
+def check_disk(board: Board, config: Config) -> Iterator[Finding]:
+    """Free space, and on what, of the directories that the daemon writes."""
+    manifest = _manifest(config)
+    packed = any(config.cache_directory.glob("*.xnnpack"))
+    weights = 0 if manifest is None or packed else manifest.files[DECODER].size
+    wanted = {config.state_directory: MIN_FREE_BYTES, config.cache_directory: MIN_FREE_BYTES + weights}
+    for directory, least in wanted.items():
+        disk = board.disk(directory)
+        if disk is None:
+            yield Finding("disk", "unknown", f"{directory} can't be looked at")
+            continue
+        said = f"{directory}: {disk.free_bytes // MB} MB free on {disk.kind or 'an unknown kind of disk'}"
+        if disk.read_only:
+            yield Finding(
+                "disk", "problem", f"{said}, read-only", "sudo mount -o remount,rw /, then look at dmesg"
+            )
+        elif disk.free_bytes < MIN_FREE_BYTES:
+            yield Finding("disk", "problem", said, f"free {least // MB} MB: sudo apt clean, old bundles")
+        elif disk.free_bytes < least:
+            said = f"{said}; packed weights that are not there yet take {weights // MB} MB"
+            yield Finding("disk", "warning", said, "remove old bundles")
+        else:
+            yield Finding("disk", "ok", said)
+
+
+def _manifest(config: Config) -> Manifest | None:
+    try:
+        return read_manifest(config.bundle)
+    except EdgeError:
+        return None

@@ -1,0 +1,1 @@
+"""Answers from a decoder: sampling, grammars, drafts, and the loop that puts them together."""

@@ -1,0 +1,127 @@
+"""A request in, a stream of text out.
+
+`Generator` owns a bundle's decoder and tokenizer. What a prompt has in common with the one before it, from
+its start on, is not computed again as far as the KV cache still holds it. What comes before a request's first
+user message (its system prompt, its tools) is stored on disk when it is first seen, and so is what two
+prompts in a row have in common.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edge.bundles.bundle import TOKENIZER, Bundle
+from edge.errors import RequestError
+from edge.generation.answer import Answer, Choice, Completion, Delta, Interrupted
+from edge.generation.drafting import Drafter, Payoff
+from edge.generation.sampling import Sampler, Sampling
+from edge.protocol.messages import Message, Request
+from edge.runtime.decoder import Decoder
+from edge.runtime.memory import return_free_memory
+from edge.text.prompt import OutputParser, render
+from edge.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from edge.generation.grammar import GrammarCompiler
+
+__all__ = ["Completion", "Delta", "Generator", "Interrupted"]
+
+_EARLIER_ANSWERS = 4
+"""Answers that guesses are looked up in, beside the prompt."""
+
+_VERIFY_COST = 1.8
+"""A verify pass in decode steps, until both have been timed."""
+
+
+class Generator:
+    """Answers one request at a time from an opened bundle. Not thread-safe."""
+
+    def __init__(self, bundle: Bundle, cache_directory: Path, threads: int, context: int | None) -> None:
+        manifest = bundle.manifest
+        self.bundle = bundle
+        self.context = min(context or manifest.context, manifest.context)
+        digest = manifest.files[TOKENIZER].sha256
+        self.tokenizer = Tokenizer.open(bundle.path(TOKENIZER), digest, cache_directory)
+        self._previous: list[int] = []
+        self._answers: deque[list[int]] = deque(maxlen=_EARLIER_ANSWERS)
+        self._payoff = Payoff(_VERIFY_COST)
+        self.decoder = Decoder(bundle, cache_directory, threads, self.context)
+
+    @classmethod
+    def open(cls, directory: Path, cache_directory: Path, threads: int, context: int | None) -> Generator:
+        """Verify and map a bundle. `context` None takes the bundle's.
+
+        Raises BundleError or RuntimeFailure.
+        """
+        return cls(Bundle.open(directory, cache_directory), cache_directory, threads, context)
+
+    @cached_property
+    def _grammars(self) -> GrammarCompiler:
+        """Imported with the first request that needs it: the engine behind it is a tenth of a start."""
+        from edge.generation.grammar import GrammarCompiler
+
+        return GrammarCompiler(self.tokenizer, self.bundle.manifest.stop_ids)
+
+    def close(self) -> None:
+        """Give all memory back; the generator can't be used after that."""
+        self.decoder.close()
+
+    def generate(self, request: Request, interrupted: Interrupted) -> Iterator[Delta | Completion]:
+        """Yield text as it becomes certain, and at last one Completion.
+
+        Raises RequestError: bad_request if the prompt format can't say it, too_long if the prompt leaves no
+        room in the context.
+        """
+        manifest = self.bundle.manifest
+        prompt = self._render(request)
+        if len(prompt) >= self.context:
+            raise RequestError(
+                "too_long", f"the prompt has {len(prompt)} tokens, the context is {self.context}; shorten it"
+            )
+        budget = min(request.max_tokens, self.context - len(prompt))
+        limited = request.response_format is not None or request.tools
+        grammar = self._grammars.compile(request) if limited else None
+        stable = self._stable_length(request, prompt)
+        sampling = Sampling(request.temperature, request.top_k, request.top_p, request.seed)
+        choice = Choice(
+            Sampler(sampling, manifest.architecture.logit_softcap),
+            None if grammar is None else grammar.constrain(budget),
+            manifest.stop_ids,
+            request.response_format is not None,
+        )
+        output = OutputParser(manifest.prompt_format, self.tokenizer, prompt, request.stop)
+        drafter = Drafter([*self._answers, prompt], self._payoff)
+        answer = Answer(self.decoder, prompt, stable, choice, output, drafter, budget)
+        return self._remembering(answer, prompt, interrupted)
+
+    def _remembering(
+        self, answer: Answer, prompt: list[int], interrupted: Interrupted
+    ) -> Iterator[Delta | Completion]:
+        self._previous = prompt
+        for item in answer.run(interrupted):
+            if isinstance(item, Completion):  # whoever has it asks for no more
+                self._answers.append(answer.tokens)
+                return_free_memory()  # what the graph's scratch tensors had before caches grew
+            yield item
+
+    def _render(self, request: Request) -> list[int]:
+        manifest = self.bundle.manifest
+        return render(request, manifest.prompt_format, self.tokenizer, manifest.bos_id)
+
+    def _stable_length(self, request: Request, prompt: list[int]) -> int:
+        """How many of the prompt's first tokens later prompts are likely to begin with."""
+        stable = _common(prompt, self._previous)
+        if request.messages and request.messages[0].role == "system":
+            other = replace(request, messages=(request.messages[0], Message("user", "\0")))
+            stable = max(stable, _common(prompt, self._render(other)))
+        return min(stable, len(prompt) - 1)
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the longest common beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

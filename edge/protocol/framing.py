@@ -1,0 +1,91 @@
+"""The serial line's frames: `{"id":"7",...}*1A2B3C4D` and a newline.
+
+One JSON object in ASCII, `*`, the CRC-32 of the bytes before the `*` as 8 hex digits (the CRC of zlib, PNG
+and MicroPython's `binascii.crc32`), and a newline. A person can read it, XON/XOFF can't be confused by it,
+and a reader that lost its place finds it again at the next newline. A carriage return before the newline,
+and empty lines, are ignored: a sender may begin with a newline so that noise does not spoil its first frame.
+
+A lenient reader also takes a line without `*` and CRC, for typing by hand, in UTF-8.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from edge.protocol.strict_json import printable
+
+_CHECK_BYTES = 9  # the `*` and 8 hex digits
+_HEX = frozenset(b"0123456789abcdefABCDEF")
+
+
+@dataclass(frozen=True)
+class Damaged:
+    """A line that was not a frame. `reason`: crc, no_crc, not_ascii or too_long."""
+
+    reason: str
+    line: str
+
+    def __str__(self) -> str:
+        said = {
+            "crc": "its CRC-32 does not fit; send it again",
+            "no_crc": "it has no * and CRC-32 of 8 hex digits at its end",
+            "not_ascii": "it is not ASCII; write other characters as \\u escapes",
+            "too_long": "it is too long; shorten the request",
+        }
+        return f"line {self.line} was ignored: {said[self.reason]}"
+
+
+def encode(text: str) -> bytes:
+    """Frame one line of ASCII text, as `to_json` of any message writes it.
+
+    Raises ValueError if `text` has a character that can't be in a frame.
+    """
+    if not text.isascii() or not text.isprintable():
+        raise ValueError(f"not printable ASCII: {printable(text)}")
+    body = text.encode("ascii")
+    return body + b"*%08X\n" % zlib.crc32(body)
+
+
+class FrameDecoder:
+    """Bytes in as they arrive, frames out; holds at most `max_bytes` of an unfinished line."""
+
+    def __init__(self, max_bytes: int, lenient: bool = False) -> None:
+        self._max_bytes = max_bytes
+        self._lenient = lenient
+        self._line = bytearray()
+        self._overflowed = False
+
+    def feed(self, data: bytes) -> Iterator[str | Damaged]:
+        """Yield the text of each frame that `data` completes, and a Damaged for each line that is none."""
+        *ends, rest = data.split(b"\n")
+        for end in ends:
+            self._extend(end)
+            line, overflowed = bytes(self._line.rstrip(b"\r")), self._overflowed
+            self._line.clear()
+            self._overflowed = False
+            if overflowed:
+                yield Damaged("too_long", printable(line.decode("latin-1")))
+            elif line:
+                yield self._open(line)
+        self._extend(rest)
+
+    def _extend(self, piece: bytes) -> None:
+        room = self._max_bytes - len(self._line)
+        self._overflowed = self._overflowed or len(piece) > room
+        self._line += piece[:room]
+
+    def _open(self, line: bytes) -> str | Damaged:
+        shown = printable(line.decode("latin-1"))
+        body, check = line[:-_CHECK_BYTES], line[-_CHECK_BYTES:]
+        if len(check) == _CHECK_BYTES and check[:1] == b"*" and _HEX.issuperset(check[1:]):
+            if zlib.crc32(body) != int(check[1:], 16):
+                return Damaged("crc", shown)
+            return body.decode("ascii") if body.isascii() else Damaged("not_ascii", shown)
+        if not self._lenient:
+            return Damaged("no_crc", shown)
+        try:
+            return line.decode()
+        except UnicodeDecodeError:
+            return Damaged("not_ascii", shown)

@@ -1,0 +1,215 @@
+"""Requests and answers: what may be asked, what is said back, and both as JSON.
+
+A request is answered by zero or more Partials and then exactly one Final or one Failure. Field names are
+those of OpenAI's chat API where it has one. Parsing is strict: what is not understood is refused, by name,
+with what is allowed; nothing is guessed, so a misspelt `max_token` can't silently mean the default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from edge.errors import RequestError, TransportError
+from edge.protocol import strict_json, typed_json
+from edge.protocol.checks import FieldError, one_of
+from edge.protocol.request_fields import (
+    CHECKS,
+    MAX_REQUEST_BYTES,
+    Message,
+    ToolCall,
+    message_to_dict,
+    read_tool_calls,
+    tool_call_to_dict,
+)
+from edge.protocol.strict_json import StrictJsonError, dumps, printable
+
+__all__ = [
+    "MAX_REQUEST_BYTES",
+    "Answer",
+    "Failure",
+    "Final",
+    "Message",
+    "Partial",
+    "Request",
+    "Timings",
+    "ToolCall",
+    "Usage",
+    "parse_answer",
+    "parse_request",
+    "salvage",
+]
+
+MAX_ANSWER_BYTES = 4 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question. Exactly one of `prompt` and `messages` is given (`messages` is empty otherwise).
+
+    `deadline_ms` counts from arrival. `reply_to` is an MQTT topic, for clients that know no Response Topic.
+    """
+
+    id: str
+    prompt: str | None = None
+    messages: tuple[Message, ...] = ()
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 64
+    top_p: float = 0.95
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stream: bool = True
+    response_format: Mapping[str, Any] | None = None
+    tools: tuple[Mapping[str, Any], ...] = ()
+    reasoning: bool = False
+    deadline_ms: int | None = None
+    reply_to: str | None = None
+
+    def to_json(self) -> str:
+        """Compact ASCII JSON of what differs from the defaults; `parse_request` reads it back."""
+        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        if "messages" in given:
+            given["messages"] = [message_to_dict(message) for message in self.messages]
+        return dumps(given)
+
+
+@dataclass(frozen=True)
+class Partial:
+    """The next piece of an answer. `seq` counts from 0 in each request."""
+
+    id: str
+    seq: int
+    text: str
+    reasoning: str | None = None
+
+    def to_json(self) -> str:
+        """Compact ASCII JSON with `"type": "partial"`."""
+        return dumps(_without_none({"type": "partial", **asdict(self)}))
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Token counts. `cached` prompt tokens came from a prefix cache; `forced` ones from the grammar."""
+
+    prompt: int
+    cached: int
+    forced: int
+    generated: int
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Milliseconds: waiting in the queue, prefill, decode, and from arrival to the first token."""
+
+    queue_ms: float
+    prefill_ms: float
+    decode_ms: float
+    first_token_ms: float
+
+
+@dataclass(frozen=True)
+class Final:
+    """The whole answer; needs no Partial.
+
+    `finish_reason`: stop, length, deadline, cancelled or tool_calls.
+    """
+
+    id: str
+    text: str
+    finish_reason: str
+    usage: Usage
+    timings: Timings
+    reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Speed of decoding, None if there was none."""
+        ms = self.timings.decode_ms
+        return round(self.usage.generated / ms * 1000, 1) if ms else None
+
+    def to_json(self) -> str:
+        """Compact ASCII JSON with `"type": "final"`; tool calls as OpenAI writes them."""
+        timings = {name: round(value, 1) for name, value in asdict(self.timings).items()}
+        answer: dict[str, Any] = {"type": "final", **asdict(self), "timings": timings}
+        answer["tool_calls"] = [tool_call_to_dict(call) for call in self.tool_calls] or None
+        return dumps(_without_none(answer))
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why there is no answer. `id` is None where the request's own id could not be read.
+
+    `code`: bad_request, too_long, busy, expired, unavailable or internal.
+    """
+
+    id: str | None
+    code: str
+    message: str
+    retry_after_ms: int | None = None
+
+    def to_json(self) -> str:
+        """Compact ASCII JSON with `"type": "error"`."""
+        return dumps(_without_none({"type": "error", **asdict(self)}) | {"id": self.id})
+
+
+Answer = Partial | Final | Failure
+_KINDS: dict[str, type[Answer]] = {"partial": Partial, "final": Final, "error": Failure}
+
+
+def parse_request(raw: bytes | str) -> Request:
+    """Read the request in `raw`, at most MAX_REQUEST_BYTES of JSON.
+
+    Raises RequestError("bad_request"), naming the key, what is wrong with it and what is allowed.
+    """
+    try:
+        data = strict_json.loads(raw, MAX_REQUEST_BYTES)
+        for key in data:
+            if key not in CHECKS:
+                raise FieldError(f"unknown key {printable(key)}; allowed: {', '.join(CHECKS)}")
+        given = {key: CHECKS[key](key, value) for key, value in data.items()}
+        if "id" not in given:
+            raise FieldError("id is missing; allowed: 1 to 64 printable ASCII characters without spaces")
+        if ("prompt" in given) == ("messages" in given):
+            raise FieldError("exactly one of prompt and messages is needed")
+        return Request(**given)
+    except (StrictJsonError, FieldError) as error:
+        raise RequestError("bad_request", f"request: {error}") from None
+
+
+def salvage(raw: bytes | str) -> tuple[str | None, str | None]:
+    """Read `id` and `reply_to` of a request that `parse_request` refused; each is None if it is not valid."""
+    try:
+        data = strict_json.loads(raw, MAX_REQUEST_BYTES)
+    except StrictJsonError:
+        return None, None
+    found: list[str | None] = []
+    for key in ("id", "reply_to"):
+        try:
+            found.append(CHECKS[key](key, data.get(key)))
+        except FieldError:
+            found.append(None)
+    return found[0], found[1]
+
+
+def parse_answer(raw: bytes | str) -> Answer:
+    """Read what `to_json` of an answer wrote, for clients; keys of later versions are ignored.
+
+    Raises TransportError if it is something else.
+    """
+    try:
+        data = strict_json.loads(raw, MAX_ANSWER_BYTES)
+        kind = _KINDS[one_of(*_KINDS)("type", data.get("type"))]
+        calls = read_tool_calls("tool_calls", data.pop("tool_calls", []))
+        answer: Answer = typed_json.read(kind, data, later_keys=True)
+        return replace(answer, tool_calls=calls) if isinstance(answer, Final) else answer
+    except (StrictJsonError, FieldError) as error:
+        raise TransportError(
+            f"an answer could not be read: {error}; do both sides have the same version?"
+        ) from None
+
+
+def _without_none(data: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in data.items() if value is not None}

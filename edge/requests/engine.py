@@ -1,0 +1,337 @@
+"""One decoder thread behind one bounded queue.
+
+`submit` returns at once and promises exactly one Final or Failure per request, whatever happens: a full queue
+answers `busy`, a deadline that passes while a request waits `expired`, an exception of the generator
+`internal`. Deadlines and cancellation take effect within one decode step or prefill chunk. Sinks are called
+in the decoder thread or in the caller's, never under the engine's lock; they must not block.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from edge.errors import EdgeError, RequestError, RuntimeFailure
+from edge.generation.generator import Completion, Delta
+from edge.protocol.messages import Answer, Failure, Final, Partial, Request, Timings, Usage
+from edge.protocol.strict_json import printable
+from edge.systemd import PAYLOADS
+
+log = logging.getLogger(__name__)
+payloads = logging.getLogger(PAYLOADS)
+
+Sink = Callable[[Answer], None]
+
+ABANDON_S = 5.0  # how long the generator may take to notice that it is to stop
+IDLE_S = 1.0  # an idle decoder thread shows that it lives this often
+REFUSALS = ("busy", "unavailable")  # error codes of requests that were not taken on, or given back
+STACK_BYTES = 16 * 1024 * 1024  # of the decoder thread: twice what the largest schemas take (grammar_source)
+FIRST_GUESS_S = 1.0  # how long a request takes, before one has been answered
+
+
+class Generates(Protocol):
+    """The part of `edge.generation.generator.Generator` that the engine uses."""
+
+    def generate(
+        self, request: Request, interrupted: Callable[[], str | None]
+    ) -> Iterator[Delta | Completion]:
+        """Yield pieces of the answer and at last one Completion."""
+
+
+@dataclass(eq=False)
+class _Job:
+    """A request on its way; times are those of `time.monotonic`."""
+
+    client: str
+    request: Request
+    sink: Sink
+    started_work: Callable[[], None]
+    arrived: float = field(default_factory=time.monotonic)
+    started: float = 0.0
+    cancelled: bool = False
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.client, self.request.id
+
+    def expired(self) -> bool:
+        limit = self.request.deadline_ms
+        return limit is not None and time.monotonic() - self.arrived >= limit / 1000
+
+
+class Engine:
+    """Answers requests one after the other, in the order of arrival.
+
+    `progress` grows while the decoder thread lives: at every prefill chunk and decode step, and about once a
+    second when idle. Parts of an answer are sent at most every `partial_interval_s` seconds.
+    `decoder_failures` counts the requests that LiteRT failed on.
+    """
+
+    def __init__(self, generator: Generates, queue_length: int, partial_interval_s: float = 0.25) -> None:
+        self.progress = 0
+        self.answered = self.failed = self.decoder_failures = 0
+        self.last_error: str | None = None
+        self.last_final: Final | None = None
+        self._generator = generator
+        self._queue_length = queue_length
+        self._partial_interval_s = partial_interval_s
+        self._typical_s = FIRST_GUESS_S
+        self._lock = threading.Condition()
+        self._queue: deque[_Job] = deque()
+        self._jobs: dict[tuple[str, str], _Job] = {}
+        self._stopping = self._abandoning = self._paused = False
+        self._thread = threading.Thread(target=self._run, name="decoder", daemon=True)
+
+    def start(self) -> None:
+        """Start the decoder thread."""
+        usual = threading.stack_size(STACK_BYTES)
+        self._thread.start()
+        threading.stack_size(usual)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the decoder thread runs."""
+        return self._thread.is_alive()
+
+    @property
+    def waiting(self) -> int:
+        """How many requests are in the queue, without the one that is being answered."""
+        return len(self._queue)
+
+    @property
+    def working(self) -> bool:
+        """Whether a request is being answered now."""
+        return len(self._jobs) > len(self._queue)
+
+    def submit(
+        self,
+        client: str,
+        request: Request,
+        sink: Sink,
+        started: Callable[[], None] = lambda: None,
+        resumed: bool = False,
+    ) -> None:
+        """Queue `request`; `sink` gets its Partials and then its one Final or Failure.
+
+        `client` is the name space of the ids. A request with the client and id of one that is not answered
+        yet is taken for a repeat and ignored. `started` is called in the decoder thread when work on it
+        begins. One that is `resumed` was in the queue of an earlier run, so a full queue does not refuse it.
+        """
+        job = _Job(client, request, sink, started)
+        with self._lock:
+            if job.key in self._jobs:
+                return
+            refusal = None if resumed else self.refusal(request)
+            if refusal is None:
+                self._jobs[job.key] = job
+                self._queue.append(job)
+                self._lock.notify_all()
+        if refusal is not None:
+            self._deliver(job, refusal)
+        elif payloads.isEnabledFor(logging.INFO):
+            payloads.info("id=%s request=%s", request.id, request.to_json())
+
+    def cancel(self, client: str, request_id: str) -> bool:
+        """Cancel a request: its Final, with what there is of the answer, says so. False if there is none."""
+        with self._lock:
+            job = self._jobs.get((client, request_id))
+            if job is None:
+                return False
+            job.cancelled = True
+        self._sweep()
+        return True
+
+    def pause(self) -> None:
+        """Begin no request until `resume`, while new ones wait; returns when none is being answered."""
+        with self._lock:
+            self._paused = True
+            self._lock.wait_for(lambda: not self.working)
+
+    def resume(self, generator: Generates) -> None:
+        """Go on after `pause`, with another generator."""
+        with self._lock:
+            self._generator, self._paused = generator, False
+            self._lock.notify_all()
+
+    def stop(self, drain_s: float) -> None:
+        """Refuse new requests, answer those there are for up to `drain_s` seconds, the rest `unavailable`."""
+        with self._lock:
+            self._stopping = True
+            self._lock.notify_all()
+        self._thread.join(drain_s)
+        self._abandoning = True
+        for job in self._withdraw(lambda _: True):
+            self._deliver(job, _stopping(job.request))
+        self._thread.join(ABANDON_S)
+
+    def refusal(self, request: Request) -> Failure | None:
+        """Say why a new request would be refused now, or None."""
+        if self._stopping:
+            return _stopping(request)
+        if len(self._queue) < self._queue_length:
+            return None
+        wait_ms = max(100, round(self._typical_s * 1000))
+        said = f"{len(self._queue)} requests are waiting already; try again in {wait_ms} ms"
+        return Failure(request.id, "busy", said, wait_ms)
+
+    def _run(self) -> None:
+        while (job := self._next()) is not None:
+            self._answer(job)
+
+    def _next(self) -> _Job | None:
+        """Wait for the next job; None when the engine stops and the queue is empty."""
+        while True:
+            self._sweep()
+            with self._lock:
+                if not self._queue and self._stopping:
+                    return None
+                if not self._queue or self._paused:
+                    self._lock.wait(IDLE_S)
+                self.progress += 1
+                if self._queue and not self._paused:
+                    return self._queue.popleft()
+
+    def _sweep(self) -> None:
+        """Answer the queued jobs that were cancelled or whose deadline has passed."""
+        for job in self._withdraw(lambda job: job.cancelled or job.expired()):
+            self._deliver(job, _cancelled(job) if job.cancelled else _expired(job))
+
+    def _withdraw(self, which: Callable[[_Job], bool]) -> list[_Job]:
+        """Take jobs out of the queue, so that whoever did it is the one who answers them."""
+        with self._lock:
+            taken = [job for job in self._queue if which(job)]
+            for job in taken:
+                self._queue.remove(job)
+                del self._jobs[job.key]
+        return taken
+
+    def _answer(self, job: _Job) -> None:
+        """Answer a job that is in the queue no more."""
+        job.started = time.monotonic()
+        answer: Final | Failure
+        try:
+            job.started_work()
+            answer = self._generate(job)
+        except RequestError as error:
+            answer = Failure(job.request.id, error.code, str(error), error.retry_after_ms)
+        except EdgeError as error:
+            log.error("request %s: %s", job.request.id, error)
+            self.decoder_failures += isinstance(error, RuntimeFailure)
+            answer = Failure(job.request.id, "internal", str(error))
+        except Exception:
+            log.exception("request %s failed", job.request.id)
+            answer = Failure(job.request.id, "internal", "the runtime failed; its log says why")
+        if self._abandoning and isinstance(answer, Final) and answer.finish_reason == "cancelled":
+            answer = answer if job.cancelled else _stopping(job.request)
+        with self._lock:
+            del self._jobs[job.key]
+            self._lock.notify_all()
+            if isinstance(answer, Final):
+                self._typical_s += 0.25 * (time.monotonic() - job.started - self._typical_s)
+        self._deliver(job, answer)
+
+    def _generate(self, job: _Job) -> Final:
+        batch = _Batch(job, self._partial_interval_s)
+        for item in self._generator.generate(job.request, lambda: self._interrupted(job)):
+            self.progress += 1
+            if isinstance(item, Delta):
+                for partial in batch.add(item):
+                    self._deliver(job, partial)
+                continue
+            queue_ms = (job.started - job.arrived) * 1000
+            first_ms = item.timings.first_token_ms + queue_ms
+            return Final(
+                job.request.id,
+                item.text,
+                item.finish_reason,
+                item.usage,
+                replace(item.timings, queue_ms=queue_ms, first_token_ms=first_ms),
+                item.reasoning,
+                tuple(item.tool_calls),
+            )
+        raise RuntimeError("the generator ended without a completion")
+
+    def _interrupted(self, job: _Job) -> str | None:
+        """Whether to stop generating, and why; also looks after those who wait."""
+        self.progress += 1
+        if self._queue:
+            self._sweep()
+        if job.cancelled or self._abandoning:
+            return "cancelled"
+        return "deadline" if job.expired() else None
+
+    def _deliver(self, job: _Job, answer: Answer) -> None:
+        with self._lock:
+            self.answered += isinstance(answer, Final)
+            self.failed += isinstance(answer, Failure)
+        if isinstance(answer, Final):
+            self.last_final = answer
+        elif isinstance(answer, Failure):
+            self.last_error = f"{answer.code}: {answer.message}"
+        if not isinstance(answer, Partial):
+            _log_outcome(job, answer)
+        try:
+            job.sink(answer)
+        except Exception:
+            log.exception("an answer to request %s could not be handed over", job.request.id)
+
+
+def _log_outcome(job: _Job, answer: Final | Failure) -> None:
+    """Log a line about a request that was taken on; of those that were refused health has the number."""
+    about = f"id={job.request.id} client={printable(job.client, 200)}"
+    if isinstance(answer, Final):
+        used, took = answer.usage, answer.timings
+        log.info(
+            "answered %s finish=%s prompt=%d cached=%d generated=%d"
+            " queue_ms=%.0f first_token_ms=%.0f decode_ms=%.0f",
+            *(about, answer.finish_reason, used.prompt, used.cached, used.generated),
+            *(took.queue_ms, took.first_token_ms, took.decode_ms),
+        )
+    elif answer.code not in REFUSALS:
+        log.warning("failed %s code=%s: %s", about, answer.code, answer.message)
+    if payloads.isEnabledFor(logging.INFO):
+        payloads.info("id=%s answer=%s", job.request.id, answer.to_json())
+
+
+class _Batch:
+    """Collects pieces of text so that not every token becomes a message."""
+
+    def __init__(self, job: _Job, interval_s: float) -> None:
+        self._wanted = job.request.stream
+        self._id = job.request.id
+        self._interval_s = interval_s
+        self._sent = float("-inf")
+        self._count = 0
+        self._text = self._reasoning = ""
+
+    def add(self, delta: Delta) -> Iterator[Partial]:
+        """Yield the Partial that is due now, if one is."""
+        self._text += delta.text
+        self._reasoning += delta.reasoning
+        now = time.monotonic()
+        if not self._wanted or not (self._text or self._reasoning) or now - self._sent < self._interval_s:
+            return
+        yield Partial(self._id, self._count, self._text, self._reasoning or None)
+        self._sent = now
+        self._count += 1
+        self._text = self._reasoning = ""
+
+
+def _stopping(request: Request) -> Failure:
+    return Failure(request.id, "unavailable", "the daemon is stopping; ask again when it is back", 5000)
+
+
+def _expired(job: _Job) -> Failure:
+    return Failure(
+        job.request.id, "expired", f"its deadline of {job.request.deadline_ms} ms passed while it waited"
+    )
+
+
+def _cancelled(job: _Job) -> Final:
+    waited_ms = (time.monotonic() - job.arrived) * 1000
+    return Final(job.request.id, "", "cancelled", Usage(0, 0, 0, 0), Timings(waited_ms, 0.0, 0.0, 0.0))

@@ -1,0 +1,175 @@
+"""The engine behind the journal: each request is answered once, across crashes, restarts and repeats.
+
+A request is journalled before it is queued and its answer before it is handed out. A repeat gets the answer
+of the first. What an earlier run left is taken up by `resume`: requests without an answer are asked again,
+those that the daemon has not survived twice get an error, answers that nobody has got are handed out. That
+goes for what a stopping engine has no time for too: it gets its answer from the next run.
+
+Refusals (`busy`, `unavailable`) are not kept, so that the same request may be asked again. `submit` may wait
+for the disk, once for each request that there is room for in the queue.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Protocol
+
+from edge.errors import RequestError
+from edge.protocol.messages import Answer, Failure, Partial, Request, parse_answer, parse_request
+from edge.requests.engine import REFUSALS, Engine, Sink
+from edge.requests.journal import Accepted, Answered, Conflict, Journal, Poisoned, Unfinished
+
+log = logging.getLogger(__name__)
+
+CONFLICT_MS = 1000  # to wait before an id that is in use is tried again
+
+
+class Origin(Protocol):
+    """Where requests come from, and answers go: a transport, or the routes."""
+
+    def sink(self, client: str, request_id: str, note: str) -> Sink:
+        """Make a sink for a request of an earlier run, from the `note` that it was submitted with."""
+
+
+class JournaledEngine:
+    """What transports hand requests to. `client` is the name space of the ids: a topic, a port, a route."""
+
+    def __init__(self, engine: Engine, journal: Journal) -> None:
+        self._engine, self._journal = engine, journal
+
+    def submit(
+        self, client: str, request: Request, sink: Sink, note: str = "", redelivered: bool = False
+    ) -> bool:
+        """Answer `request` through `sink`; a repeat of one that is being worked on changes nothing.
+
+        `note` is what the Origin needs to send the answer in a later run. With `redelivered` it is not the
+        asker who repeats it but the transport. Returns False if it has got its answer already and no other
+        will come.
+        """
+        key, raw = _key(client, request.id), _raw(request)
+        try:
+            verdict = self._journal.find(key, raw)
+            if verdict is None:
+                refusal = self._engine.refusal(request)
+                if refusal is not None:
+                    sink(refusal)
+                    return True
+                verdict = self._journal.accept(key, raw, note, _deadline(request))
+        except RequestError as error:
+            sink(Failure(request.id, error.code, str(error), CONFLICT_MS))
+            return True
+        match verdict:
+            case Answered(answer, published):
+                if redelivered and published:
+                    return False
+                sink(parse_answer(answer))
+            case Conflict():
+                said = f"id {request.id} is that of another request, which has no answer yet"
+                sink(Failure(request.id, "busy", said, CONFLICT_MS))
+            case Poisoned(starts):
+                self._keeping(key, sink)(_poisoned(request.id, starts))
+            case Accepted():
+                self._work(client, request, sink)
+        return True
+
+    def cancel(self, client: str, request_id: str) -> bool:
+        """Cancel a request; False if there is none of this id."""
+        return self._engine.cancel(client, request_id)
+
+    def delivered(self, client: str, request_id: str) -> None:
+        """Note that the asker has the last answer."""
+        self._journal.published(_key(client, request_id))
+
+    def resume(self, origin_of: Callable[[str], Origin | None]) -> None:
+        """Take up what earlier runs have left. `origin_of` finds the Origin of a client, or None.
+
+        To be called once, before anything is submitted.
+        """
+        left = self._journal.unfinished()
+        waiting = self._journal.unpublished()
+        for entry in waiting:
+            client, name = _parts(entry.key)
+            origin = origin_of(client)
+            if origin is None:
+                log.warning("the answer to %s has nowhere to go: it is no longer configured", entry.key)
+                self._journal.published(entry.key)
+            else:
+                origin.sink(client, name, entry.source)(parse_answer(entry.answer))
+        for unfinished in left:
+            self._resume(unfinished, origin_of)
+        if left or waiting:
+            log.info("of an earlier run: %d requests to answer, %d answers to send", len(left), len(waiting))
+
+    def _resume(self, entry: Unfinished, origin_of: Callable[[str], Origin | None]) -> None:
+        client, name = _parts(entry.key)
+        origin = origin_of(client)
+        if origin is None:
+            log.warning("request %s is dropped: where it came from is no longer configured", entry.key)
+            self._journal.forget(entry.key)
+            return
+        sink = origin.sink(client, name, entry.source)
+        if entry.poisoned:
+            log.error("request %s: the daemon has not survived it %d times", entry.key, entry.starts)
+            self._keeping(entry.key, sink)(_poisoned(name, entry.starts))
+            return
+        try:
+            request = replace(parse_request(entry.request), stream=False)  # parts of it were sent already
+        except RequestError as error:  # it was written by another version
+            self._keeping(entry.key, sink)(Failure(name, error.code, str(error)))
+            return
+        if entry.deadline is not None:
+            left_ms = round((entry.deadline - time.time()) * 1000)
+            if left_ms <= 0:
+                said = "its deadline passed while the daemon was away"
+                self._keeping(entry.key, sink)(Failure(name, "expired", said))
+                return
+            request = replace(request, deadline_ms=left_ms)
+        self._work(client, request, sink, resumed=True)
+
+    def _work(self, client: str, request: Request, sink: Sink, resumed: bool = False) -> None:
+        key = _key(client, request.id)
+        self._engine.submit(
+            client, request, self._keeping(key, sink), lambda: self._journal.started(key), resumed
+        )
+
+    def _keeping(self, key: str, sink: Sink) -> Sink:
+        """Make a sink that journals the last answer before it hands it on."""
+
+        def keep(answer: Answer) -> None:
+            if isinstance(answer, Failure) and answer.code in REFUSALS:
+                if answer.code == "unavailable" and self._journal.lasting:
+                    log.info("request %s is left to the next run", key)
+                    return
+                self._journal.forget(key)
+            elif not isinstance(answer, Partial):
+                self._journal.answered(key, answer.to_json().encode())
+            sink(answer)
+
+        return keep
+
+
+def _key(client: str, request_id: str) -> str:
+    """Name a request in the journal; an id has no spaces."""
+    return f"{client} {request_id}"
+
+
+def _parts(key: str) -> tuple[str, str]:
+    client, _, request_id = key.rpartition(" ")
+    return client, request_id
+
+
+def _raw(request: Request) -> bytes:
+    """Write a request so that repeats are equal, though less of their time is left."""
+    return replace(request, deadline_ms=None).to_json().encode()
+
+
+def _deadline(request: Request) -> float | None:
+    return None if request.deadline_ms is None else time.time() + request.deadline_ms / 1000
+
+
+def _poisoned(request_id: str, starts: int) -> Failure:
+    said = f"the daemon ended {starts} times while it worked on this request; it is not tried again"
+    return Failure(request_id, "internal", said)

@@ -1,0 +1,156 @@
+"""The routes at work: readings of sensors in, events out at once, questions to the engine, answers out.
+
+One thread of its own applies the routes, so that neither the network nor the decoder waits for them and an
+event never waits for the model or the disk. `reading` may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+
+from edge.protocol.messages import Answer, Failure, Partial, Request
+from edge.protocol.strict_json import dumps, loads, printable
+from edge.protocol.topic_filter import disjoint
+from edge.requests.engine import REFUSALS, Sink
+from edge.requests.journaling import JournaledEngine
+from edge.routes.config import Route
+from edge.routes.router import Event, Ignored, Outcome, Question, Router, answer_payload
+
+log = logging.getLogger(__name__)
+
+CLIENT = "route:"  # and the route's name: the name space of ids
+TICK_S = 1.0  # the thread shows that it lives at least this often
+MAX_WAITING = 1000  # readings that wait for the thread
+LATER_MS = 5000  # to wait before a question that was refused is asked again
+MAX_NOTE_BYTES = 16 * 1024
+
+Publish = Callable[[str, str, Callable[[], None] | None], None]
+"""Publishes JSON on a topic; the last argument is called when it has arrived (None: no matter)."""
+
+
+class RouteRunner:
+    """Runs `routes`. `plain` is for models without a chat format. `progress` grows while the thread lives."""
+
+    def __init__(
+        self,
+        routes: Sequence[Route],
+        plain: bool,
+        engine: JournaledEngine,
+        publish: Publish,
+        show: Callable[[str, str], None] = lambda _route, _payload: None,
+    ) -> None:
+        """Prepare the routes. `show` is given what a route has answered, after `publish`."""
+        self.progress = 0
+        self.answering = tuple(route.name for route in routes if route.ask is not None)
+        self._show = show
+        self._router = Router(routes, plain)
+        self._engine, self._publish = engine, publish
+        self._work: queue.Queue[Callable[[], Sequence[Outcome]]] = queue.Queue(MAX_WAITING)
+        self._ignored: set[tuple[str, str]] = set()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="routes", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self, timeout_s: float) -> None:
+        """End the thread; what waits for it is dropped."""
+        self._stopping = True
+        self._thread.join(timeout_s)
+
+    def use_format(self, plain: bool) -> None:
+        """Ask a model with, or without, a chat format from now on."""
+        self._router.plain = plain
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    @property
+    def filters(self) -> tuple[str, ...]:
+        """The topic filters to subscribe to; none overlaps another, so that each reading comes once."""
+        return disjoint(self._router.filters)
+
+    def reading(self, topic: str, payload: bytes) -> None:
+        """Take in one message of a sensor."""
+        self._put(lambda: self._router.reading(topic, payload, time.monotonic()))
+
+    def sink(self, client: str, request_id: str, note: str) -> Sink:
+        """Make a sink for a question of an earlier run."""
+        question = Question(**loads(note, MAX_NOTE_BYTES), request=Request(request_id))
+        return partial(self._answered, question)
+
+    def _put(self, work: Callable[[], Sequence[Outcome]]) -> None:
+        try:
+            self._work.put_nowait(work)
+        except queue.Full:
+            log.warning("routes: %d readings wait already; one is dropped", MAX_WAITING)
+
+    def _run(self) -> None:
+        while not self._stopping:
+            self.progress += 1
+            due_s = self._router.next_due() - time.monotonic()
+            try:
+                work = self._work.get(timeout=min(max(due_s, 0.0), TICK_S))
+            except queue.Empty:
+                work = partial(self._router.tick, time.monotonic())
+            try:
+                self._handle(work())
+            except Exception:
+                log.exception("routes: a reading could not be handled")
+
+    def _handle(self, outcomes: Sequence[Outcome]) -> None:
+        for outcome in outcomes:
+            if isinstance(outcome, Event):
+                log.info("route %s: event on %s", outcome.route, printable(outcome.topic, 200))
+                self._publish(outcome.topic, outcome.payload, None)
+            elif isinstance(outcome, Ignored):
+                self._ignore(outcome)
+        for outcome in outcomes:  # after the events: asking may wait for the disk
+            if isinstance(outcome, Question):
+                sink = partial(self._answered, outcome)
+                self._engine.submit(_client(outcome.route), outcome.request, sink, _note(outcome))
+
+    def _ignore(self, reading: Ignored) -> None:
+        """Log why readings of a topic are ignored, once until the next start."""
+        key = (reading.route, reading.topic)
+        if key not in self._ignored and len(self._ignored) < MAX_WAITING:
+            self._ignored.add(key)
+            said = printable(reading.topic, 200)
+            log.warning("route %s: a reading on %s is ignored: %s", reading.route, said, reading.why)
+
+    def _answered(self, question: Question, answer: Answer) -> None:
+        """Publish an answer, or ask again later what was refused; in the decoder's thread or our own."""
+        if isinstance(answer, Partial):
+            return
+        if isinstance(answer, Failure) and answer.code in REFUSALS:
+            until = time.monotonic() + (answer.retry_after_ms or LATER_MS) / 1000
+            self._put(partial(self._postpone, question, until))
+            return
+        delivered = partial(self._engine.delivered, _client(question.route), question.request.id)
+        payload = answer_payload(question, answer)
+        self._publish(question.answer_topic, payload, delivered)
+        self._show(question.route, payload)
+
+    def _postpone(self, question: Question, until: float) -> Sequence[Outcome]:
+        self._router.postpone(question, until)
+        return ()
+
+
+def _client(route: str) -> str:
+    return CLIENT + route
+
+
+def _note(question: Question) -> str:
+    """Write all of a question but the request, which the journal has."""
+    fields = asdict(replace(question, request=Request(question.request.id)))
+    del fields["request"]
+    return dumps(fields)

@@ -1,0 +1,1 @@
+"""Sensor readings in, events and questions out, without any I/O or thread."""

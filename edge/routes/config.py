@@ -1,0 +1,267 @@
+"""`[[route]]` tables of the configuration: what is read from sensors, and what is asked about it when.
+
+[[route]]
+name = "freezers"
+topics = ["sensors/+/temperature"]       # {sensor} is what the wildcards stand for
+value = "celsius"                        # JMESPath into a JSON payload; without it payloads are numbers
+window = { readings = 120, seconds = 7200 }
+event_topic = "alarms/{sensor}"          # said at once, without the model
+answer_topic = "explanations/{sensor}"   # the model's answer, when it is there
+
+[route.trigger]                          # any of every_s, when and silence_s
+every_s = 3600
+when = "last > `-15` && trend > `0`"     # JMESPath on the statistics, payload, sensor and topic
+clear = "last < `-17`"                   # hysteresis: what ends the condition; without it, when itself
+silence_s = 600
+min_interval_s = 300                     # between two questions about a sensor; events do not wait
+
+[route.ask]                              # as in a request, beside instructions, question and schema
+instructions = "You watch the freezers of a kitchen. ..."   # always the same, so it is prefilled once
+question = "Freezer {sensor}, {reason}: {statistics}. Latest: {readings}."
+max_tokens = 120
+[route.ask.schema]                       # JSON schema of the answer
+type = "object"
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jmespath
+from jmespath.exceptions import JMESPathError
+from jmespath.parser import ParsedResult
+
+from edge.errors import ConfigError
+from edge.protocol import checks, strict_json
+from edge.protocol.checks import FieldError
+from edge.protocol.request_fields import CHECKS, MAX_REQUEST_BYTES
+from edge.protocol.strict_json import StrictJsonError, printable
+from edge.protocol.topic_filter import TopicFilter
+
+MAX_ROUTES = 64
+MAX_READINGS_HELD = 500_000  # by all sensors of a route together: 16 MB
+MAX_TOPIC_BYTES = 256
+
+TOPIC_FIELDS = ("sensor",)
+QUESTION_FIELDS = (
+    *("sensor", "topic", "reason", "statistics", "readings", "payload"),
+    *("count", "minimum", "mean", "maximum", "last", "trend", "gaps", "age"),
+)
+ASK_KEYS = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop", "reasoning", "deadline_ms")
+ROUTE_KEYS = (
+    *("name", "topics", "value", "window", "max_sensors"),
+    *("event_topic", "answer_topic", "trigger", "ask"),
+)
+TRIGGER_KEYS = ("every_s", "when", "clear", "silence_s", "min_interval_s")
+
+
+@dataclass(frozen=True)
+class Trigger:
+    """When something is said or asked about a sensor; times in seconds, conditions compiled."""
+
+    every_s: float | None
+    when: ParsedResult | None
+    clear: ParsedResult | None
+    silence_s: float | None
+    min_interval_s: float
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What is asked: constant `instructions`, a `question` template, and fields of the request."""
+
+    instructions: str
+    question: str
+    request: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Route:
+    """One `[[route]]` table, checked. `event_topic` or (`ask` and `answer_topic`) may be missing."""
+
+    name: str
+    topics: tuple[TopicFilter, ...]
+    value: ParsedResult | None
+    window_readings: int
+    window_seconds: float
+    max_sensors: int
+    event_topic: str | None
+    answer_topic: str | None
+    trigger: Trigger
+    ask: Ask | None
+
+
+def parse_routes(tables: Sequence[Any]) -> tuple[Route, ...]:
+    """Check the `[[route]]` tables of a parsed TOML file.
+
+    Raises ConfigError whose message begins with the path of the wrong key, e.g. `route[0].trigger.when`.
+    """
+    try:
+        checked = checks.array("route", list(tables), MAX_ROUTES)
+        routes = tuple(_route(f"route[{index}]", table) for index, table in enumerate(checked))
+        _check_names(routes)
+        _check_loops(routes)
+    except FieldError as error:
+        raise ConfigError(str(error)) from None
+    return routes
+
+
+def _route(path: str, value: Any) -> Route:
+    table = checks.mapping(path, value, ROUTE_KEYS, ("name", "topics", "trigger"))
+    window = checks.mapping(f"{path}.window", table.get("window", {}), ("readings", "seconds"))
+    readings = checks.integer(1, 10_000)(f"{path}.window.readings", window.get("readings", 120))
+    sensors = checks.integer(1, 10_000)(f"{path}.max_sensors", table.get("max_sensors", 64))
+    if readings * sensors > MAX_READINGS_HELD:
+        raise FieldError(
+            f"{path}.max_sensors is {sensors} with a window of {readings} readings; "
+            f"allowed: {MAX_READINGS_HELD} readings in all"
+        )
+    topics = checks.array(f"{path}.topics", table["topics"], 16, least=1)
+    route = Route(
+        name=_name(f"{path}.name", table["name"]),
+        topics=tuple(_filter(f"{path}.topics[{index}]", topic) for index, topic in enumerate(topics)),
+        value=_expression(f"{path}.value", table.get("value")),
+        window_readings=readings,
+        window_seconds=checks.number(1, 31 * 86_400)(f"{path}.window.seconds", window.get("seconds", 3600)),
+        max_sensors=sensors,
+        event_topic=_output_topic(f"{path}.event_topic", table.get("event_topic")),
+        answer_topic=_output_topic(f"{path}.answer_topic", table.get("answer_topic")),
+        trigger=_trigger(f"{path}.trigger", table["trigger"]),
+        ask=_ask(f"{path}.ask", table["ask"]) if "ask" in table else None,
+    )
+    if (route.ask is None) != (route.answer_topic is None):
+        raise FieldError(f"{path}.ask and answer_topic belong together; give both or neither")
+    if route.ask is None and route.event_topic is None:
+        raise FieldError(
+            f"{path} says nothing; allowed: an event_topic, or ask and answer_topic, or all three"
+        )
+    return route
+
+
+def _trigger(path: str, value: Any) -> Trigger:
+    table = checks.mapping(path, value, TRIGGER_KEYS)
+    if not any(key in table for key in ("every_s", "when", "silence_s")):
+        raise FieldError(f"{path} never fires; allowed: at least one of every_s, when, silence_s")
+    if "clear" in table and "when" not in table:
+        raise FieldError(f"{path}.clear has nothing to end; allowed: only beside when")
+    seconds = checks.number(1, 31 * 86_400)
+    return Trigger(
+        every_s=seconds(f"{path}.every_s", table["every_s"]) if "every_s" in table else None,
+        when=_expression(f"{path}.when", table.get("when")),
+        clear=_expression(f"{path}.clear", table.get("clear")),
+        silence_s=seconds(f"{path}.silence_s", table["silence_s"]) if "silence_s" in table else None,
+        min_interval_s=checks.number(0, 31 * 86_400)(
+            f"{path}.min_interval_s", table.get("min_interval_s", 60)
+        ),
+    )
+
+
+def _ask(path: str, value: Any) -> Ask:
+    table = checks.mapping(path, value, ("instructions", "question", "schema", *ASK_KEYS), ("question",))
+    request = {key: CHECKS[key](f"{path}.{key}", table[key]) for key in ASK_KEYS if key in table}
+    if "schema" in table:
+        request["response_format"] = _schema(f"{path}.schema", table["schema"])
+    return Ask(
+        instructions=checks.text(f"{path}.instructions", table.get("instructions", "")),
+        question=_template(f"{path}.question", table["question"], QUESTION_FIELDS),
+        request=request,
+    )
+
+
+def _schema(path: str, value: Any) -> dict[str, Any]:
+    """Make a request's format of a schema; TOML has dates, infinities and depths that JSON has not."""
+    response_format = {"type": "json_schema", "json_schema": {"schema": checks.mapping(path, value)}}
+    try:
+        strict_json.loads(strict_json.dumps({"response_format": response_format}), MAX_REQUEST_BYTES)
+    except (TypeError, ValueError, RecursionError) as error:
+        said = str(error) if isinstance(error, StrictJsonError) else "it has what JSON has not"
+        raise FieldError(f"{path} is no JSON schema: {said}") from None
+    return response_format
+
+
+def _name(path: str, value: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,32}", value):
+        raise FieldError(f"{path} is not valid; allowed: 1 to 32 of A-Z a-z 0-9 _ -")
+    return value
+
+
+def _filter(path: str, value: Any) -> TopicFilter:
+    topic = checks.text(path, value)
+    try:
+        if len(topic.encode()) > MAX_TOPIC_BYTES:
+            raise ValueError(f"at most {MAX_TOPIC_BYTES} bytes")
+        return TopicFilter(topic)
+    except ValueError as error:
+        raise FieldError(f"{path} is {printable(topic)}; allowed: a topic filter ({error})") from None
+
+
+def _output_topic(path: str, value: Any) -> str | None:
+    if value is None:
+        return None
+    topic = _template(path, value, TOPIC_FIELDS)
+    if (
+        not topic
+        or len(topic.encode()) > MAX_TOPIC_BYTES
+        or set(topic) & set("+#\0")
+        or topic.startswith("$")
+    ):
+        raise FieldError(f"{path} is {printable(topic)}; allowed: a topic without + and #")
+    return topic
+
+
+def _template(path: str, value: Any, allowed: tuple[str, ...]) -> str:
+    """Check a template: text with {name} of `allowed`, {{ and }} for braces, nothing else of str.format."""
+    template = checks.text(path, value)
+    try:
+        pieces = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise FieldError(f"{path}: {error}; write {{{{ and }}}} for braces") from None
+    for _, name, spec, conversion in pieces:
+        if name is not None and (name not in allowed or spec or conversion):
+            shown = printable(name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else ""))
+            raise FieldError(f"{path} has the unknown field {shown}; allowed: {', '.join(allowed)}")
+    return template
+
+
+def _expression(path: str, value: Any) -> ParsedResult | None:
+    if value is None:
+        return None
+    try:
+        return jmespath.compile(checks.text(path, value))
+    except (JMESPathError, RecursionError) as error:
+        reason = str(error).splitlines()[0]
+        raise FieldError(
+            f"{path} is not JMESPath: {reason}; numbers stand in backticks, texts in single quotes"
+        ) from None
+
+
+def _check_names(routes: Sequence[Route]) -> None:
+    seen: set[str] = set()
+    for index, route in enumerate(routes):
+        if route.name in seen:
+            raise FieldError(f"route[{index}].name is {printable(route.name)} again; each needs its own")
+        seen.add(route.name)
+
+
+def _check_loops(routes: Sequence[Route]) -> None:
+    """Refuse a route whose own words would come back to some route as a reading."""
+    for index, route in enumerate(routes):
+        for key, template in (("event_topic", route.event_topic), ("answer_topic", route.answer_topic)):
+            reader = template and _reader(routes, template)
+            if reader:
+                raise FieldError(
+                    f"route[{index}].{key} is {printable(template or '')}, which route {reader} reads; "
+                    f"use a topic that no route reads"
+                )
+
+
+def _reader(routes: Sequence[Route], template: str) -> str | None:
+    for sensor in ("x", "x/x", "x/x/x"):
+        for route in routes:
+            if any(topic.match(template.format(sensor=sensor)) is not None for topic in route.topics):
+                return route.name
+    return None

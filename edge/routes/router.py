@@ -1,0 +1,357 @@
+"""Sensor readings in, events and questions out: windows, triggers and prompts, without any I/O or thread.
+
+An event (an alarm, its end, a silence) comes out of the call that noticed it; the model is never in its
+way. A question about the same thing comes out beside it, or later if the sensor was asked about less than
+`min_interval_s` ago, then with the statistics of that moment. Each sensor has at most one question waiting,
+and a route at most `max_sensors` sensors, so memory is bounded whatever the topics are.
+
+`now` is in seconds of a monotonic clock and never goes back. Call `tick` when `next_due` says so.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from jmespath.exceptions import JMESPathError
+from jmespath.parser import ParsedResult
+
+from edge.protocol import strict_json
+from edge.protocol.messages import Failure, Final, Message, Request
+from edge.protocol.strict_json import StrictJsonError, printable
+from edge.routes.config import MAX_TOPIC_BYTES, Route
+from edge.routes.statistics import Statistics, Window
+
+MAX_PAYLOAD_BYTES = 8 * 1024
+READINGS_SHOWN = 12
+PAYLOAD_CHARACTERS_SHOWN = 400
+FORGET_S = 86_400.0  # a sensor silent for so long makes room for a new one
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something to publish at once. `payload` is JSON."""
+
+    route: str
+    topic: str
+    payload: str
+
+
+@dataclass(frozen=True)
+class Question:
+    """A request for the model; its answer belongs on `answer_topic`, as `answer_payload` writes it."""
+
+    route: str
+    sensor: str
+    topic: str
+    reason: str
+    answer_topic: str
+    request: Request
+
+
+@dataclass(frozen=True)
+class Ignored:
+    """A reading that could not be used, and why."""
+
+    route: str
+    topic: str
+    why: str
+
+
+Outcome = Event | Question | Ignored
+
+
+@dataclass
+class _Sensor:
+    """What is remembered of one topic."""
+
+    topic: str
+    name: str
+    window: Window
+    heard: float
+    payload: str = ""
+    alarmed: bool = False
+    silent: bool = False
+    next_regular: float = math.inf
+    may_ask: float = -math.inf
+    pending: str | None = None  # the reason of a question that waits
+
+
+class Router:
+    """Applies the routes to readings. `wall_clock` (seconds since the epoch) is only for what events say.
+
+    `plain` is for models without a chat format: questions are then one `prompt`. It may be set at any time.
+    """
+
+    def __init__(
+        self, routes: Sequence[Route], plain: bool = False, wall_clock: Callable[[], float] = time.time
+    ) -> None:
+        self._wall_clock, self.plain = wall_clock, plain
+        self._asked = 0
+        self._states = {route.name: _RouteState(route) for route in routes}
+
+    @property
+    def filters(self) -> tuple[str, ...]:
+        """Every topic filter to subscribe to, once."""
+        return tuple(dict.fromkeys(f.text for s in self._states.values() for f in s.route.topics))
+
+    def reading(self, topic: str, payload: bytes, now: float) -> list[Outcome]:
+        """Take in one message of a sensor."""
+        if not topic or set(topic) & set("+#\0") or len(topic.encode(errors="replace")) > MAX_TOPIC_BYTES:
+            return [Ignored("", printable(topic), "not a topic that can be answered")]
+        outcomes: list[Outcome] = []
+        for state in self._states.values():
+            matched = next((m for m in (f.match(topic) for f in state.route.topics) if m is not None), None)
+            if matched is not None:
+                outcomes.extend(self._apply(state, topic, "/".join(matched) or topic, payload, now))
+        return outcomes
+
+    def tick(self, now: float) -> list[Outcome]:
+        """Say and ask what is due: regular questions, silences, questions that had to wait."""
+        return [
+            outcome
+            for state in self._states.values()
+            for sensor in state.sensors.values()
+            for outcome in self._due(state.route, sensor, now)
+        ]
+
+    def next_due(self) -> float:
+        """When `tick` has something to do at the earliest; infinity if never."""
+        return min(
+            (
+                _due_time(state.route, sensor)
+                for state in self._states.values()
+                for sensor in state.sensors.values()
+            ),
+            default=math.inf,
+        )
+
+    def postpone(self, question: Question, until: float) -> None:
+        """Ask again, with newer statistics, at `until`: for a question that was refused as busy."""
+        sensor = self._states[question.route].sensors.get(question.topic)
+        if sensor is not None:
+            sensor.pending = sensor.pending or question.reason
+            sensor.may_ask = max(sensor.may_ask, until)
+
+    def _apply(
+        self, state: _RouteState, topic: str, name: str, payload: bytes, now: float
+    ) -> Iterator[Outcome]:
+        route = state.route
+        try:
+            value, content = _read(route.value, payload)
+        except _UnusableError as error:
+            yield Ignored(route.name, topic, str(error))
+            return
+        sensor = state.sensor(topic, name, now)
+        if sensor is None:
+            yield Ignored(route.name, topic, f"max_sensors ({route.max_sensors}) are heard already")
+            return
+        sensor.window.add(now, value)
+        sensor.heard, sensor.payload = now, strict_json.dumps(content)[:PAYLOAD_CHARACTERS_SHOWN]
+        if sensor.silent:
+            sensor.silent = False
+            yield from self._event(route, sensor, "back", now)
+        if route.trigger.when is not None:
+            yield from self._condition(route, sensor, _facts(sensor, content, now), now)
+        yield from self._due(route, sensor, now)
+
+    def _condition(
+        self, route: Route, sensor: _Sensor, facts: dict[str, Any], now: float
+    ) -> Iterator[Outcome]:
+        trigger = route.trigger
+        try:
+            if not sensor.alarmed and _holds(trigger.when, facts):
+                sensor.alarmed, sensor.pending = True, "condition"
+                yield from self._event(route, sensor, "condition", now)
+            elif sensor.alarmed and (
+                _holds(trigger.clear, facts) if trigger.clear is not None else not _holds(trigger.when, facts)
+            ):
+                sensor.alarmed = False
+                yield from self._event(route, sensor, "cleared", now)
+        except JMESPathError as error:
+            yield Ignored(route.name, sensor.topic, f"trigger: {str(error).splitlines()[0]}")
+
+    def _due(self, route: Route, sensor: _Sensor, now: float) -> Iterator[Outcome]:
+        trigger = route.trigger
+        if trigger.silence_s is not None and not sensor.silent and now - sensor.heard >= trigger.silence_s:
+            sensor.silent, sensor.pending = True, "silence"
+            yield from self._event(route, sensor, "silence", now)
+        if now >= sensor.next_regular and trigger.every_s is not None:
+            missed = (now - sensor.next_regular) // trigger.every_s
+            sensor.next_regular += (missed + 1) * trigger.every_s
+            sensor.window.expire(now)
+            if len(sensor.window):
+                sensor.pending = sensor.pending or "regular"
+        if sensor.pending and route.ask is None:
+            sensor.pending = None
+        if sensor.pending and now >= sensor.may_ask:
+            reason, sensor.pending = sensor.pending, None
+            sensor.may_ask = now + trigger.min_interval_s
+            yield self._question(route, sensor, reason, now)
+
+    def _event(self, route: Route, sensor: _Sensor, what: str, now: float) -> Iterator[Event]:
+        if route.event_topic is None:
+            return
+        statistics = sensor.window.statistics(now)
+        content = {
+            "route": route.name,
+            "sensor": sensor.name,
+            "topic": sensor.topic,
+            "event": what,
+            "at": round(self._wall_clock(), 3),
+            "statistics": None if statistics is None else _rounded(asdict(statistics)),
+        }
+        yield Event(route.name, route.event_topic.format(sensor=sensor.name), strict_json.dumps(content))
+
+    def _question(self, route: Route, sensor: _Sensor, reason: str, now: float) -> Question:
+        assert route.ask is not None
+        assert route.answer_topic is not None
+        self._asked += 1
+        asked = route.ask.question.format(**_fields(sensor, reason, now))
+        messages = [Message("system", route.ask.instructions)] if route.ask.instructions else []
+        prompt = "\n\n".join([*(message.content for message in messages), asked])
+        request = Request(
+            id=f"{route.name}.{int(self._wall_clock() * 1000)}.{self._asked}",
+            prompt=prompt if self.plain else None,
+            messages=() if self.plain else (*messages, Message("user", asked)),
+            stream=False,
+            **route.ask.request,
+        )
+        topic = route.answer_topic.format(sensor=sensor.name)
+        return Question(route.name, sensor.name, sensor.topic, reason, topic, request)
+
+
+class _RouteState:
+    """A route and its sensors, by topic."""
+
+    def __init__(self, route: Route) -> None:
+        self.route = route
+        self.sensors: dict[str, _Sensor] = {}
+
+    def sensor(self, topic: str, name: str, now: float) -> _Sensor | None:
+        """Find the sensor of a topic, or begin one; None if there are too many that were heard lately."""
+        found = self.sensors.get(topic)
+        if found is not None:
+            return found
+        if len(self.sensors) >= self.route.max_sensors:
+            stalest = min(self.sensors.values(), key=lambda sensor: sensor.heard)
+            if now - stalest.heard < FORGET_S:
+                return None
+            del self.sensors[stalest.topic]
+        every = self.route.trigger.every_s
+        window = Window(self.route.window_readings, self.route.window_seconds)
+        sensor = _Sensor(topic, name, window, now)
+        sensor.next_regular = math.inf if every is None else now + every
+        self.sensors[topic] = sensor
+        return sensor
+
+
+def answer_payload(question: Question, answer: Final | Failure) -> str:
+    """Write what is published on the answer topic, as JSON; an answer that is a JSON object stays one."""
+    content: dict[str, Any] = {
+        "route": question.route,
+        "sensor": question.sensor,
+        "reason": question.reason,
+        "request": question.request.id,
+    }
+    if isinstance(answer, Failure):
+        return strict_json.dumps(content | {"error": {"code": answer.code, "message": answer.message}})
+    try:
+        said: Any = strict_json.loads(answer.text, len(answer.text.encode()))
+    except StrictJsonError:
+        said = answer.text
+    return strict_json.dumps(content | {"answer": said, "finish_reason": answer.finish_reason})
+
+
+class _UnusableError(ValueError):
+    """A payload that holds no number for the route."""
+
+
+def _read(expression: ParsedResult | None, payload: bytes) -> tuple[float, Any]:
+    """Return the number in a payload and the payload's content."""
+    if len(payload) > MAX_PAYLOAD_BYTES:
+        raise _UnusableError(f"{len(payload)} bytes, at most {MAX_PAYLOAD_BYTES} are read")
+    if expression is None:
+        try:
+            text = payload.decode("ascii").strip()
+            content: Any = float("" if "_" in text else text)  # Python's own 1_000 is no number elsewhere
+        except ValueError:
+            raise _UnusableError(f"not a number: {printable(payload.decode('latin-1'))}") from None
+        value = content
+    else:
+        try:
+            content = strict_json.loads(payload, MAX_PAYLOAD_BYTES)
+            value = expression.search(content)
+        except (StrictJsonError, JMESPathError) as error:
+            raise _UnusableError(str(error).splitlines()[0]) from None
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise _UnusableError(f"value is {strict_json.kind_of(value)}, not a finite number")
+    return float(value), content
+
+
+def _holds(expression: ParsedResult | None, facts: dict[str, Any]) -> bool:
+    """Apply JMESPath's own idea of truth to an expression: false, null, "", [] and {} are not."""
+    result = expression.search(facts) if expression is not None else None
+    return not (result is None or result is False or result in ("", [], {}))
+
+
+def _facts(sensor: _Sensor, payload: Any, now: float) -> dict[str, Any]:
+    """Gather what conditions may look at."""
+    statistics = sensor.window.statistics(now)
+    assert statistics is not None  # a reading has just been added
+    return {
+        "sensor": sensor.name,
+        "topic": sensor.topic,
+        "payload": payload,
+        **asdict(statistics),
+    }
+
+
+def _fields(sensor: _Sensor, reason: str, now: float) -> dict[str, str]:
+    """Gather what a question's template may name, as text."""
+    sensor.window.expire(now)
+    found = sensor.window.statistics(now)
+    shown = found and {name: _number(value) for name, value in asdict(found).items()}
+    names = ("count", "minimum", "mean", "maximum", "last", "trend", "gaps")
+    readings = [f"{_number(v)} ({_number(now - t)} s ago)" for t, v in sensor.window.latest(READINGS_SHOWN)]
+    return {
+        "sensor": sensor.name,
+        "topic": sensor.topic,
+        "reason": reason,
+        "statistics": _sentence(found, now - sensor.heard),
+        "readings": ", ".join(readings) or "none",
+        "payload": sensor.payload,
+        **{name: shown[name] if shown else "unknown" for name in names},
+        "age": _number(now - sensor.heard),
+    }
+
+
+def _sentence(found: Statistics | None, age: float) -> str:
+    if found is None:
+        return f"no readings for {_number(age)} s"
+    return (
+        f"{found.count} readings in {_number(found.span_s)} s, minimum {_number(found.minimum)}, "
+        f"mean {_number(found.mean)}, maximum {_number(found.maximum)}, last {_number(found.last)}, "
+        f"trend {_number(found.trend)} per hour, {found.gaps} gaps (longest pause "
+        f"{_number(found.longest_pause_s)} s), last reading {_number(age)} s ago"
+    )
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4g}"
+
+
+def _rounded(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
+
+
+def _due_time(route: Route, sensor: _Sensor) -> float:
+    times = [sensor.next_regular]
+    if sensor.pending:
+        times.append(sensor.may_ask)
+    if route.trigger.silence_s is not None and not sensor.silent:
+        times.append(sensor.heard + route.trigger.silence_s)
+    return min(times)

@@ -1,0 +1,313 @@
+"""Token ids in, hidden states or logits out, over one KV cache.
+
+`prefill` stores K and V of tokens whose successor is already known, and computes nothing else. `advance`
+runs tokens and leaves the last one's hidden state for `logits` and `logits_for`. `verify` runs a few tokens
+at once and stores nothing until `commit` says how many of them count, so a rejected guess costs no undoing.
+Not thread-safe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.bundles.architecture import Architecture, Attention, Rope
+from edge.bundles.bundle import DECODER, Bundle
+from edge.bundles.row_table import MappedRows
+from edge.errors import RequestError
+from edge.runtime.kv_cache import Floats, KVCache
+from edge.runtime.litert import CompiledModel, Signature, aligned_array
+from edge.runtime.prefix_cache import PrefixCache
+
+_ATTENTIONS: tuple[Attention, ...] = ("sliding", "full")
+
+_WORTHWHILE_SHARE = 0.5
+"""A wide prefill beats several narrow ones when at least this share of its width is used."""
+
+
+class Decoder:
+    """A bundle's graph with a KV cache of at most `context` tokens."""
+
+    def __init__(self, bundle: Bundle, cache_directory: Path, threads: int, context: int) -> None:
+        manifest = bundle.manifest
+        self.arch, self.context = manifest.architecture, context
+        self.verify_width = manifest.verify_width
+        digest = manifest.files[DECODER].sha256
+        self._prefixes = PrefixCache(cache_directory / "prefixes", bundle.digest)
+        self._model = model = CompiledModel(bundle.path(DECODER), digest, cache_directory, threads)
+        self._tables = _Tables(bundle)
+        self._cache = KVCache(self.arch, context)
+        runs = {key: self._run_of(model, key) for key in ("decode", "verify")}
+        self._decode, self._verify = runs["decode"], runs["verify"]
+        self._chunks = {width: self._run_of(model, f"prefill_{width}") for width in manifest.prefill_widths}
+        self._every_layer_owns_kv = len(self.arch.owners) == len(self.arch.layers)
+        if self._every_layer_owns_kv:
+            self._chunks[self.verify_width] = self._verify
+        self._head = _Head(model.signatures["head"], self._decode.hidden)
+        self._head_verify = _Head(model.signatures["head_verify"], self._verify.hidden)
+        self._bind_caches()
+        self._pending: Sequence[int] = ()
+        self._tokens: list[int] = []
+
+    def close(self) -> None:
+        """Give all memory back; the decoder can't be used after that."""
+        self._model.close()
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """Ids of the tokens in the KV cache."""
+        return self._tokens
+
+    def rewind(self, ids: Sequence[int]) -> int:
+        """Keep the longest beginning of `ids` that the KV cache still can hold; returns its length."""
+        common = next((i for i, (a, b) in enumerate(zip(ids, self._tokens, strict=False)) if a != b), None)
+        length = min(len(ids), len(self._tokens)) if common is None else common
+        if not self._cache.truncate(length):
+            self._cache.length = length = 0
+        del self._tokens[length:]
+        self._pending = ()
+        return length
+
+    def recall(self, ids: Sequence[int]) -> int:
+        """Hold as long a beginning of `ids` as is at hand: in the KV cache, or stored by `remember`.
+
+        Returns its length.
+        """
+        cached = self.rewind(ids)
+        found = self._prefixes.restore(ids, self._cache, cached, self._grow)
+        if found:
+            self._tokens = list(ids[:found])
+        return found or cached
+
+    def remember(self) -> None:
+        """Store the KV cache, for later conversations that begin with the same tokens."""
+        self._prefixes.store(self._tokens, self._cache)
+
+    def prefill(self, ids: Sequence[int], interrupted: Callable[[], str | None]) -> str | None:
+        """Store K and V of `ids`. Asks `interrupted` before each chunk, and returns its answer if it has one.
+
+        Raises RequestError("too_long") if they do not fit into the context.
+        """
+        self._reserve(len(ids))
+        done = 0
+        while done < len(ids):
+            reason = interrupted()
+            if reason is not None:
+                return reason
+            run = self._chunks[self._chunk_width(len(ids) - done)]
+            part = ids[done : done + run.width]
+            self._advance(run, part)
+            self._append(run, part)
+            done += len(part)
+        return None
+
+    def advance(self, ids: Sequence[int], interrupted: Callable[[], str | None]) -> str | None:
+        """Run `ids`, of which there is at least one; `logits` then tells what may follow.
+
+        Asks `interrupted` before each chunk, as `prefill` does. Raises RequestError("too_long").
+        """
+        tail = min(len(ids), self.verify_width) if self._every_layer_owns_kv else 1
+        reason = self.prefill(ids[:-tail], interrupted) or interrupted()
+        if reason is None:
+            self._finish(ids[-tail:])
+        return reason
+
+    def logits(self) -> Floats:
+        """Logits [vocabulary] after the last token run, before the softcap; valid until the next call."""
+        return self._head.run().reshape(-1)
+
+    def logits_for(self, ids: NDArray[np.int32]) -> Floats:
+        """Logits [len(ids)] of some tokens only, as `logits` has them, from those rows of the head alone."""
+        return self._tables.head_rows(ids, self._decode.hidden[0, 0])
+
+    def verify(self, tokens: Sequence[int]) -> Floats:
+        """Logits [len(tokens), vocabulary] after each of at most `verify_width` tokens, before the softcap.
+
+        Nothing is stored until `commit`; the result is valid until the next call.
+        """
+        self._reserve(len(tokens))
+        self._advance(self._verify, tokens)
+        self._pending = tuple(tokens)
+        return self._head_verify.run()[: len(tokens)]
+
+    def commit(self, count: int) -> None:
+        """Store the first `count` tokens of the last `verify`."""
+        if count > len(self._pending):
+            raise ValueError(f"{count} tokens to commit, {len(self._pending)} were verified")
+        self._append(self._verify, self._pending[:count])
+        self._pending = ()
+
+    def logits_of(self, ids: Sequence[int]) -> Iterator[Floats]:
+        """Logits, softcapped, after every token of a new conversation, in blocks [n, vocabulary]."""
+        self.rewind(())
+        for start in range(0, len(ids), self.verify_width):
+            block = ids[start : start + self.verify_width]
+            logits = self.verify(block)
+            self.commit(len(block))
+            cap = self.arch.logit_softcap
+            yield logits if cap is None else cap * np.tanh(logits / cap)
+
+    def keys_of(self, layer: int) -> Floats:
+        """The keys that a layer with a KV cache has at hand, the latest last: [kv_heads, n, head_dim]."""
+        return self._cache.keys_of(layer)
+
+    def _finish(self, ids: Sequence[int]) -> None:
+        """Run up to `verify_width` tokens and keep the last one's hidden state."""
+        self._reserve(len(ids))
+        if len(ids) == 1:
+            self._advance(self._decode, ids)
+            self._append(self._decode, ids)
+        else:
+            self._advance(self._verify, ids)
+            self._append(self._verify, ids)
+            self._decode.hidden[0, 0] = self._verify.hidden[0, len(ids) - 1]
+
+    def _run_of(self, model: CompiledModel, key: str) -> _Run:
+        return _Run(model.signatures[key], self.arch)
+
+    def _chunk_width(self, left: int) -> int:
+        widths = sorted(self._chunks)
+        fitting = [width for width in widths if left >= _WORTHWHILE_SHARE * width]
+        return fitting[-1] if fitting else widths[0]
+
+    def _reserve(self, count: int) -> None:
+        length = self._cache.length + count
+        if length > self.context:
+            raise RequestError("too_long", f"{length} tokens do not fit into the context of {self.context}")
+        self._grow(length)
+
+    def _grow(self, length: int) -> None:
+        if self._cache.reserve(length):
+            self._bind_caches()
+
+    def _bind_caches(self) -> None:
+        for run in {self._decode, self._verify, *self._chunks.values()}:
+            run.bind_cache(self._cache)
+
+    def _append(self, run: _Run, tokens: Sequence[int]) -> None:
+        self._cache.append(run.new_keys, run.new_values, len(tokens))
+        self._tokens += tokens
+
+    def _advance(self, run: _Run, tokens: Sequence[int]) -> None:
+        count = len(tokens)
+        run.embeddings[0, :count] = self._tables.embeddings(tokens)
+        if run.per_layer is not None:
+            run.per_layer[0, :count] = self._tables.per_layer(tokens)
+        run.write_positions(self._cache)
+        run.signature.run()
+
+
+class _Tables:
+    """Embedding rows, scaled as the graph expects them."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        manifest = bundle.manifest
+        arch = manifest.architecture
+        self._embedding = MappedRows(bundle.directory, manifest.embedding)
+        self._head = MappedRows(bundle.directory, manifest.head)
+        self._float_head = manifest.head.bits == 32
+        self._embedding_scale = np.float32(arch.embedding_scale)
+        if manifest.per_layer_embedding is not None:
+            self._per_layer = MappedRows(bundle.directory, manifest.per_layer_embedding)
+            self._per_layer_scale = np.float32(np.sqrt(arch.per_layer_width))
+
+    def embeddings(self, tokens: Sequence[int]) -> Floats:
+        return self._embedding.rows(tokens) * self._embedding_scale
+
+    def head_rows(self, tokens: NDArray[np.int32], hidden: Floats) -> Floats:
+        """Logits of `tokens` as the head computes them: its weights' rows times `hidden` [D], in float64.
+
+        XNNPACK multiplies quantised weights by activations that it quantises first.
+        """
+        rows = self._head.rows(tokens).astype(np.float64)
+        x = hidden if self._float_head else dynamic_int8(hidden)
+        return (rows @ x).astype(np.float32)
+
+    def per_layer(self, tokens: Sequence[int]) -> Floats:
+        return self._per_layer.rows(tokens) * self._per_layer_scale
+
+
+class _Run:
+    """One signature of T tokens with its own small inputs and outputs; the caches are shared."""
+
+    def __init__(self, signature: Signature, arch: Architecture) -> None:
+        self.signature, self._arch = signature, arch
+        self.embeddings = signature.bind_new("embeddings")
+        self.width: int = self.embeddings.shape[1]
+        self.per_layer = signature.bind_new("per_layer") if "per_layer" in signature.inputs else None
+        self._rotary = {
+            a: (signature.bind_new(f"cos_{a}"), signature.bind_new(f"sin_{a}"), _frequencies(arch, a))
+            for a in _ATTENTIONS
+            if f"cos_{a}" in signature.inputs
+        }
+        self._masks: dict[Attention, Floats] = {}
+        outputs = {name: signature.bind_new(name) for name in signature.outputs}
+        self.hidden: Floats = outputs.get("hidden", np.empty(0, np.float32))
+        self.new_keys = {i: outputs[f"new_key_{i}"] for i in arch.owners}
+        self.new_values = {i: outputs[f"new_value_{i}"] for i in arch.owners}
+
+    def bind_cache(self, cache: KVCache) -> None:
+        """Bind the cache's arrays, and masks as wide as they are."""
+        for i in self._arch.owners:
+            for name, array in ((f"key_{i}", cache.keys[i]), (f"value_{i}", cache.values[i])):
+                if name in self.signature.inputs:
+                    self.signature.bind(name, array)
+        for a in _ATTENTIONS:
+            if f"mask_{a}" in self.signature.inputs:
+                shape = (1, 1, self.width, cache.rows[a] + self.width)
+                if a not in self._masks or self._masks[a].shape != shape:
+                    self._masks[a] = aligned_array(shape)
+                    self.signature.bind(f"mask_{a}", self._masks[a])
+
+    def write_positions(self, cache: KVCache) -> None:
+        """Fill masks and rotary tables for the tokens from `cache.length` on."""
+        for attention, mask in self._masks.items():
+            cache.write_mask(attention, mask)
+        positions = cache.length + np.arange(self.width)
+        for cos, sin, frequencies in self._rotary.values():
+            angles = positions[:, None] * frequencies
+            half = len(frequencies)
+            cos[0, :, 0, :half] = cos[0, :, 0, half:] = np.cos(angles)
+            sin[0, :, 0, half:] = np.sin(angles)
+            np.negative(sin[0, :, 0, half:], out=sin[0, :, 0, :half])
+
+
+class _Head:
+    """The output head over the hidden states that another signature leaves."""
+
+    def __init__(self, signature: Signature, hidden: Floats) -> None:
+        self._signature = signature
+        signature.bind("hidden", hidden)
+        self._logits: Floats = signature.bind_new("logits")
+
+    def run(self) -> Floats:
+        self._signature.run()
+        return self._logits.reshape(-1, self._logits.shape[-1])
+
+
+def dynamic_int8(x: Floats) -> NDArray[np.float64]:
+    """`x` [n] rounded to the 256 values that XNNPACK's dynamic quantisation gives it (its qd8 type).
+
+    One scale and zero point for all of `x`, so that 0 and both extremes are on the grid (the far one nearly).
+    """
+    low, high = np.minimum(x.min(), np.float32(0)), np.maximum(x.max(), np.float32(0))
+    if low == high:
+        return np.zeros(len(x))
+    inverse = np.float32(255) / (high - low)
+    bottom, top = low * inverse, high * inverse
+    zero = -128 - bottom if (-128 + bottom) + (127 + top) > 0 else 127 - top
+    zero = np.rint(np.clip(zero, -128, 127))
+    codes: NDArray[np.float32] = np.clip(np.rint(x * inverse) + zero, -128, 127) - zero
+    return codes.astype(np.float64) / np.float64(inverse)
+
+
+def _frequencies(arch: Architecture, attention: Attention) -> NDArray[np.float64]:
+    """Radians per position of each pair of a head: [head_dim / 2]."""
+    rope: Rope = arch.rope(attention)
+    head_dim = arch.head_dim(attention)
+    frequencies = rope.base ** (-2.0 * np.arange(head_dim // 2) / head_dim)
+    frequencies[int(rope.rotated_share * head_dim / 2) :] = 0.0
+    return frequencies

@@ -1,0 +1,152 @@
+"""KV snapshots of prompt beginnings on disk, so that a system prompt is prefilled once per bundle.
+
+A snapshot is one file, `<length>-<digest>.kv`: a checksum, then K and V of `length` tokens as the KV cache
+holds them (float32: a restored cache gives the very same logits). The digest is over the bundle, the layout
+and the token ids, so a snapshot is never taken for another's. It is read through the page cache, which is the
+memory that the system can take back.
+
+A snapshot that is damaged is a miss and is removed. Writes are not synced (a power cut costs a snapshot) and
+bounded: so many bytes a day, for the SD card's sake, and so many bytes in all, the least used going first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.runtime.kv_cache import KVCache
+
+SHORTEST = 32
+"""Tokens of the shortest prefix worth a file."""
+
+_LAYOUT = 1
+_DAY_S = 24 * 3600
+_NAME = re.compile(r"(\d+)-[0-9a-f]{32}\.kv")
+
+
+class PrefixCache:
+    """Snapshots in `directory` of one bundle's KV caches.
+
+    At most `capacity` bytes are kept, nothing for longer than `days` unused, and at most `daily` bytes
+    written in 24 hours. `written` counts the bytes written by this process. A directory that can't be written
+    is a cache that holds nothing.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        bundle_digest: str,
+        capacity: int = 256 << 20,
+        daily: int = 512 << 20,
+        days: float = 30,
+    ) -> None:
+        self._directory, self._capacity, self._daily = directory, capacity, daily
+        self._salt = f"{_LAYOUT}\n{bundle_digest}\n".encode()
+        self._intact: set[Path] = set()
+        self.written = 0
+        self._writes: list[tuple[float, int]] = []
+        with contextlib.suppress(OSError):
+            directory.mkdir(parents=True, exist_ok=True)
+        now = time.time()
+        for path, status in self._files():
+            if now - status.st_atime > days * _DAY_S and now - status.st_mtime > days * _DAY_S:
+                path.unlink(missing_ok=True)
+            elif now - status.st_mtime < _DAY_S:
+                self._writes.append((status.st_mtime, status.st_size))
+
+    def restore(
+        self, ids: Sequence[int], cache: KVCache, longer_than: int, reserve: Callable[[int], None]
+    ) -> int:
+        """Put the longest stored beginning of `ids` into `cache`, if it is longer than `longer_than` tokens.
+
+        Calls `reserve` with its length first. Returns the length, or 0 with the cache as it was.
+        """
+        lengths = {int(match[1]) for path, _ in self._files() if (match := _NAME.fullmatch(path.name))}
+        for length in sorted(lengths, reverse=True):
+            if longer_than < length <= len(ids):
+                path = self._path(ids[:length])
+                if path.exists():
+                    reserve(length)
+                    if self._read(path, length, cache):
+                        return length
+        return 0
+
+    def store(self, ids: Sequence[int], cache: KVCache) -> bool:
+        """Keep `cache`, which holds exactly the tokens `ids`. False if it is too short, or a bound is met."""
+        path = self._path(ids)
+        parts = [part for pair in cache.snapshot() for part in pair]
+        size = 4 + sum(part.nbytes for part in parts)
+        if len(ids) < SHORTEST or path.exists() or not self._may_write(size):
+            return False
+        checksum = 0
+        for part in parts:
+            checksum = zlib.crc32(part.data, checksum)
+        scratch = path.with_suffix(".part")
+        try:
+            with scratch.open("wb") as file:
+                file.write(checksum.to_bytes(4, "little"))
+                for part in parts:
+                    file.write(part.data)
+            os.replace(scratch, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                scratch.unlink(missing_ok=True)
+            return False
+        self.written += size
+        self._writes.append((time.time(), size))
+        return True
+
+    def _path(self, ids: Sequence[int]) -> Path:
+        digest = hashlib.sha256(self._salt + np.asarray(ids, "<i4").tobytes()).hexdigest()
+        return self._directory / f"{len(ids)}-{digest[:32]}.kv"
+
+    def _read(self, path: Path, length: int, cache: KVCache) -> bool:
+        """Restore from `path`; its checksum is looked at once in a process's life."""
+        try:
+            content: NDArray[np.uint8] = np.memmap(path, np.uint8, "r")
+        except (OSError, ValueError):  # gone, or empty, which can't be mapped
+            content = np.zeros(1, np.uint8)
+        body = content[4:]
+        if path not in self._intact:
+            if zlib.crc32(body.data) != int.from_bytes(content[:4].tobytes(), "little"):
+                path.unlink(missing_ok=True)
+                return False
+            self._intact.add(path)
+        if not cache.restore(length, body.view(np.float32)):
+            path.unlink(missing_ok=True)
+            return False
+        with contextlib.suppress(OSError):
+            os.utime(path, (time.time(), path.stat().st_mtime))
+        return True
+
+    def _may_write(self, size: int) -> bool:
+        """Whether the bounds allow `size` more bytes; makes room for them if so."""
+        now = time.time()
+        self._writes = [(at, count) for at, count in self._writes if now - at < _DAY_S]
+        if sum(count for _, count in self._writes) + size > self._daily or size > self._capacity:
+            return False
+        files = sorted(self._files(), key=lambda item: max(item[1].st_atime, item[1].st_mtime))
+        total = sum(status.st_size for _, status in files)
+        for path, status in files:
+            if total + size <= self._capacity:
+                break
+            path.unlink(missing_ok=True)
+            total -= status.st_size
+        return True
+
+    def _files(self) -> list[tuple[Path, os.stat_result]]:
+        found = []
+        with contextlib.suppress(OSError):
+            for path in self._directory.iterdir():
+                if _NAME.fullmatch(path.name):
+                    found.append((path, path.stat()))
+        return found

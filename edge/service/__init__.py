@@ -1,0 +1,1 @@
+"""The daemon: everything above wired together, its bundle watched over, its health told."""

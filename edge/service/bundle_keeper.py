@@ -1,0 +1,281 @@
+"""The daemon's bundle: tried before it answers, switched between two requests, given up when it fails.
+
+Where the configuration's `bundle` is a link, the keeper follows it. When the link names another bundle, that
+is verified, loaded and tested while the one before goes on answering; requests wait in the queue for moments
+only. A board with too little memory for both unloads the old one first, and requests wait until the new one
+is loaded. One that fails the test is refused: the old one answers on, and the link names it again.
+
+Three failures of a bundle in an hour, and the previous one runs again. A failure is a start that ends in an
+error, a daemon that was killed or crashed, or a request that LiteRT failed on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from edge.board import Board
+from edge.bundles.bundle import DECODER, Bundle, read_manifest
+from edge.bundles.record import MAX_FAILURES, DaemonRecord
+from edge.bundles.requirements import fit_together, require_memory, requirements
+from edge.bundles.signature import TrustedKeys
+from edge.bundles.store import BundleStore
+from edge.config import Config
+from edge.errors import BundleError, EdgeError
+from edge.files import write_atomically
+from edge.generation.generator import Generator
+from edge.generation.golden import self_test
+from edge.requests.engine import Engine
+from edge.runtime.litert import forget_packed_weights, weight_cache_name
+
+log = logging.getLogger(__name__)
+
+LOAD_S = 600.0
+"""A bundle that takes longer to load hangs. The first time, its weights are packed: minutes on an SD card."""
+
+
+def keeper_of(config: Config, board: Board, force: bool) -> BundleKeeper:
+    """Make the keeper that the configuration asks for; with `force`, of a bundle too large for the board too.
+
+    Raises ConfigError for the key file, EdgeError if another daemon uses the same store.
+    """
+    if config.bundle.is_symlink():
+        return StoreKeeper(config, board, force)
+    return BundleKeeper(config, board, force)
+
+
+class BundleKeeper:
+    """Keeps `generator` that of the bundle that is to run: here, of a directory that stays as it is."""
+
+    generator: Generator
+
+    def __init__(self, config: Config, board: Board, force: bool) -> None:
+        self._config, self._board, self._force = config, board, force
+        self._keys = None if config.bundle_key_file is None else TrustedKeys(config.bundle_key_file)
+
+    def open(self) -> Generator:
+        """Load the bundle that is to run, and test it. Raises BundleError or RuntimeFailure."""
+        self.generator = self._load(self._verified(self._config.bundle))
+        return self.generator
+
+    def attend(self, engine: Engine, switched: Callable[[], None]) -> None:
+        """Look after this engine from now on; `switched` is called when another bundle answers."""
+
+    def look(self) -> None:
+        """See what is to be done; to be called about every second.
+
+        Raises EdgeError if loading hangs, or if neither the new bundle nor the old one can be loaded.
+        """
+
+    def close(self) -> None:
+        """Note that the daemon ends in order."""
+
+    def _verified(self, directory: Path) -> Bundle:
+        """Open a bundle that is signed, whole and not too large for the board. Raises BundleError."""
+        if self._keys is not None:
+            self._keys.check(directory)
+        manifest = read_manifest(directory)
+        if not self._force:
+            require_memory(str(directory), requirements(manifest, self._config.context), self._board)
+        return Bundle.open(directory, self._config.cache_directory)
+
+    def _load(self, bundle: Bundle) -> Generator:
+        """Load a bundle and, unless it has passed here before, test it."""
+        config = self._config
+        generator = Generator(bundle, config.cache_directory, config.threads, config.context)
+        stamp = config.cache_directory / f"{bundle.digest[:24]}.tested"
+        passed = weight_cache_name(bundle.manifest.files[DECODER].sha256)  # names LiteRT and the CPU too
+        with contextlib.suppress(OSError):
+            if stamp.read_text() == passed:
+                return generator
+        try:
+            self_test(generator)
+        except BaseException:
+            generator.close()
+            raise
+        with contextlib.suppress(OSError):  # a full or read-only disk costs the next start time, no more
+            write_atomically(stamp, passed.encode())
+        return generator
+
+
+class StoreKeeper(BundleKeeper):
+    """Follows the link of a bundle store."""
+
+    def __init__(self, config: Config, board: Board, force: bool) -> None:
+        super().__init__(config, board, force)
+        self._store = BundleStore(config.bundle)
+        self._record = DaemonRecord(self._store.directory)
+        self._engine: Engine | None = None
+        self._switched: Callable[[], None] = lambda: None
+        self._thread: threading.Thread | None = None
+        self._loading_since: float | None = None
+        self._fatal: EdgeError | None = None
+        self._running = ""
+        self._previous: str | None = None
+        self._refused: str | None = None
+        self._fell_back_to: str | None = None
+        self._failures_seen = 0
+
+    def open(self) -> Generator:
+        """Load and test the bundle that is to run, or the previous one if that has failed too often."""
+        record = self._record
+        if record.content.begun is not None:
+            self._failed(record.content.begun, "the daemon was killed or crashed")
+        while True:
+            name = self._store.current or self._store.link.name
+            if record.content.running != name and self._fell_back_to is None:
+                record.change(trouble=None)
+            record.change(begun=name)
+            try:
+                self.generator = self._load(self._verified(self._store.path(name)))
+            except Exception as error:
+                record.change(begun=None)
+                if not self._failed(name, str(error)):
+                    raise
+            else:
+                record.change(running=name)
+                self._running, self._previous = name, self._store.previous
+                self._forget_packed()
+                return self.generator
+
+    def attend(self, engine: Engine, switched: Callable[[], None]) -> None:
+        """Look after this engine from now on; `switched` is called when another bundle answers."""
+        self._engine, self._switched = engine, switched
+        if self._record.content.trouble is not None:
+            engine.last_error = self._record.content.trouble
+
+    def look(self) -> None:
+        """See whether another bundle is to run, and whether this one fails."""
+        engine = self._engine
+        if engine is None:
+            return
+        if self._thread is not None:
+            if self._thread.is_alive():
+                self._check_time()
+                return
+            self._thread = None
+        if self._fatal is not None:
+            raise self._fatal
+        while self._failures_seen < engine.decoder_failures:
+            self._failures_seen += 1
+            self._failed(self._running, engine.last_error or "a request failed")
+        target, previous = self._store.settled
+        if target in (None, self._running):
+            self._refused, self._previous = None, previous
+        elif target is not None and target != self._refused:
+            self._thread = threading.Thread(
+                target=self._switch, args=(target, engine), name="bundle", daemon=True
+            )
+            self._thread.start()
+
+    def close(self) -> None:
+        """Note that the daemon ends in order."""
+        self._record.change(begun=None)
+        self._record.close()
+
+    def _switch(self, target: str, engine: Engine) -> None:
+        """Let another bundle answer, or refuse it."""
+        log.info("bundle %s: tried now, to answer instead of %s", target, self._running)
+        self._record.change(begun=target)
+        try:
+            self.generator = self._replaced(target, engine)
+        except Exception as error:
+            if not isinstance(error, EdgeError):
+                log.exception("bundle %s failed", target)
+            self._refuse(target, str(error))
+            return
+        log.info("bundle %s answers, %s no more", target, self._running)
+        self._running = target
+        content = self._record.content
+        self._record.change(
+            running=target,
+            failures=tuple(failure for failure in content.failures if failure.bundle != target),
+            trouble=content.trouble if target == self._fell_back_to else None,
+        )
+        self._forget_packed()
+        self._switched()
+
+    def _replaced(self, target: str, engine: Engine) -> Generator:
+        """Put a bundle's generator in the place of the running one; raises with that one in place still."""
+        old, context = self.generator, self._config.context
+        bundle = self._verified(self._store.path(target))
+        both = requirements(old.bundle.manifest, context), requirements(bundle.manifest, context)
+        if fit_together(*both, self._board):
+            new = self._timed(bundle)
+            engine.pause()
+            engine.resume(new)
+            old.close()
+            return new
+        log.info("bundle %s: too little memory for both; requests wait until it is loaded", target)
+        engine.pause()
+        old.close()
+        try:
+            new = self._timed(bundle)
+        except Exception:
+            engine.resume(self._brought_back(target))
+            raise
+        engine.resume(new)
+        return new
+
+    def _brought_back(self, failed: str) -> Generator:
+        """Load the bundle again that was unloaded for one that then failed."""
+        try:
+            self.generator = self._timed(self._verified(self._store.path(self._running)))
+        except Exception as error:
+            self._fatal = BundleError(f"neither bundle {failed} nor {self._running} can be loaded: {error}")
+            raise
+        return self.generator
+
+    def _timed(self, bundle: Bundle) -> Generator:
+        self._loading_since = time.monotonic()
+        try:
+            return self._load(bundle)
+        finally:
+            self._loading_since = None
+
+    def _check_time(self) -> None:
+        since = self._loading_since
+        if since is not None and time.monotonic() - since > LOAD_S:
+            raise BundleError(f"a bundle was not loaded within {LOAD_S:.0f} s; the daemon is started anew")
+
+    def _refuse(self, target: str, why: str) -> None:
+        """Let the links be as they were."""
+        self._refused = target
+        self._trouble(f"bundle {target} is refused: {why}; {self._running} goes on answering")
+        self._record.change(begun=self._running)
+        self._swap_back(target, self._running, self._previous)
+
+    def _failed(self, name: str, why: str) -> bool:
+        """Note a failure of a bundle; True if that was one too many and the previous one is to run."""
+        count, previous = self._record.fail(name, why), self._store.previous
+        log.error("bundle %s: failure %d of %d in an hour: %s", name, count, MAX_FAILURES, why)
+        if count < MAX_FAILURES or previous is None or not self._swap_back(name, previous):
+            return False
+        self._fell_back_to = previous
+        self._trouble(f"bundle {name} has failed {count} times in an hour ({why}); {previous} runs again")
+        return True
+
+    def _swap_back(self, failed: str, current: str, previous: str | None = None) -> bool:
+        try:
+            return self._store.go_back(failed, current, previous)
+        except OSError as error:
+            log.error("%s can't be swapped: %s", self._store.link, error.strerror)
+            return False
+
+    def _trouble(self, said: str) -> None:
+        log.error("%s", said)
+        self._record.change(trouble=said)
+        if self._engine is not None:
+            self._engine.last_error = said
+
+    def _forget_packed(self) -> None:
+        """Remove packed weights of bundles that are neither running nor to fall back to."""
+        kept = []
+        for name in {self._running, self._store.current, self._store.previous} - {None}:
+            with contextlib.suppress(BundleError):
+                kept.append(read_manifest(self._store.path(str(name))).files[DECODER].sha256)
+        forget_packed_weights(self._config.cache_directory, kept)

@@ -1,0 +1,235 @@
+"""The daemon: a generator, an engine, a journal, the transports of the configuration, and systemd told of it.
+
+SIGTERM and SIGINT drain: new requests are refused, those there are get their answers for up to `drain_s`
+seconds, the rest from the next start; a second signal ends the process at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from edge.board import Board
+from edge.config import Config
+from edge.errors import EdgeError, TransportError
+from edge.requests import route_runner
+from edge.requests.engine import Engine
+from edge.requests.journal import Journal
+from edge.requests.journaling import JournaledEngine, Origin
+from edge.requests.route_runner import RouteRunner
+from edge.service.bundle_keeper import keeper_of
+from edge.service.health import health
+from edge.service.metrics import MetricsFile
+from edge.systemd import Watchdog, notify, watchdog_s
+from edge.transports import mqtt
+from edge.transports.mqtt import MqttTransport
+from edge.transports.serial import SerialTransport
+
+log = logging.getLogger(__name__)
+
+CHECK_S = 0.5  # between two looks at whether a thread has ended
+WATCH_S = 5.0  # between two looks at their progress; each ticks about once a second
+JOURNAL = "journal.sqlite"  # in the state directory
+JUMP_S = 10.0  # of the clock that is worth a line in the log
+DAY_S = 86_400
+CLOSE_S = 5.0  # for a transport to send what it has
+
+
+class Daemon:
+    """All the parts of a running daemon."""
+
+    def __init__(self, config: Config, force: bool = False) -> None:
+        """Open the bundle, unless the board is too small for it and `force` is not set; prepare the rest.
+
+        Raises BundleError, RuntimeFailure, ConfigError (the key file), TransportError (a TLS file that can't
+        be used), or EdgeError if another process holds the journal or the bundle store.
+        """
+        self._config = config
+        self._watched, self._clock = time.monotonic(), time.time() - time.monotonic()
+        self._watch_s = min(WATCH_S, (watchdog_s() or 4 * WATCH_S) / 4)
+        self._stop = threading.Event()
+        self._board = Board()
+        self._keeper = keeper_of(config, self._board, force)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _end)
+        try:
+            self._prepare()
+        except BaseException:
+            self._keeper.close()
+            raise
+
+    def _prepare(self) -> None:
+        config = self._config
+        self._engine = Engine(self._keeper.open(), config.queue)
+        self._keeper.attend(self._engine, self._switched)
+        self._journal = Journal(config.state_directory / JOURNAL)
+        self._journaled = JournaledEngine(self._engine, self._journal)
+        self._routes: RouteRunner | None = None
+        if config.routes:
+            self._routes = RouteRunner(config.routes, self._plain, self._journaled, self._publish, self._show)
+        self._mqtt: MqttTransport | None = None
+        if config.mqtt is not None:
+            self._mqtt = MqttTransport(
+                config.mqtt, config.node, self._journaled, self._status, self._health, self._routes
+            )
+        self._ports = [
+            SerialTransport(port, config.node, self._journaled, self._routes) for port in config.serial
+        ]
+        self._metrics: MetricsFile | None = None
+        if config.metrics_file is not None:
+            self._metrics = MetricsFile(config.metrics_file, config.node, self._status, self._health)
+        self._watchdog = Watchdog({name: part[0] for name, part in self._parts().items()})
+
+    def run(self) -> None:
+        """Serve until a signal comes. Raises EdgeError if a part has ended that must not."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        self._journaled.resume(self._origin)
+        self._engine.start()
+        if self._routes is not None:
+            self._routes.start()
+        for transport in self._transports():
+            transport.start()
+        log.info("node %s answers with %s", self._config.node, self._config.bundle)
+        notify("READY=1", f"STATUS=Answering as {self._config.node}")
+        try:
+            self._supervise(self._stop)
+        finally:
+            self._drain()
+
+    def _on_signal(self, number: int, _frame: Any) -> None:
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_DFL)
+        log.info("%s: stopping", signal.Signals(number).name)
+        self._stop.set()
+
+    def _supervise(self, until: threading.Event) -> None:
+        """Watch the threads until the event is set."""
+        while not until.wait(CHECK_S):
+            for name, (_, alive) in self._parts().items():
+                if not alive():
+                    raise EdgeError(f"{name}: its thread has ended; the log above says why")
+            if self._mqtt is not None and self._mqtt.connection.refused:
+                raise TransportError(self._mqtt.connection.refused)
+            self._keeper.look()
+            self._watch()
+
+    def _watch(self) -> None:
+        """Look at the progress of all parts, several times before systemd's patience ends; write metrics."""
+        if self._metrics is not None:
+            self._metrics.update()
+        if time.monotonic() - self._watched >= self._watch_s:
+            self._watched = time.monotonic()
+            self._watchdog.check()
+            self._watch_clock()
+
+    def _watch_clock(self) -> None:
+        """Log that the time of day was set; nothing but the journal and the log itself goes by it."""
+        clock = time.time() - time.monotonic()
+        jump_s, self._clock = clock - self._clock, clock
+        if abs(jump_s) >= JUMP_S:
+            size = f"{abs(jump_s):.0f} s" if abs(jump_s) < DAY_S else f"{abs(jump_s) / DAY_S:.0f} days"
+            log.warning("the clock was set %s by %s", "back" if jump_s < 0 else "forward", size)
+
+    def _drain(self) -> None:
+        waiting = self._engine.waiting + self._engine.working
+        notify("STOPPING=1", f"STATUS=Stopping, {waiting} requests to answer")
+        self._keeper.close()
+        done = threading.Event()
+        drainer = threading.Thread(target=self._stop_parts, args=(done,), name="drain")
+        drainer.start()
+        while not done.wait(CHECK_S):
+            self._watch()
+        drainer.join()
+        if self._metrics is not None:
+            self._metrics.remove()
+        log.info("stopped")
+
+    def _stop_parts(self, done: threading.Event) -> None:
+        try:
+            if self._routes is not None:
+                self._routes.stop(CLOSE_S)
+            self._engine.stop(self._config.drain_s)
+            for transport in self._transports():
+                transport.stop(CLOSE_S)
+            self._journal.close()
+        finally:
+            done.set()
+
+    def _publish(self, topic: str, payload: str, delivered: Callable[[], None] | None) -> None:
+        """Publish what a route says: to the broker, or, where there is none, on every port."""
+        if self._mqtt is not None:
+            self._mqtt.publish(topic, payload, delivered)
+        else:
+            for port in self._ports:
+                port.publish(topic, payload, delivered)
+
+    def _show(self, route: str, payload: str) -> None:
+        """Show a route's answer in Home Assistant."""
+        if self._mqtt is not None:
+            self._mqtt.show(route, payload)
+
+    def _origin(self, client: str) -> Origin | None:
+        """Find where the requests of a client come from."""
+        if client.startswith(mqtt.CLIENT):
+            return self._mqtt
+        if client.startswith(route_runner.CLIENT):
+            return self._routes
+        return next((port for port in self._ports if port.client == client), None)
+
+    def _transports(self) -> list[MqttTransport | SerialTransport]:
+        return [*([self._mqtt] if self._mqtt else []), *self._ports]
+
+    def _parts(self) -> dict[str, tuple[Any, Any]]:
+        """By name: a function for the progress of each thread, and one for whether it runs."""
+        engine, broker = self._engine, self._mqtt
+        parts: dict[str, tuple[Any, Any]] = {"decoder": (lambda: engine.progress, lambda: engine.alive)}
+        if broker is not None:
+            parts["mqtt"] = (lambda: broker.connection.progress, lambda: broker.connection.alive)
+        routes = self._routes
+        if routes is not None:
+            parts["routes"] = (lambda: routes.progress, lambda: routes.alive)
+        for transport in self._ports:
+            port = transport.port
+            parts[f"port {port.name}"] = (lambda p=port: p.progress, lambda p=port: p.alive)
+        return parts
+
+    @property
+    def _plain(self) -> bool:
+        return self._keeper.generator.bundle.manifest.prompt_format == "plain"
+
+    def _switched(self) -> None:
+        """Tell all parts that another bundle answers."""
+        if self._routes is not None:
+            self._routes.use_format(self._plain)
+        if self._mqtt is not None:
+            self._mqtt.announce()
+
+    def _status(self) -> Mapping[str, Any]:
+        bundle = self._keeper.generator.bundle
+        return {
+            "version": _version(),
+            "model": bundle.manifest.architecture.family,
+            "bundle": bundle.digest[:12],
+            "context": self._keeper.generator.context,
+        }
+
+    def _health(self) -> Mapping[str, Any]:
+        return health(self._engine, self._journal, self._board)
+
+
+def _end(_number: int, _frame: Any) -> None:
+    """End in order while the bundle is loaded; there is nothing to drain yet."""
+    raise SystemExit(0)
+
+
+def _version() -> str:
+    try:
+        return version("edge-gemma")
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,41 @@
+"""How a node is, as its retained health says: the queue, speed, memory, temperature, and what is wrong."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from edge.board import Board
+from edge.requests.engine import Engine
+from edge.requests.journal import Journal
+
+MIB_KIB = 1024
+
+
+def health(engine: Engine, journal: Journal, board: Board) -> Mapping[str, Any]:
+    """Gather it. What the board or the engine can't tell (yet) is null.
+
+    `tokens_per_s` and `first_token_ms` are those of the last answer, `memory_mib` is anonymous memory
+    (RssAnon), `throttling` lists what holds a Raspberry Pi's processor back now.
+    """
+    final = engine.last_final
+    throttling, temperature = board.throttling, board.temperature_c
+    return {
+        "queue": engine.waiting,
+        "working": engine.working,
+        "answered": engine.answered,
+        "failed": engine.failed,
+        "tokens_per_s": None if final is None else final.tokens_per_s,
+        "first_token_ms": None if final is None else round(final.timings.first_token_ms),
+        "memory_mib": _anonymous_mib(board),
+        "temperature_c": None if temperature is None else round(temperature),
+        "throttling": None if throttling is None else list(throttling.now),
+        "last_error": engine.last_error,
+        "journal": journal.problem,
+    }
+
+
+def _anonymous_mib(board: Board) -> int | None:
+    found = re.search(r"^RssAnon:\s+(\d+) kB", board.read("/proc/self/status") or "", re.MULTILINE)
+    return round(int(found[1]) / MIB_KIB) if found else None
