@@ -27,14 +27,13 @@ WORLDS = {"training": TRAINING, "held out": HELD_OUT}
 worlds = st.sampled_from(sorted(WORLDS)).map(WORLDS.__getitem__)
 
 LIMIT = r"larm (?P<side>above|below) (?P<limit>-?[\d.]+)"
-NAMES = r"(?P<place>.+), .+ in (?P<unit>\S+)"
-TIMES = r"very (?P<every>\d+) s, newest (?P<age>\S+) s old"
+AGE = r"newest \d+ s old(?P<overdue>, overdue)?"
 SENTENCES = (
-    rf"{NAMES}, a{LIMIT}: (?P<values>.+)\. E{TIMES}\.",
-    r"(?P<place>.+) \(.+, (?P<unit>\S+)\): (?P<values>.+)\. "
-    rf"Interval (?P<every>\d+) s, age (?P<age>\d+) s\. A{LIMIT}\.",
+    rf"(?P<place>.+), .+ in (?P<unit>\S+), a{LIMIT}: (?P<values>.+), {AGE}\.",
+    rf"(?P<place>.+) \(.+, (?P<unit>\S+); a{LIMIT}\): (?P<values>.+), {AGE}\.",
 )
 SITES = rf".+ in \S+, a{LIMIT}: (?P<values>.+)\."
+NOTES = r" \((same|jump|[+-][\d.]+(e-\d+)?)?(, )?(beyond)?\)"
 
 
 def some(world: World, seed: int, count: int) -> list[Scenario]:
@@ -61,12 +60,12 @@ class Understood:
     side: str
     limit: float
     readings: dict[str, Reading]
-    every: float = 0.0
-    age: float = 0.0
+    overdue: bool = False
 
 
 def understood(prompt: str) -> Understood:
-    body, end, _ = prompt.rpartition("\nJSON:")
+    """Read a prompt without its notes, which must be what the numbers say."""
+    body, end, _ = re.sub(NOTES, "", prompt).rpartition("\nJSON:")
     assert end
     return from_json(json.loads(body)) if body.startswith("{") else from_text(body)
 
@@ -74,9 +73,8 @@ def understood(prompt: str) -> Understood:
 def from_json(data: dict[str, Any]) -> Understood:
     side = "above" if "alarm_above" in data else "below"
     values = data.get("sites") or dict(enumerate(data["values"]))
-    readings = {str(name): reading(str(value), data["unit"]) for name, value in values.items()}
-    times = float(data.get("every_s", 0)), float(data.get("age_s", 0))
-    return Understood(data["unit"], side, data[f"alarm_{side}"], readings, *times)
+    readings = {str(name): reading(value, data["unit"]) for name, value in values.items()}
+    return Understood(data["unit"], side, data[f"alarm_{side}"], readings, "overdue" in data.get("age", ""))
 
 
 def from_text(body: str) -> Understood:
@@ -87,14 +85,10 @@ def from_text(body: str) -> Understood:
         pairs = (item.rsplit(" ", 1) for item in sites["values"].split(", "))
         readings = {name: Reading(value, "") for name, value in pairs}
         return Understood("", sites["side"], float(sites["limit"]), readings)
-    listed = re.sub(r" \(\S+ s ago\)", "", found["values"])
+    items = enumerate(found["values"].split(", "))
+    readings = {str(index): reading(item, found["unit"]) for index, item in items}
     return Understood(
-        found["unit"],
-        found["side"],
-        float(found["limit"]),
-        {str(index): reading(item, found["unit"]) for index, item in enumerate(listed.split(", "))},
-        float(found["every"]),
-        float(found["age"]),
+        found["unit"], found["side"], float(found["limit"]), readings, found["overdue"] is not None
     )
 
 
@@ -109,7 +103,7 @@ def status(report: Understood, value: float) -> str:
 
 def judged(report: Understood, asked: Collection[str]) -> dict[str, str]:
     """The right answer by the rules, from what the text says alone."""
-    if report.every == 0:
+    if "fault" not in asked:
         found = {site: status(report, item.value or 0.0) for site, item in report.readings.items()}
         if "site" not in asked:
             return found
@@ -118,7 +112,7 @@ def judged(report: Understood, asked: Collection[str]) -> dict[str, str]:
         return {"site": beyond[0] if beyond else "none"}
     items = list(report.readings.values())
     values = [item.value for item in items if item.value is not None]
-    if items[-1].value is None or report.age > 3 * report.every:
+    if items[-1].value is None or report.overdue:
         fault = "missing"
     elif len({item.text for item in items}) == 1:
         fault = "stuck"

@@ -1,13 +1,18 @@
-"""How a report of one sensor, or of several sites, is written: as a sentence, as JSON, or by a route."""
+"""How a report of one sensor, or of several sites, is written: as a sentence, as JSON, or by a route.
+
+What arithmetic can say of a reading is written beside it, as the field `{notes}` of a route does
+(`edge.routes.notes`), whoever writes the report.
+"""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from adapters.field_270m.sensors import SensorKind
+from edge.routes import notes
 from edge.routes.config import parse_routes
 from edge.routes.router import Question, Router
 
@@ -17,7 +22,7 @@ END = "\nJSON:"
 
 @dataclass(frozen=True)
 class Limit:
-    """Values beyond `value` are too high (`above`) or too low."""
+    """Values beyond `value` are too high (`above`) or too low; `value` is written as the sensor would."""
 
     above: bool
     value: str
@@ -26,6 +31,11 @@ class Limit:
     def side(self) -> str:
         """The word for beyond."""
         return "above" if self.above else "below"
+
+    def noted(self, text: str, value: str, before: str | None) -> str:
+        """A value, written as `text`, with its notes; `before` is the value that came before it."""
+        limit = notes.Limit(self.above, float(self.value))
+        return notes.noted(text, float(value), None if before is None else float(before), limit)
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,22 @@ class Report:
     interval: int
     age: int
 
+    @property
+    def newest(self) -> str:
+        """How old the newest entry is."""
+        return notes.age(self.age, self.age > notes.OVERDUE_FACTOR * self.interval)
+
+    def listed(self, units: bool) -> Iterator[str]:
+        """The entries with their notes; with `units`, each value names its own."""
+        before = None
+        for entry in self.entries:
+            if entry.value is None:
+                yield entry.mark
+                continue
+            text = f"{entry.value} {entry.unit}" if units else entry.value
+            yield self.limit.noted(text, entry.value, before)
+            before = entry.value
+
 
 def number(value: float) -> str:
     """At most four digits and no exponent."""
@@ -57,16 +83,11 @@ def number(value: float) -> str:
 def sentence(draw: random.Random, report: Report, units: bool) -> str:
     """A line of text; with `units` behind each value."""
     limit, kind = report.limit, report.kind
-    listed = ", ".join(_written(entry, units) for entry in report.entries)
+    listed = ", ".join([*report.listed(units), report.newest])
+    alarm = f"alarm {limit.side} {limit.value}"
     if draw.random() < 0.5:
-        return (
-            f"{report.place}, {kind.quantity} in {kind.unit}, alarm {limit.side} {limit.value}: {listed}."
-            f" Every {report.interval} s, newest {report.age} s old.{END}"
-        )
-    return (
-        f"{report.place} ({kind.quantity}, {kind.unit}): {listed}. Interval {report.interval} s, age"
-        f" {report.age} s. Alarm {limit.side} {limit.value}.{END}"
-    )
+        return f"{report.place}, {kind.quantity} in {kind.unit}, {alarm}: {listed}.{END}"
+    return f"{report.place} ({kind.quantity}, {kind.unit}; {alarm}): {listed}.{END}"
 
 
 def message(_draw: random.Random, report: Report, units: bool) -> str:
@@ -76,9 +97,8 @@ def message(_draw: random.Random, report: Report, units: bool) -> str:
         "quantity": report.kind.quantity,
         "unit": report.kind.unit,
         f"alarm_{report.limit.side}": _plain(report.limit.value),
-        "every_s": report.interval,
-        "age_s": report.age,
-        "values": [_json_value(entry, units) for entry in report.entries],
+        "values": [*report.listed(units)],
+        "age": report.newest,
     }
     return json.dumps(content, ensure_ascii=False, separators=(",", ":")) + END
 
@@ -86,10 +106,6 @@ def message(_draw: random.Random, report: Report, units: bool) -> str:
 def route(_draw: random.Random, report: Report, _units: bool) -> str:
     """The question of a route of this product that heard the readings; they must all be numbers."""
     limit, kind = report.limit, report.kind
-    question = (
-        f"{{sensor}}, {kind.quantity} in {kind.unit}, alarm {limit.side} {limit.value}: {{readings}}."
-        f" Every {report.interval} s, newest {{age}} s old.{END}"
-    )
     last = (len(report.entries) - 1) * report.interval
     table = {
         "name": "field",
@@ -97,7 +113,10 @@ def route(_draw: random.Random, report: Report, _units: bool) -> str:
         "window": {"seconds": 31 * 86400},
         "answer_topic": "answers/{sensor}",
         "trigger": {"every_s": last + report.age},
-        "ask": {"question": question},
+        "ask": {
+            "question": f"{{sensor}}, {kind.quantity} in {kind.unit}, alarm {{limit}}: {{notes}}.{END}",
+            "limit": {limit.side: float(limit.value)},
+        },
     }
     router = Router(parse_routes([table]), plain=True)
     for index, entry in enumerate(report.entries):
@@ -110,7 +129,7 @@ def route(_draw: random.Random, report: Report, _units: bool) -> str:
 
 def sites_sentence(kind: SensorKind, limit: Limit, values: Mapping[str, str]) -> str:
     """A line about one quantity at several sites."""
-    listed = ", ".join(f"{site} {value}" for site, value in values.items())
+    listed = ", ".join(f"{site} {limit.noted(value, value, None)}" for site, value in values.items())
     return f"{kind.quantity} in {kind.unit}, alarm {limit.side} {limit.value}: {listed}.{END}"
 
 
@@ -120,21 +139,9 @@ def sites_message(kind: SensorKind, limit: Limit, values: Mapping[str, str]) -> 
         "quantity": kind.quantity,
         "unit": kind.unit,
         f"alarm_{limit.side}": _plain(limit.value),
-        "sites": {site: _plain(value) for site, value in values.items()},
+        "sites": {site: limit.noted(value, value, None) for site, value in values.items()},
     }
     return json.dumps(content, ensure_ascii=False, separators=(",", ":")) + END
-
-
-def _written(entry: Entry, units: bool) -> str:
-    if entry.value is None:
-        return entry.mark
-    return f"{entry.value} {entry.unit}" if units else entry.value
-
-
-def _json_value(entry: Entry, units: bool) -> str | float | None:
-    if entry.value is None:
-        return None if entry.mark == "null" else entry.mark
-    return f"{entry.value} {entry.unit}" if units else _plain(entry.value)
 
 
 def _plain(text: str) -> float:

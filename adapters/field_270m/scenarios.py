@@ -1,17 +1,19 @@
 """Sensor scenarios with exact answers: text as gateways and this product's routes write it, JSON as answer.
 
-A scenario is one prompt, the schema of its answer, and the only right answer. The rules, for one sensor:
+A scenario is one prompt, the schema of its answer, and the only right answer. Beside the readings stands
+what arithmetic can say of them (`edge.routes.notes`); what follows from it is the model's to tell. The rules,
+for one sensor:
 
-- `fault` is "missing" if the newest entry holds no value, or is older than three intervals; "stuck" if all
-  values are the same to the last digit; "unit" if the newest value is in another unit than the sensor's, by
-  name or because it is at least five times, or at most a fifth, of the oldest; else "none".
+- `fault` is "missing" if the newest entry holds no value, or is overdue (older than three intervals); "stuck"
+  if all values are the same to the last digit; "unit" if the newest value is in another unit than the
+  sensor's, by name or because values jumped by a factor of five or more; else "none".
 - With a fault, `trend` and `status` are "unknown". Else `trend` is "rising" if each value is higher than the
   one before, "falling" if each is lower, else "steady"; `status` is "alarm" if the newest value is beyond
   the sensor's limit, else "ok".
 
 Of several sites, `site` is the one beyond the limit, "none" if there is none; a survey has the status of
 each. What no rule should decide is not drawn: values nearer to the limit than a fortieth of the sensor's
-range, drifts that are broken by a step back, values that double, ages between one interval and four.
+range, drifts that are broken by a step back, values that double.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ min_interval_s = 300                     # between two questions about a sensor;
 [route.ask]                              # as in a request, beside instructions, question and schema
 instructions = "You watch the freezers of a kitchen. ..."   # always the same, so it is prefilled once
 question = "Freezer {sensor}, {reason}: {statistics}. Latest: {readings}."
+limit = { above = -15 }                  # for the fields {limit} and {notes}
 max_tokens = 120
 [route.ask.schema]                       # JSON schema of the answer
 type = "object"
@@ -41,6 +42,7 @@ from edge.protocol.checks import FieldError
 from edge.protocol.request_fields import CHECKS, MAX_REQUEST_BYTES
 from edge.protocol.strict_json import StrictJsonError, printable
 from edge.protocol.topic_filter import TopicFilter
+from edge.routes.notes import Limit
 
 MAX_ROUTES = 64
 MAX_READINGS_HELD = 500_000  # by all sensors of a route together: 16 MB
@@ -48,7 +50,7 @@ MAX_TOPIC_BYTES = 256
 
 TOPIC_FIELDS = ("sensor",)
 QUESTION_FIELDS = (
-    *("sensor", "topic", "reason", "statistics", "readings", "payload"),
+    *("sensor", "topic", "reason", "statistics", "readings", "notes", "limit", "payload"),
     *("count", "minimum", "mean", "maximum", "last", "trend", "gaps", "age"),
 )
 ASK_KEYS = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop", "reasoning", "deadline_ms")
@@ -72,10 +74,14 @@ class Trigger:
 
 @dataclass(frozen=True)
 class Ask:
-    """What is asked: constant `instructions`, a `question` template, and fields of the request."""
+    """What is asked: constant `instructions`, a `question` template, and fields of the request.
+
+    `limit` is what the fields `{limit}` and `{notes}` know of the sensor.
+    """
 
     instructions: str
     question: str
+    limit: Limit | None = None
     request: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -161,15 +167,27 @@ def _trigger(path: str, value: Any) -> Trigger:
 
 
 def _ask(path: str, value: Any) -> Ask:
-    table = checks.mapping(path, value, ("instructions", "question", "schema", *ASK_KEYS), ("question",))
+    known = ("instructions", "question", "limit", "schema", *ASK_KEYS)
+    table = checks.mapping(path, value, known, ("question",))
     request = {key: CHECKS[key](f"{path}.{key}", table[key]) for key in ASK_KEYS if key in table}
     if "schema" in table:
         request["response_format"] = _schema(f"{path}.schema", table["schema"])
+    limit = _limit(f"{path}.limit", table["limit"]) if "limit" in table else None
+    fields = tuple(name for name in QUESTION_FIELDS if limit is not None or name != "limit")
     return Ask(
         instructions=checks.text(f"{path}.instructions", table.get("instructions", "")),
-        question=_template(f"{path}.question", table["question"], QUESTION_FIELDS),
+        question=_template(f"{path}.question", table["question"], fields),
+        limit=limit,
         request=request,
     )
+
+
+def _limit(path: str, value: Any) -> Limit:
+    table = checks.mapping(path, value, ("above", "below"))
+    if len(table) != 1:
+        raise FieldError(f"{path} is not valid; allowed: either above or below")
+    ((side, size),) = table.items()
+    return Limit(side == "above", checks.number(-1e12, 1e12)(f"{path}.{side}", size))
 
 
 def _schema(path: str, value: Any) -> dict[str, Any]:

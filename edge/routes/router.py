@@ -23,6 +23,7 @@ from edge.protocol import strict_json
 from edge.protocol.messages import Failure, Final, Message, Request
 from edge.protocol.strict_json import StrictJsonError, printable
 from edge.routes.config import MAX_TOPIC_BYTES, Route
+from edge.routes.notes import Limit, notes, number
 from edge.routes.statistics import Statistics, Window
 
 MAX_PAYLOAD_BYTES = 8 * 1024
@@ -210,7 +211,7 @@ class Router:
         assert route.ask is not None
         assert route.answer_topic is not None
         self._asked += 1
-        asked = route.ask.question.format(**_fields(sensor, reason, now))
+        asked = route.ask.question.format(**_fields(sensor, reason, now, route.ask.limit))
         messages = [Message("system", route.ask.instructions)] if route.ask.instructions else []
         prompt = "\n\n".join([*(message.content for message in messages), asked])
         request = Request(
@@ -310,19 +311,22 @@ def _facts(sensor: _Sensor, payload: Any, now: float) -> dict[str, Any]:
     }
 
 
-def _fields(sensor: _Sensor, reason: str, now: float) -> dict[str, str]:
+def _fields(sensor: _Sensor, reason: str, now: float, limit: Limit | None) -> dict[str, str]:
     """Gather what a question's template may name, as text."""
     sensor.window.expire(now)
     found = sensor.window.statistics(now)
     shown = found and {name: _number(value) for name, value in asdict(found).items()}
     names = ("count", "minimum", "mean", "maximum", "last", "trend", "gaps")
-    readings = [f"{_number(v)} ({_number(now - t)} s ago)" for t, v in sensor.window.latest(READINGS_SHOWN)]
+    latest = sensor.window.latest(READINGS_SHOWN)
+    readings = [f"{_number(v)} ({_number(now - t)} s ago)" for t, v in latest]
     return {
         "sensor": sensor.name,
         "topic": sensor.topic,
         "reason": reason,
         "statistics": _sentence(found, now - sensor.heard),
         "readings": ", ".join(readings) or "none",
+        "notes": notes(latest, now, limit),
+        "limit": str(limit),
         "payload": sensor.payload,
         **{name: shown[name] if shown else "unknown" for name in names},
         "age": _number(now - sensor.heard),
@@ -341,7 +345,7 @@ def _sentence(found: Statistics | None, age: float) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.4g}"
+    return "unknown" if value is None else number(value)
 
 
 def _rounded(values: dict[str, Any]) -> dict[str, Any]:
