@@ -50,7 +50,8 @@ def bundle(recipe: str) -> Path:
 
 def _converter_digest() -> str:
     """Of all code that decides what a bundle contains."""
-    edge = [ROOT / "edge" / name for name in ("architecture.py", "bundle.py", "row_table.py", "tokenizer.py")]
+    names = ("bundles/architecture.py", "bundles/bundle.py", "bundles/row_table.py", "text/tokenizer.py")
+    edge = [ROOT / "edge" / name for name in names]
     digest = hashlib.sha256()
     for path in sorted([*Path(converters.__path__[0]).rglob("*.py"), *edge]):
         digest.update(path.read_bytes())

@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from edge import defaults
 from edge.errors import ConfigError
 from edge.protocol.checks import FieldError, array, flag, integer, number, one_of, text
 from edge.protocol.strict_json import printable
@@ -290,30 +291,13 @@ def _tables(path: str, value: Any) -> list[Mapping[str, Any]]:
     return value
 
 
-def _directory(variable: str, xdg: str, home: str) -> Callable[[], str]:
-    """Make a default: what systemd made for the unit, or where the XDG base directories say."""
-
-    def default() -> str:
-        given = os.environ.get(variable, "").partition(":")[0]
-        return given or str(Path(os.environ.get(xdg) or Path.home() / home) / "edge-gemma")
-
-    return default
-
-
-def default_threads() -> int:
-    """Give one thread a core, up to four: decoding is bound by memory, not by cores."""
-    return min(os.cpu_count() or 1, 4)
-
-
-default_cache_directory = _directory("CACHE_DIRECTORY", "XDG_CACHE_HOME", ".cache")
-
 _TOP = {
     "node": _Key(_node, _host_name),
     "bundle": _Key(_not_empty),
     "bundle_key_file": _Key(_not_empty, None),
-    "cache_directory": _Key(_not_empty, default_cache_directory),
-    "state_directory": _Key(_not_empty, _directory("STATE_DIRECTORY", "XDG_STATE_HOME", ".local/state")),
-    "threads": _Key(integer(1, 64), default_threads),
+    "cache_directory": _Key(_not_empty, defaults.cache_directory),
+    "state_directory": _Key(_not_empty, defaults.state_directory),
+    "threads": _Key(integer(1, 64), defaults.threads),
     "context": _Key(integer(16, 131_072), None),
     "queue": _Key(integer(1, 1024), 8),
     "drain_s": _Key(number(0, 600), 20.0),

@@ -28,8 +28,9 @@ from converters.convert import Converted, convert
 from converters.decoder_graph import stacked_matrices
 from converters.quantization import Format, quantize
 from edge.bundles.bundle import DECODER, EMBEDDING, PER_LAYER, read_manifest
-from edge.bundles.row_table import MappedRows, RowTable
+from edge.bundles.row_table import RowTable
 from edge.errors import EdgeError
+from edge.runtime.mapped_rows import MappedRows
 
 Written = dict[str, tuple[NDArray[np.int8], NDArray[np.float32]]]
 

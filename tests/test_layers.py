@@ -9,7 +9,18 @@ from pathlib import Path
 EDGE = Path(__file__).parents[1] / "edge"
 
 ORDER = (
-    *("errors", "files", "systemd", "protocol", "board", "bundles", "text", "runtime", "generation"),
+    *(
+        "errors",
+        "files",
+        "defaults",
+        "systemd",
+        "protocol",
+        "board",
+        "bundles",
+        "text",
+        "runtime",
+        "generation",
+    ),
     *("routes", "config", "requests", "transports", "service", "doctor", "client", "bundle_cli", "cli"),
 )
 

@@ -13,7 +13,8 @@ import pytest
 from numpy.typing import NDArray
 
 from edge.bundles.bundle import DECODER, read_manifest
-from edge.runtime.litert import CompiledModel, aligned_array, weight_cache_name
+from edge.runtime.litert import CompiledModel, weight_cache_name
+from edge.runtime.signature import aligned_array
 
 NAME = "gemma3-two-kv-heads"
 
@@ -90,7 +91,7 @@ def test_a_damaged_cache_is_rebuilt(tmp_path: Path, damage: str) -> None:
 
 def test_the_cache_is_named_after_version_cpu_and_model(monkeypatch: pytest.MonkeyPatch) -> None:
     names = {weight_cache_name("a"), weight_cache_name("b")}
-    monkeypatch.setattr("importlib.metadata.version", lambda _name: "0.0.0")
+    monkeypatch.setattr("edge.runtime.litert._version", lambda: "another")
     names.add(weight_cache_name("a"))
     monkeypatch.setattr("edge.runtime.litert._cpu_identity", lambda: "another")
     names.add(weight_cache_name("a"))

@@ -6,11 +6,10 @@ import queue
 from collections.abc import Iterator
 from pathlib import Path
 
+from edge import defaults
 from edge.client.link import next_event, until_s
-from edge.config import default_cache_directory, default_threads
-from edge.generation.generator import Generator
 from edge.protocol.messages import Answer, Partial, Request
-from edge.requests.engine import Engine
+from edge.runtime.opening import Opening
 
 
 class BundleLink:
@@ -18,9 +17,14 @@ class BundleLink:
 
     def __init__(self, directory: Path, threads: int | None = None) -> None:
         """Open the bundle. Raises BundleError or RuntimeFailure."""
-        cache = Path(default_cache_directory())
+        cache, threads = Path(defaults.cache_directory()), threads or defaults.threads()
+        opening = Opening(directory, cache, threads)
+        from edge.generation.generator import Generator  # these two bring numpy
+        from edge.requests.engine import Engine
+
         self._answers: queue.Queue[Answer] = queue.Queue()
-        generator = Generator.open(directory, cache, threads or default_threads(), None)
+        bundle, compiled = opening.result()
+        generator = Generator(bundle, cache, threads, None, compiled)
         self._engine = Engine(generator, queue_length=1, partial_interval_s=0)
         self._engine.start()
 

@@ -28,6 +28,7 @@ from edge.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from edge.generation.grammar import GrammarCompiler
+    from edge.runtime.litert import CompiledModel
 
 __all__ = ["Completion", "Delta", "Generator", "Interrupted"]
 
@@ -41,7 +42,15 @@ _VERIFY_COST = 1.8
 class Generator:
     """Answers one request at a time from an opened bundle. Not thread-safe."""
 
-    def __init__(self, bundle: Bundle, cache_directory: Path, threads: int, context: int | None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        cache_directory: Path,
+        threads: int,
+        context: int | None,
+        compiled: CompiledModel | None = None,
+    ) -> None:
+        """`compiled` is the bundle's graph, if it has been compiled already. Raises RuntimeFailure."""
         manifest = bundle.manifest
         self.bundle = bundle
         self.context = min(context or manifest.context, manifest.context)
@@ -50,7 +59,7 @@ class Generator:
         self._previous: list[int] = []
         self._answers: deque[list[int]] = deque(maxlen=_EARLIER_ANSWERS)
         self._payoff = Payoff(_VERIFY_COST)
-        self.decoder = Decoder(bundle, cache_directory, threads, self.context)
+        self.decoder = Decoder(bundle, cache_directory, threads, self.context, compiled)
 
     @classmethod
     def open(cls, directory: Path, cache_directory: Path, threads: int, context: int | None) -> Generator:

@@ -15,12 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.bundles.architecture import Architecture, Attention, Rope
-from edge.bundles.bundle import DECODER, Bundle
-from edge.bundles.row_table import MappedRows
+from edge.bundles.bundle import Bundle
 from edge.errors import RequestError
 from edge.runtime.kv_cache import Floats, KVCache
-from edge.runtime.litert import CompiledModel, Signature, aligned_array
+from edge.runtime.litert import CompiledModel
+from edge.runtime.mapped_rows import MappedRows
+from edge.runtime.opening import compile_graph
 from edge.runtime.prefix_cache import PrefixCache
+from edge.runtime.signature import Signature, aligned_array
 
 _ATTENTIONS: tuple[Attention, ...] = ("sliding", "full")
 
@@ -31,13 +33,20 @@ _WORTHWHILE_SHARE = 0.5
 class Decoder:
     """A bundle's graph with a KV cache of at most `context` tokens."""
 
-    def __init__(self, bundle: Bundle, cache_directory: Path, threads: int, context: int) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        cache_directory: Path,
+        threads: int,
+        context: int,
+        compiled: CompiledModel | None = None,
+    ) -> None:
+        """`compiled` is the bundle's graph, if it has been compiled already. Raises RuntimeFailure."""
         manifest = bundle.manifest
         self.arch, self.context = manifest.architecture, context
         self.verify_width = manifest.verify_width
-        digest = manifest.files[DECODER].sha256
         self._prefixes = PrefixCache(cache_directory / "prefixes", bundle.digest)
-        self._model = model = CompiledModel(bundle.path(DECODER), digest, cache_directory, threads)
+        self._model = model = compiled or compile_graph(bundle, cache_directory, threads)
         self._tables = _Tables(bundle)
         self._cache = KVCache(self.arch, context)
         runs = {key: self._run_of(model, key) for key in ("decode", "verify")}

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.bundles.architecture import Architecture, Attention
-from edge.runtime.litert import aligned_array
+from edge.runtime.signature import aligned_array
 
 Floats = NDArray[np.float32]
 

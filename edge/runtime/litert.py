@@ -1,8 +1,8 @@
-"""LiteRT through its C API: a compiled model whose signatures are bound to numpy arrays.
+"""LiteRT through its C API: a model compiled for the CPU, whose signatures are `edge.runtime.signature`'s.
 
 Why not the Python wrappers of `ai-edge-litert`: they pack every weight into anonymous memory. Here the
-XNNPACK weight cache keeps packed weights as pages of a file. An array is bound to a signature's input or
-output once, and read or written in place by each run; nothing is copied. `run` releases the GIL.
+XNNPACK weight cache keeps packed weights as pages of a file. Compiling releases the GIL and needs no numpy,
+so a program can import the rest of itself meanwhile.
 
 The model file must have been verified: LiteRT does not check it, and a damaged one crashes the process.
 A cache that belongs to another LiteRT, CPU or model is never opened (it has another name), and one that
@@ -16,50 +16,32 @@ import contextlib
 import ctypes
 import errno
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
 import logging
-import mmap
 import os
 import platform
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from edge.errors import RuntimeFailure
 from edge.files import identity, write_atomically
 
+if TYPE_CHECKING:
+    from edge.runtime.signature import Signature
+
 log = logging.getLogger(__name__)
 
 _LIBRARIES = {"linux": "libLiteRt.so", "darwin": "libLiteRt.dylib", "win32": "libLiteRt.dll"}
-_ELEMENT_TYPES: dict[int, type[np.generic]] = {1: np.float32, 2: np.int32, 9: np.int8}
-_ELEMENT_CODES = {np.dtype(dtype).name: code for code, dtype in _ELEMENT_TYPES.items()}
-_ALIGNMENT = 64
-_LARGE = 1 << 17
 _CPU = 1
 _ABANDONED_S = 3600.0  # a file of weights that has not grown for so long is packed by nobody
 _OPTION_ACCELERATORS, _OPTION_LOG_SEVERITY, _ANY_INT, _ERRORS_ONLY = 24, 25, 2, 3
-
-
-class _Layout(ctypes.Structure):
-    _fields_ = (
-        ("rank", ctypes.c_uint32, 7),
-        ("has_strides", ctypes.c_uint32, 1),
-        ("dimensions", ctypes.c_int32 * 8),
-        ("strides", ctypes.c_uint32 * 8),
-    )
-
-
-class _TensorType(ctypes.Structure):
-    _fields_ = (("element_type", ctypes.c_int), ("layout", _Layout))
 
 
 class _Any(ctypes.Structure):
@@ -72,20 +54,6 @@ class _EnvironmentOption(ctypes.Structure):
 
 _Destructor = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _keep_payload = _Destructor(lambda _payload: None)
-
-
-def aligned_array(shape: tuple[int, ...], dtype: type[np.generic] = np.float32) -> NDArray[Any]:
-    """A zeroed array whose memory LiteRT can bind (64-byte aligned).
-
-    A large one has pages of its own, which go back to the system with it: no heap that others hold open.
-    """
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    if size >= _LARGE and sys.platform != "win32":
-        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        return np.frombuffer(pages, dtype).reshape(shape)
-    raw = np.zeros(size + _ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
-    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 @contextlib.contextmanager
@@ -140,10 +108,15 @@ def _cpu_identity() -> str:
     return platform.machine() + "".join(sorted(lines))
 
 
+def _version() -> str:
+    """LiteRT's version, by the name of the folder that pip leaves beside it; importlib.metadata is slow."""
+    packages = _library_path().parent.parent
+    return next((path.name for path in packages.glob("ai_edge_litert-*.dist-info")), "unknown")
+
+
 def weight_cache_name(model_digest: str) -> str:
     """File name of the packed weights of a model on this CPU with this LiteRT."""
-    version = importlib.metadata.version("ai-edge-litert")
-    key = "\n".join((version, _cpu_identity(), model_digest))
+    key = "\n".join((_version(), _cpu_identity(), model_digest))
     return f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.xnnpack"
 
 
@@ -167,8 +140,8 @@ def forget_packed_weights(directory: Path, kept_models: Sequence[str]) -> None:
                 shutil.rmtree(building.parent)
 
 
-class _Library:
-    """The loaded library; `call` turns a status that is not OK into RuntimeFailure."""
+class Library:
+    """The loaded library. A status that is not OK becomes RuntimeFailure."""
 
     def __init__(self) -> None:
         path = _library_path()
@@ -178,26 +151,31 @@ class _Library:
             raise RuntimeFailure(f"{path}: can't be loaded: {error}") from None
 
     def call(self, name: str, *arguments: Any) -> None:
+        """Call function `name`."""
         status = getattr(self._dll, name)(*arguments)
         if status != 0:
             raise RuntimeFailure(f"LiteRT's {name} failed with status {status}")
 
     def text(self, name: str, *arguments: Any) -> str:
+        """What `name` puts behind its last argument, a string."""
         result = ctypes.c_char_p()
         self.call(name, *arguments, ctypes.byref(result))
         return (result.value or b"").decode()
 
     def count(self, name: str, *arguments: Any) -> int:
+        """The same, a number."""
         result = ctypes.c_size_t()
         self.call(name, *arguments, ctypes.byref(result))
         return result.value
 
     def handle_of(self, name: str, *arguments: Any) -> ctypes.c_void_p:
+        """The same, a handle."""
         result = ctypes.c_void_p()
         self.call(name, *arguments, ctypes.byref(result))
         return result
 
     def destroy(self, name: str, handle: ctypes.c_void_p) -> None:
+        """Call `name`, which returns nothing."""
         function = getattr(self._dll, name)
         function.restype = None
         function(handle)
@@ -212,12 +190,18 @@ class CompiledModel:
     """
 
     def __init__(self, path: Path, digest: str, cache_directory: Path, threads: int) -> None:
-        self._lib = _Library()
+        self._lib = Library()
         self._path, self._threads = path, threads
         self._environment = self._create_environment()
         self._model = self._lib.handle_of("LiteRtCreateModelFromFile", self._environment, os.fsencode(path))
         self._compiled = self._compile_with_cache(cache_directory, digest)
-        self.signatures = {signature.key: signature for signature in self._find_signatures()}
+
+    @cached_property
+    def signatures(self) -> Mapping[str, Signature]:
+        """The entry points by their keys."""
+        from edge.runtime.signature import signatures
+
+        return signatures(self._lib, self._model, self._compiled)
 
     def close(self) -> None:
         """Give all memory and mappings back. The model's signatures may not be used after that."""
@@ -289,11 +273,6 @@ class CompiledModel:
                 reason = first_error().removeprefix("ERROR: ")
                 raise RuntimeFailure(f"{self._path}: LiteRT can't run it: {reason}") from None
 
-    def _find_signatures(self) -> Iterator[Signature]:
-        for index in range(self._lib.count("LiteRtGetNumModelSignatures", self._model)):
-            handle = self._lib.handle_of("LiteRtGetModelSignature", self._model, ctypes.c_size_t(index))
-            yield Signature(self._lib, self._compiled, index, handle)
-
 
 def _stamp(cache: Path) -> Path:
     return cache.with_suffix(".stamp")
@@ -305,91 +284,3 @@ def _is_intact(cache: Path) -> bool:
         return _stamp(cache).read_text() == identity(cache)
     except OSError:
         return False
-
-
-class Signature:
-    """One entry point of a compiled model; its tensors are bound to arrays by name."""
-
-    def __init__(self, lib: _Library, compiled: ctypes.c_void_p, index: int, handle: ctypes.c_void_p) -> None:
-        self._lib, self._compiled, self._index = lib, compiled, ctypes.c_size_t(index)
-        self.key = lib.text("LiteRtGetSignatureKey", handle)
-        self._inputs, self._input_types = self._tensors(handle, "Input")
-        self._outputs, self._output_types = self._tensors(handle, "Output")
-        self._bound: dict[str, tuple[ctypes.c_void_p, NDArray[Any]]] = {}
-        self._arguments: tuple[Any, Any] | None = None
-
-    def _tensors(self, handle: ctypes.c_void_p, kind: str) -> tuple[list[str], dict[str, _TensorType]]:
-        names, types = [], {}
-        for i in range(self._lib.count(f"LiteRtGetNumSignature{kind}s", handle)):
-            position = ctypes.c_size_t(i)
-            name = self._lib.text(f"LiteRtGetSignature{kind}Name", handle, position)
-            tensor = self._lib.handle_of(f"LiteRtGetSignature{kind}TensorByIndex", handle, position)
-            names.append(name)
-            types[name] = _TensorType()
-            self._lib.call("LiteRtGetRankedTensorType", tensor, ctypes.byref(types[name]))
-        return names, types
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """Names of the inputs."""
-        return tuple(self._inputs)
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        """Names of the outputs."""
-        return tuple(self._outputs)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of an input or output as the file declares it (-1: set by the bound array)."""
-        layout = (self._input_types | self._output_types)[name].layout
-        return tuple(layout.dimensions[: layout.rank])
-
-    def bind(self, name: str, array: NDArray[Any]) -> None:
-        """Use `array`, C-contiguous and from `aligned_array`, as tensor `name` in every later run.
-
-        The array must keep its shape; to grow one, bind another. It is kept alive as long as it is bound.
-        """
-        if array.ctypes.data % _ALIGNMENT or not array.flags.c_contiguous:
-            raise ValueError(f"{self.key}: the array for {name} is not 64-byte aligned and contiguous")
-        kind = _TensorType(_ELEMENT_CODES[array.dtype.name])
-        kind.layout.rank = array.ndim
-        kind.layout.dimensions[: array.ndim] = array.shape
-        buffer = self._lib.handle_of(
-            "LiteRtCreateTensorBufferFromHostMemory",
-            ctypes.byref(kind),
-            ctypes.c_void_p(array.ctypes.data),
-            ctypes.c_size_t(array.nbytes),
-            None,
-        )
-        old = self._bound.get(name)
-        self._bound[name] = (buffer, array)
-        self._arguments = None
-        if old is not None:
-            self._lib.destroy("LiteRtDestroyTensorBuffer", old[0])
-
-    def bind_new(self, name: str) -> NDArray[Any]:
-        """Bind a new zeroed array of the declared shape and return it."""
-        dtype = _ELEMENT_TYPES[(self._input_types | self._output_types)[name].element_type]
-        array = aligned_array(self.shape(name), dtype)
-        self.bind(name, array)
-        return array
-
-    def unbind(self) -> None:
-        """Let go of all arrays."""
-        for buffer, _ in self._bound.values():
-            self._lib.destroy("LiteRtDestroyTensorBuffer", buffer)
-        self._bound.clear()
-        self._arguments = None
-
-    def run(self) -> None:
-        """Run on the bound arrays. Raises RuntimeFailure if LiteRT fails, KeyError if one is not bound."""
-        if self._arguments is None:
-            self._arguments = self._handles(self._inputs), self._handles(self._outputs)
-        inputs, outputs = self._arguments
-        counts = ctypes.c_size_t(len(inputs)), ctypes.c_size_t(len(outputs))
-        self._lib.call(
-            "LiteRtRunCompiledModel", self._compiled, self._index, counts[0], inputs, counts[1], outputs
-        )
-
-    def _handles(self, names: list[str]) -> Any:
-        return (ctypes.c_void_p * len(names))(*(self._bound[name][0] for name in names))
