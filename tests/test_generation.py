@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import bundles
@@ -126,6 +127,14 @@ def test_a_system_prompt_is_remembered_behind_a_wrapped_ring() -> None:
     assert third.text == second.text
 
 
+def test_a_word_that_two_questions_begin_with_is_no_snapshot_of_its_own(tmp_path: Path) -> None:
+    g = Generator.open(bundles.small_bundle("gemma3-two-kv-heads"), tmp_path, 2, None)
+    system = Message("system", "You watch pumps and freezers in a long cold valley of machines. " * 2)
+    for text in ("pump one", "pump two"):
+        run(g, Request("1", messages=(system, Message("user", text)), max_tokens=1))
+    assert len(list((tmp_path / "prefixes").iterdir())) == 1
+
+
 @pytest.mark.parametrize("name", ["gemma3-one-kv-head", "gemma4-two-kv-heads"])
 @pytest.mark.parametrize("temperature", [0.0, 3.0])
 def test_answers_follow_their_schema(name: str, temperature: float) -> None:
@@ -159,8 +168,8 @@ class _Plain:
 
     def answer(self, request: Request) -> str:
         g = self.g
-        prompt = g._render(request)
-        grammar = g._grammars.compile(request)
+        prompt = g.prompt_of(request)
+        grammar = g.grammars.compile(request)
         assert grammar is not None
         constraint = grammar.constrain(request.max_tokens)
         d = g.decoder

@@ -19,6 +19,7 @@ from edge.generation.sampling import Sampler
 from edge.protocol.messages import Timings, ToolCall, Usage
 from edge.runtime.decoder import Decoder
 from edge.runtime.kv_cache import Floats
+from edge.runtime.prefix_cache import SHORTEST
 from edge.text.prompt import OutputParser
 
 if TYPE_CHECKING:
@@ -156,11 +157,12 @@ class Answer:
     def _prefill(self, opening: list[int], interrupted: Interrupted) -> str | None:
         """Run the prompt, as far as it is not at hand, and what the answer must begin with.
 
-        Remembers the prompt's stable part.
+        Remembers the prompt's stable part, if it is worth a snapshot beside what is at hand: a word that two
+        questions begin with is not.
         """
         decoder, prompt = self._decoder, self._prompt
         self._cached = decoder.recall(prompt[:-1])
-        if self._cached < self._stable:
+        if self._stable - self._cached >= SHORTEST:
             reason = decoder.prefill(prompt[self._cached : self._stable], interrupted)
             if reason is not None:
                 return reason

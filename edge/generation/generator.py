@@ -3,7 +3,7 @@
 `Generator` owns a bundle's decoder and tokenizer. What a prompt has in common with the one before it, from
 its start on, is not computed again as far as the KV cache still holds it. What comes before a request's first
 user message (its system prompt, its tools) is stored on disk when it is first seen, and so is what two
-prompts in a row have in common.
+prompts in a row have in common, if that is a few dozen tokens more.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Generator:
         return cls(Bundle.open(directory, cache_directory), cache_directory, threads, context)
 
     @cached_property
-    def _grammars(self) -> GrammarCompiler:
+    def grammars(self) -> GrammarCompiler:
         """Imported with the first request that needs it: the engine behind it is a tenth of a start."""
         from edge.generation.grammar import GrammarCompiler
 
@@ -87,14 +87,14 @@ class Generator:
         room in the context.
         """
         manifest = self.bundle.manifest
-        prompt = self._render(request)
+        prompt = self.prompt_of(request)
         if len(prompt) >= self.context:
             raise RequestError(
                 "too_long", f"the prompt has {len(prompt)} tokens, the context is {self.context}; shorten it"
             )
         budget = min(request.max_tokens, self.context - len(prompt))
         limited = request.response_format is not None or request.tools
-        grammar = self._grammars.compile(request) if limited else None
+        grammar = self.grammars.compile(request) if limited else None
         stable = self._stable_length(request, prompt)
         sampling = Sampling(request.temperature, request.top_k, request.top_p, request.seed)
         choice = Choice(
@@ -118,7 +118,8 @@ class Generator:
                 return_free_memory()  # what the graph's scratch tensors had before caches grew
             yield item
 
-    def _render(self, request: Request) -> list[int]:
+    def prompt_of(self, request: Request) -> list[int]:
+        """The token ids of a request. Raises RequestError if the prompt format can't say it."""
         manifest = self.bundle.manifest
         return render(request, manifest.prompt_format, self.tokenizer, manifest.bos_id)
 
@@ -127,7 +128,7 @@ class Generator:
         stable = _common(prompt, self._previous)
         if request.messages and request.messages[0].role == "system":
             other = replace(request, messages=(request.messages[0], Message("user", "\0")))
-            stable = max(stable, _common(prompt, self._render(other)))
+            stable = max(stable, _common(prompt, self.prompt_of(other)))
         return min(stable, len(prompt) - 1)
 
 

@@ -101,6 +101,7 @@ class PrefixCache:
             with contextlib.suppress(OSError):
                 scratch.unlink(missing_ok=True)
             return False
+        self._intact.add(path)
         self.written += size
         self._writes.append((time.time(), size))
         return True
@@ -110,7 +111,7 @@ class PrefixCache:
         return self._directory / f"{len(ids)}-{digest[:32]}.kv"
 
     def _read(self, path: Path, length: int, cache: KVCache) -> bool:
-        """Restore from `path`; its checksum is looked at once in a process's life."""
+        """Restore from `path`; its checksum is looked at once by each process that did not write it."""
         try:
             content: NDArray[np.uint8] = np.memmap(path, np.uint8, "r")
         except (OSError, ValueError):  # gone, or empty, which can't be mapped
