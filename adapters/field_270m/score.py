@@ -23,7 +23,7 @@ from adapters.field_270m.sensors import HELD_OUT
 from converters.checkpoints.opening import open_checkpoint
 from converters.convert import convert
 from converters.lora import merge_adapter
-from edge.config import default_threads
+from edge import defaults
 from edge.generation.answer import Completion
 from edge.generation.generator import Generator
 
@@ -89,7 +89,7 @@ def main(checkpoint: Path, recipes: tuple[str, ...], lora: Path | None, count: i
         with tempfile.TemporaryDirectory(prefix="edge-gemma-score-") as scratch:
             bundle = Path(scratch, "bundle")
             convert(opened, bundle, recipe, CONTEXT)
-            generator = Generator.open(bundle, Path(scratch, "cache"), default_threads(), CONTEXT)
+            generator = Generator.open(bundle, Path(scratch, "cache"), defaults.threads(), CONTEXT)
             result = score(generator, held_out(count))
         click.echo(f"{recipe}: {result.right.total()} of {count} exactly right, {result.share:.1%}")
         click.echo("  " + "  ".join(f"{kind} {share:.1%}" for kind, share in result.by_kind().items()))
