@@ -11,6 +11,8 @@ import random
 import re
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -29,7 +31,8 @@ with (
 
 CORPUS = Path(".cache/fuzz")
 INPUT_BYTES = 2048  # the longest input
-INPUT_S = 10  # an input that takes longer is a finding
+INPUT_CPU_S = 10.0  # an input that takes more processor time is a finding
+INPUT_S = 600  # on the clock on the wall, which libFuzzer goes by: for one that does not end
 MEMORY_MB = 2048
 
 
@@ -98,6 +101,14 @@ def _mutate(words: tuple[str, ...], data: bytes, most: int, seed: int) -> bytes:
     return b"".join(tokens)[:most]
 
 
+def _timed(run: Callable[[bytes], None], data: bytes) -> None:
+    """Run a target on one input, and fail if that took too much processor time."""
+    began = time.process_time()
+    run(data)
+    took = time.process_time() - began
+    assert took < INPUT_CPU_S, f"{took:.1f} s of processor time, at most {INPUT_CPU_S:.0f} are allowed"
+
+
 def _escaped(word: str) -> str:
     return word.replace("\\u", "\\\\u").replace('"', '\\"')
 
@@ -105,6 +116,6 @@ def _escaped(word: str) -> str:
 if __name__ == "__main__":
     if ONE in os.environ:
         target = TARGETS[os.environ[ONE]]
-        atheris.Setup(sys.argv, target.run, custom_mutator=partial(_mutate, target.words))
+        atheris.Setup(sys.argv, partial(_timed, target.run), custom_mutator=partial(_mutate, target.words))
         atheris.Fuzz()
     main()
