@@ -9,7 +9,7 @@ ARM64_TESTS := bundle litert decoder generation prefix_cache tokenizer sampling 
                engine mqtt serial journal end_to_end
 
 .DEFAULT_GOAL := help
-.PHONY: help install system lint test test-all test-arm64 test-system fuzz deb demo bench bench-e2b bench-check adapter adapter-score clean
+.PHONY: help install system lint test test-all test-arm64 test-system fuzz soak deb demo bench bench-e2b bench-check adapter adapter-score clean
 
 help: ## show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -43,6 +43,9 @@ test-arm64: $(STAMP) ## tests of bundle, runtime and protocols in an emulated aa
 fuzz: $(STAMP) ## fuzz all that reads bytes from strangers; SECONDS=60 for each reader
 	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install --quiet -e '.[fuzz]'
 	$(BIN)/python -m fuzz.run --seconds $(or $(SECONDS),60)
+
+soak: $(STAMP) system ## leave a daemon under light load for HOURS=24, and say what it holds and writes
+	@$(BIN)/python tests/soak.py --hours $(or $(HOURS),24) $(if $(JSON),--json)
 
 deb: $(STAMP) ## arm64 packages for Debian bookworm and trixie, in dist/
 	scripts/build-deb
