@@ -36,6 +36,14 @@ class Disk:
     kind: str | None
 
 
+def boot_id() -> str:
+    """Name the present boot of the board; empty if the kernel does not tell."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
 class Board:
     """The board whose files lie under `root`."""
 

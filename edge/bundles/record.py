@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from edge.board import boot_id
 from edge.errors import EdgeError
 from edge.protocol import typed_json
 from edge.protocol.checks import FieldError
@@ -68,8 +69,8 @@ def read_record(directory: Path) -> Record:
     try:
         record = typed_json.read(Record, loads((directory / RECORD).read_bytes(), _MOST_BYTES))
     except (OSError, StrictJsonError, FieldError):
-        return Record(_boot())
-    return record if record.boot == _boot() else Record(_boot(), trouble=record.trouble)
+        return Record(boot_id())
+    return record if record.boot == boot_id() else Record(boot_id(), trouble=record.trouble)
 
 
 def daemon_lives(directory: Path) -> bool:
@@ -144,11 +145,3 @@ class DaemonRecord:
                 os.ftruncate(self._descriptor, max(_SIZE, len(text)))
             except OSError as error:
                 log.warning("%s: %s; failures of bundles are not counted", RECORD, error.strerror)
-
-
-def _boot() -> str:
-    """Name the present boot of the board."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""

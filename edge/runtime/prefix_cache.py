@@ -135,6 +135,7 @@ class PrefixCache:
         self._writes = [(at, count) for at, count in self._writes if now - at < _DAY_S]
         if sum(count for _, count in self._writes) + size > self._daily or size > self._capacity:
             return False
+        self._intact &= {path for path, _ in self._files()}
         files = sorted(self._files(), key=lambda item: max(item[1].st_atime, item[1].st_mtime))
         total = sum(status.st_size for _, status in files)
         for path, status in files:
