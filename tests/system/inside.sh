@@ -50,9 +50,6 @@ prepare_broker() {
 prepare_daemon() {
   install -d -m 700 /etc/credstore
   printf secret-edge-node > /etc/credstore/edge-gemma.mqtt-password
-  mkdir -p /var/lib/edge-gemma/bundles
-  cp -r /root/bundle /var/lib/edge-gemma/bundles/first
-  ln -sfn first /var/lib/edge-gemma/bundles/current
   sed 's/^threads.*/threads = 2/; s/^context.*/context = 128/' /usr/share/edge-gemma/boards/arm64.toml > $CONFIG
   cat >> $CONFIG <<END
 tls = true
@@ -65,8 +62,10 @@ port = "/dev/ttyS0"
 END
   sed -i '1i node = "edge-node"' $CONFIG
   chmod 755 /etc/mosquitto/certificates
-  systemctl start edge-daemon
 }
+
+install_bundle() { edge-daemon bundle install --config $CONFIG "$1" > /root/bundle-name; }
+activate_bundle() { edge-daemon bundle activate --config $CONFIG "$(cat /root/bundle-name)"; }
 
 echo "[$(seconds) s] $(. /etc/os-release; echo "$PRETTY_NAME"), $(uname -m), $(systemctl --version | head -n 1)"
 step "the package installs with its dependencies" dpkg -i /root/edge-gemma.deb
@@ -78,7 +77,10 @@ if udevadm --help | grep -q '^ *verify'; then
   step "udev finds no mistake in the rules" udevadm verify /usr/lib/udev/rules.d/60-edge-gemma.rules
 fi
 step "the broker starts with the shipped configuration" prepare_broker
-step "the daemon starts and says that it is ready" prepare_daemon
+step "the daemon is configured" prepare_daemon
+step "a bundle is installed" install_bundle /root/bundle
+step "it is activated before the daemon runs" activate_bundle
+step "the daemon starts and says that it is ready" systemctl start edge-daemon
 step "it is active" state_is active
 step "it is no user of /etc/passwd" is_no_user_of_passwd
 step "it has no capabilities" status_is CapEff 0000000000000000
@@ -90,6 +92,7 @@ step "an answer comes over the serial line" answers edge-ask --serial /dev/ttyS1
 if edge-daemon doctor --help > /dev/null 2>&1; then
   step "the doctor finds no problem" edge-daemon doctor --config $CONFIG
 fi
+step "it says which bundle it has" answers edge-daemon bundle list --config $CONFIG
 killed=$(main_pid)
 kill -9 "$killed"
 step "killed, it is there again" within 60 differs "$killed"
