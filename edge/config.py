@@ -36,6 +36,7 @@ from edge.routes.config import Route, parse_routes
 
 _NODE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _MISSING = object()
+CREDENTIAL_STORE = Path("/etc/credstore")  # where the unit's LoadCredential= finds them; root may read it
 
 
 @dataclass(frozen=True)
@@ -208,11 +209,14 @@ class _Reader:
         return values
 
     def _secret(self, name: str) -> str:
-        """Read a secret: the systemd credential `name` (systemd.exec(5)) if there is one, or a file."""
+        """Read a secret: the systemd credential `name` (systemd.exec(5)) if there is one, or a file.
+
+        Outside the unit, as for the doctor, a credential is where the unit loads it from.
+        """
         credentials = os.environ.get("CREDENTIALS_DIRECTORY")
-        path = Path(credentials, name) if credentials else Path(name)
-        if not (credentials and path.is_file()):
-            path = self._from_here(name)
+        places = [Path(credentials, name)] if credentials else []
+        places += [self._from_here(name), CREDENTIAL_STORE / f"edge-gemma.{name}"]
+        path = next((place for place in places if os.path.isfile(place)), self._from_here(name))
         try:
             return path.read_text(encoding="utf-8").rstrip("\r\n")
         except (OSError, UnicodeDecodeError) as error:

@@ -141,6 +141,18 @@ def test_a_systemd_credential_comes_before_a_file(tmp_path: Path, monkeypatch: p
     assert config.mqtt.broker.password == "from systemd"
 
 
+def test_outside_the_unit_a_credential_is_read_where_the_unit_gets_it_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
+    monkeypatch.setattr("edge.config.CREDENTIAL_STORE", tmp_path / "store")
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "edge-gemma.secret").write_text("from the store\n")
+    config = read(tmp_path, SMALLEST + 'username = "u"\npassword_file = "secret"\n')
+    assert config.mqtt is not None
+    assert config.mqtt.broker.password == "from the store"
+
+
 def test_a_password_is_not_shown(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("s3cret")
     assert "s3cret" not in repr(read(tmp_path, FULL))
