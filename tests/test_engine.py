@@ -118,6 +118,17 @@ def test_a_full_queue_answers_busy_at_once_and_says_when_to_come_again(bench: Be
     assert {inbox.final().finish_reason for inbox in waiting} == {"stop"}
 
 
+def test_the_last_place_is_kept_for_a_client_that_has_none_waiting() -> None:
+    engine = Engine(Speller(), queue_length=4)  # not started: all of them wait
+    answers: dict[str, list[Answer]] = {"flood": [], "other": []}
+    for client, name in [*(("flood", str(number)) for number in range(9)), ("other", "x"), ("other", "y")]:
+        engine.submit(client, Request(name, "abc"), answers[client].append)
+    assert [answer.id for answer in answers["flood"]] == list("345678")
+    assert [answer.id for answer in answers["other"]] == ["y"]
+    assert {getattr(answer, "code", "") for answer in answers["flood"]} == {"busy"}
+    assert engine.waiting == 4
+
+
 def test_a_repeat_of_a_request_on_its_way_is_not_answered_twice(bench: Bench) -> None:
     first = bench.hold("a")
     waiting = bench.ask("b")

@@ -20,6 +20,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from edge.errors import EdgeError, RequestError
 from edge.requests import durable_store
 from edge.requests.journal import (
+    MAX_CUTS,
+    MAX_STARTS,
     Accepted,
     Answered,
     Conflict,
@@ -139,6 +141,52 @@ def test_a_request_that_crashed_the_daemon_twice_is_poisoned(path: Path, tmp_pat
     assert journals[-1].accept("a", REQUEST, "mqtt") == Answered(b"no third try", published=False)
     for journal in journals:
         journal.close()
+
+
+def test_a_power_cut_is_not_counted_as_a_crash_until_a_request_has_seen_several(
+    path: Path, tmp_path: Path
+) -> None:
+    journals = [Journal(path, boot="0")]
+    journals[0].accept("a", REQUEST, "mqtt")
+    seen = []
+    for boot in range(1, MAX_CUTS + MAX_STARTS + 1):
+        journals[-1].started("a")
+        path = crash(path, tmp_path / f"cut{boot}")
+        journals.append(Journal(path, boot=str(boot)))
+        seen += [entry.starts for entry in journals[-1].unfinished()]
+    assert seen == [0] * MAX_CUTS + [1, 2]
+    for journal in journals:
+        journal.close()
+
+
+def test_a_crash_in_the_same_boot_counts_also_after_a_power_cut(path: Path, tmp_path: Path) -> None:
+    journals = [Journal(path, boot="first")]
+    journals[0].accept("a", REQUEST, "mqtt")
+    for number, boot in enumerate(["second", "second", "second"]):
+        journals[-1].started("a")
+        path = crash(path, tmp_path / f"crash{number}")
+        journals.append(Journal(path, boot=boot))
+    assert [entry.poisoned for entry in journals[-1].unfinished()] == [True]
+    for journal in journals:
+        journal.close()
+
+
+def test_a_refusal_leaves_nothing_that_the_journal_may_know(path: Path) -> None:
+    journal = Journal(path)
+    journal.accept("a", REQUEST, "mqtt", durable=False)
+    assert [journal.may_know(key) for key in "ab"] == [True, False]
+    journal.close()
+    again = Journal(path)
+    assert [again.may_know(key) for key in "ab"] == [True, False]
+    again.close()
+
+
+def test_several_requests_are_written_to_the_disk_at_once(journal: Journal) -> None:
+    for number in range(8):
+        journal.accept(str(number), REQUEST, "mqtt", durable=False)
+    journal.sync()
+    journal.sync()
+    assert journal.writes == (8, 1)
 
 
 def test_clean_stops_are_not_counted_as_crashes(path: Path) -> None:

@@ -19,6 +19,7 @@ from edge.protocol.messages import (
     Timings,
     ToolCall,
     Usage,
+    glance,
     parse_answer,
     parse_request,
     salvage,
@@ -228,6 +229,20 @@ def test_one_stop_string_needs_no_array() -> None:
 
 def test_the_text_format_means_no_constraint() -> None:
     assert parse_request('{"id":"a","prompt":"x","response_format":{"type":"text"}}').response_format is None
+
+
+@given(requests)
+def test_a_glance_at_a_request_sees_its_id_and_where_to_answer(request: Request) -> None:
+    assert glance(request.to_json().encode()) == (request.id, request.reply_to)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"", b"[]", b"\xff", b'"id"', b"{}", b'{"id":7}', b'{"id":"a b"}', b'{"id":"a","reply_to":"#"}',
+     b"[" * 100_000, b'{"id":"a","n":' + b"9" * 9999 + b"}"],
+)  # fmt: skip
+def test_a_glance_at_something_else_sees_nothing(raw: bytes) -> None:
+    assert glance(raw) is None
 
 
 def test_where_to_answer_a_refused_request_is_known_where_that_is_valid() -> None:

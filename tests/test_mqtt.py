@@ -25,6 +25,7 @@ from edge.requests.engine import Engine
 from edge.requests.journal import Journal
 from edge.requests.journaling import JournaledEngine
 from edge.transports.mqtt import MqttTransport
+from edge.transports.mqtt_messages import Outgoing
 
 REPLY = "edge/v1/pump/reply/sensor"
 REQUEST = "edge/v1/pump/request"
@@ -280,6 +281,37 @@ def test_a_request_repeated_over_and_over_holds_up_nobody(node: Node, sensor: Se
     assert node.speller.asked == ["a", "b"]
 
 
+def test_a_full_queue_gives_known_answers_and_refuses_the_rest_by_its_id(node: Node, sensor: Sensor) -> None:
+    sensor.ask(request("a", stream=False), ResponseTopic=REPLY)
+    first = sensor.final()
+    node.speller.gate.clear()
+    sensor.ask(request("b"), ResponseTopic=REPLY)
+    node.speller.wait_until_held()
+    for name in "cde":
+        sensor.ask(request(name), ResponseTopic=REPLY)
+    wait_for(lambda: node.engine.waiting == 3)
+    sensor.ask(request("a", stream=False), ResponseTopic=REPLY)
+    assert sensor.last() == first
+    sensor.ask('{"id":"x","propmt":"misspelt"}', ResponseTopic=REPLY)
+    assert (sensor.failure().code, node.engine.waiting) == ("busy", 3)
+    sensor.ask('{"id":"y y"}', ResponseTopic=REPLY)
+    assert sensor.failure().code == "bad_request"
+    node.speller.gate.set()
+
+
+@pytest.mark.parametrize("correlation", [None, b"", b"x" * 300])
+@pytest.mark.parametrize("response_topic", [None, REPLY])
+def test_properties_are_packed_as_paho_does(correlation: bytes | None, response_topic: str | None) -> None:
+    message = Outgoing("t", "{}", correlation=correlation, response_topic=response_topic)
+    named = {"PayloadFormatIndicator": 1, "ContentType": "application/json"}
+    named |= {} if correlation is None else {"CorrelationData": correlation}
+    named |= {} if response_topic is None else {"ResponseTopic": response_topic}
+    read, _ = PROPERTIES(PacketTypes.PUBLISH).unpack(message.properties().pack())
+    expected: Any = _properties(named)
+    assert read.json() == expected.json()
+    assert len(message.properties().pack()) == len(expected.pack())
+
+
 def test_status_is_retained_and_the_last_will_says_offline(mosquitto: Mosquitto, connect: Connect) -> None:
     node = Node.start(mosquitto.broker)
     wait_for(lambda: node.transport.online)
@@ -354,8 +386,8 @@ def test_a_lost_connection_does_not_make_the_broker_ask_twice(
 
 def cut_connection(node: Node) -> None:
     """Shut the transport's socket as a network would."""
-    connection: Any = node.transport.connection._client.socket()
-    connection.shutdown(socket.SHUT_RDWR)
+    buffered: Any = node.transport.connection._client.socket()
+    buffered._sock.shutdown(socket.SHUT_RDWR)
     wait_for(lambda: not node.transport.online)
 
 

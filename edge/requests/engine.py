@@ -31,6 +31,7 @@ ABANDON_S = 5.0  # how long the generator may take to notice that it is to stop
 IDLE_S = 1.0  # an idle decoder thread shows that it lives this often
 REFUSALS = ("busy", "unavailable")  # error codes of requests that were not taken on, or given back
 STACK_BYTES = 16 * 1024 * 1024  # of the decoder thread: twice what the largest schemas take (grammar_source)
+SHARED_LENGTH = 4  # a queue for fewer keeps no place for those who have none waiting
 FIRST_GUESS_S = 1.0  # how long a request takes, before one has been answered
 
 
@@ -126,7 +127,7 @@ class Engine:
         with self._lock:
             if job.key in self._jobs:
                 return
-            refusal = None if resumed else self.refusal(request)
+            refusal = None if resumed else self.refusal(client, request.id)
             if refusal is None:
                 self._jobs[job.key] = job
                 self._queue.append(job)
@@ -166,18 +167,33 @@ class Engine:
         self._thread.join(drain_s)
         self._abandoning = True
         for job in self._withdraw(lambda _: True):
-            self._deliver(job, _stopping(job.request))
+            self._deliver(job, _stopping(job.request.id))
         self._thread.join(ABANDON_S)
 
-    def refusal(self, request: Request) -> Failure | None:
-        """Say why a new request would be refused now, or None."""
+    @property
+    def full(self) -> bool:
+        """Whether new requests, of some clients at least, are refused."""
+        return self._stopping or len(self._queue) >= self._queue_length - (
+            self._queue_length >= SHARED_LENGTH
+        )
+
+    def refusal(self, client: str, request_id: str) -> Failure | None:
+        """Say why a new request of a client would be refused now, or None.
+
+        The last place in the queue is kept for clients that have none waiting, so that one that floods the
+        node does not keep the others out.
+        """
         if self._stopping:
-            return _stopping(request)
-        if len(self._queue) < self._queue_length:
+            return _stopping(request_id)
+        with self._lock:
+            left = self._queue_length - len(self._queue)
+            if left == 1 and self._queue_length >= SHARED_LENGTH:
+                left -= any(job.client == client for job in self._queue)
+        if left > 0:
             return None
         wait_ms = max(100, round(self._typical_s * 1000))
         said = f"{len(self._queue)} requests are waiting already; try again in {wait_ms} ms"
-        return Failure(request.id, "busy", said, wait_ms)
+        return Failure(request_id, "busy", said, wait_ms)
 
     def _run(self) -> None:
         while (job := self._next()) is not None:
@@ -227,7 +243,7 @@ class Engine:
             log.exception("request %s failed", job.request.id)
             answer = Failure(job.request.id, "internal", "the runtime failed; its log says why")
         if self._abandoning and isinstance(answer, Final) and answer.finish_reason == "cancelled":
-            answer = answer if job.cancelled else _stopping(job.request)
+            answer = answer if job.cancelled else _stopping(job.request.id)
         with self._lock:
             del self._jobs[job.key]
             self._lock.notify_all()
@@ -322,8 +338,8 @@ class _Batch:
         self._text = self._reasoning = ""
 
 
-def _stopping(request: Request) -> Failure:
-    return Failure(request.id, "unavailable", "the daemon is stopping; ask again when it is back", 5000)
+def _stopping(request_id: str) -> Failure:
+    return Failure(request_id, "unavailable", "the daemon is stopping; ask again when it is back", 5000)
 
 
 def _expired(job: _Job) -> Failure:

@@ -11,15 +11,18 @@ from __future__ import annotations
 import hashlib
 import sqlite3
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edge.board import boot_id
 from edge.errors import RequestError
 from edge.requests.durable_store import DurableStore
 
 MAX_STARTS = 2  # a request that the daemon did not survive this often is not tried again
+MAX_CUTS = 3  # starts ended by the board itself that are not counted; more, and the request may be why
 HOUSEKEEPING_S = 60.0  # between two looks for entries that are too old
 OVERHEAD_BYTES = 128  # of an entry beside its texts
 SCHEMA = """CREATE TABLE entries (
@@ -29,11 +32,13 @@ SCHEMA = """CREATE TABLE entries (
     digest    BLOB    NOT NULL,            -- of the request
     deadline  REAL,                        -- seconds since the epoch, as is answered
     starts    INTEGER NOT NULL DEFAULT 0,
+    cuts      INTEGER NOT NULL DEFAULT 0,  -- of these, ended when the board went down
     answered  REAL,
     published INTEGER NOT NULL DEFAULT 0,
     request   BLOB,                        -- until it is answered
     answer    BLOB
 )"""
+CRASHES = f"starts - min(cuts, {MAX_CUTS})"
 SIZE = f"length(key) + length(source) + ifnull(length(request), length(answer)) + {OVERHEAD_BYTES}"
 
 
@@ -85,7 +90,10 @@ Verdict = Accepted | InProgress | Answered | Poisoned | Conflict
 
 @dataclass(frozen=True)
 class Unfinished:
-    """A request of a former run without an answer. `deadline`: seconds since the epoch, or None."""
+    """A request of a former run without an answer. `deadline`: seconds since the epoch, or None.
+
+    `starts` counts those that the daemon did not survive.
+    """
 
     key: str
     request: bytes
@@ -112,18 +120,26 @@ class Journal:
     """The journal in the file `path`, or in memory only if it is None. Any thread may call its methods.
 
     `source` is the transport's own note on where the answer goes; the journal only keeps it. `clock` gives
-    seconds since the epoch. Raises EdgeError if another process holds the file; a damaged file or a failing
-    disk raises nothing (see `edge.requests.durable_store`).
+    seconds since the epoch, `boot` names the board's present boot (None: as the kernel does). Raises
+    EdgeError if another process holds the file; a damaged file or a failing disk raises nothing (see
+    `edge.requests.durable_store`).
     """
 
     def __init__(
-        self, path: Path | None, limits: Limits | None = None, clock: Callable[[], float] = time.time
+        self,
+        path: Path | None,
+        limits: Limits | None = None,
+        clock: Callable[[], float] = time.time,
+        boot: str | None = None,
     ) -> None:
         self._limits, self._clock, self._on_disk = limits or Limits(), clock, path is not None
         self._alive: dict[str, bool] = {}  # keys that this run works on; True once started
+        self._keys: set[str] = set()  # all that have an entry, and perhaps some that had one
         self._looked = time.monotonic()
         self._entries = self._bytes = 0  # the latter never less than the truth
         self._store = DurableStore(path, "entries", SCHEMA, self._measure)
+        number = zlib.crc32((boot_id() if boot is None else boot).encode()) >> 1
+        self._store.run(lambda database: _note_boot(database, number))
 
     @property
     def problem(self) -> str | None:
@@ -140,15 +156,21 @@ class Journal:
         """Whether what it holds outlives this process."""
         return self._on_disk and self._store.problem is None
 
+    def may_know(self, key: str) -> bool:
+        """Whether `find` may find something; costs no look into the file. False is certain."""
+        return key in self._keys
+
     def find(self, key: str, request: bytes) -> Verdict | None:
         """Say what is known of a request, changing nothing; None if it is new."""
         return self._store.run(lambda database: self._find(database, key, request))
 
-    def accept(self, key: str, request: bytes, source: str, deadline: float | None = None) -> Verdict:
+    def accept(
+        self, key: str, request: bytes, source: str, deadline: float | None = None, durable: bool = True
+    ) -> Verdict:
         """Take a request on, unless the verdict says that it is known.
 
-        `deadline`: seconds since the epoch. Raises RequestError("busy") if the journal is full of
-        requests that have no answer yet.
+        `deadline`: seconds since the epoch. If not `durable` it is on the disk after the next `sync`.
+        Raises RequestError("busy") if the journal is full of requests that have no answer yet.
         """
         size = len(key) + len(source) + len(request) + OVERHEAD_BYTES
 
@@ -163,11 +185,16 @@ class Journal:
                     (key, source, _digest(request), deadline, request),
                 )
                 self._entries, self._bytes = self._entries + 1, self._bytes + size
+                self._keys.add(key)
             if isinstance(verdict, Accepted):
                 self._alive[key] = False
             return verdict
 
-        return self._store.run(work, durable=True)
+        return self._store.run(work, durable)
+
+    def sync(self) -> None:
+        """Wait until all that was accepted is on the disk; does nothing if it is."""
+        self._store.sync()
 
     def started(self, key: str) -> None:
         """Note that work on a request begins; a start that no answer or `close` follows was a crash."""
@@ -196,6 +223,8 @@ class Journal:
 
     def published(self, key: str) -> None:
         """Note that the asker has the answer (for MQTT: that the broker has acknowledged it)."""
+        if not self.may_know(key):  # it was a refusal
+            return
         statement = "UPDATE entries SET published = 1 WHERE key = ? AND answer IS NOT NULL"
         self._store.run(lambda database: database.execute(statement, (key,)))
 
@@ -213,7 +242,7 @@ class Journal:
 
         def work(database: sqlite3.Connection) -> list[Unfinished]:
             rows = database.execute(
-                "SELECT key, request, source, deadline, starts FROM entries WHERE answer IS NULL"
+                f"SELECT key, request, source, deadline, {CRASHES} FROM entries WHERE answer IS NULL"
                 " ORDER BY number"
             )
             left = [Unfinished(*row) for row in rows if row[0] not in self._alive]
@@ -245,7 +274,7 @@ class Journal:
 
     def _find(self, database: sqlite3.Connection, key: str, request: bytes) -> Verdict | None:
         row: tuple[Any, ...] | None = database.execute(
-            "SELECT digest, starts, answer, answered, published FROM entries WHERE key = ?", (key,)
+            f"SELECT digest, {CRASHES}, answer, answered, published FROM entries WHERE key = ?", (key,)
         ).fetchone()
         if row is None:
             return None
@@ -293,6 +322,16 @@ class Journal:
     def _measure(self, database: sqlite3.Connection) -> None:
         counted = database.execute(f"SELECT count(*), ifnull(sum({SIZE}), 0) FROM entries").fetchone()
         self._entries, self._bytes = int(counted[0]), int(counted[1])
+        self._keys = {key for (key,) in database.execute("SELECT key FROM entries")}
+
+
+def _note_boot(database: sqlite3.Connection, boot: int) -> None:
+    """Do not count the starts that an earlier boot of the board has left unfinished: its power was cut."""
+    (before,) = database.execute("PRAGMA user_version").fetchone()
+    if before not in (0, boot):
+        database.execute("UPDATE entries SET cuts = cuts + 1 WHERE answer IS NULL AND starts > cuts")
+    if before != boot:
+        database.execute(f"PRAGMA user_version = {boot}")
 
 
 def _digest(request: bytes) -> bytes:

@@ -6,7 +6,7 @@ those that the daemon has not survived twice get an error, answers that nobody h
 goes for what a stopping engine has no time for too: it gets its answer from the next run.
 
 Refusals (`busy`, `unavailable`) are not kept, so that the same request may be asked again. `submit` may wait
-for the disk, once for each request that there is room for in the queue.
+for the disk, once for each request that there is room for in the queue; `sync` does it for several.
 """
 
 from __future__ import annotations
@@ -40,24 +40,45 @@ class JournaledEngine:
     def __init__(self, engine: Engine, journal: Journal) -> None:
         self._engine, self._journal = engine, journal
 
+    @property
+    def full(self) -> bool:
+        """Whether there is no room in the queue, for some clients at least."""
+        return self._engine.full
+
+    def refusal(self, client: str, request_id: str) -> Failure | None:
+        """Say why a request would be refused, whatever it is; None if it must be submitted to tell.
+
+        Costs little, so that a flood of requests does: nothing but the id is needed of one.
+        """
+        if self._journal.may_know(_key(client, request_id)):
+            return None
+        return self._engine.refusal(client, request_id)
+
     def submit(
-        self, client: str, request: Request, sink: Sink, note: str = "", redelivered: bool = False
+        self,
+        client: str,
+        request: Request,
+        sink: Sink,
+        note: str = "",
+        redelivered: bool = False,
+        durable: bool = True,
     ) -> bool:
         """Answer `request` through `sink`; a repeat of one that is being worked on changes nothing.
 
         `note` is what the Origin needs to send the answer in a later run. With `redelivered` it is not the
-        asker who repeats it but the transport. Returns False if it has got its answer already and no other
-        will come.
+        asker who repeats it but the transport. If not `durable`, a request that is taken on is on the disk
+        after the next `sync`; its answer is before it is handed out in any case. Returns False if it has got
+        its answer already and no other will come.
         """
         key, raw = _key(client, request.id), _raw(request)
         try:
             verdict = self._journal.find(key, raw)
             if verdict is None:
-                refusal = self._engine.refusal(request)
+                refusal = self._engine.refusal(client, request.id)
                 if refusal is not None:
                     sink(refusal)
                     return True
-                verdict = self._journal.accept(key, raw, note, _deadline(request))
+                verdict = self._journal.accept(key, raw, note, _deadline(request), durable)
         except RequestError as error:
             sink(Failure(request.id, error.code, str(error), CONFLICT_MS))
             return True
@@ -74,6 +95,10 @@ class JournaledEngine:
             case Accepted():
                 self._work(client, request, sink)
         return True
+
+    def sync(self) -> None:
+        """Wait until all that was submitted is on the disk."""
+        self._journal.sync()
 
     def cancel(self, client: str, request_id: str) -> bool:
         """Cancel a request; False if there is none of this id."""

@@ -29,7 +29,7 @@ from typing import Any, TypeGuard
 from edge.config import MqttConfig
 from edge.errors import RequestError
 from edge.protocol.checks import FieldError, mapping
-from edge.protocol.messages import Answer, Failure, Final, Partial, Request, parse_request, salvage
+from edge.protocol.messages import Answer, Failure, Final, Partial, Request, glance, parse_request, salvage
 from edge.protocol.request_fields import request_id, response_topic
 from edge.protocol.strict_json import StrictJsonError, dumps, loads, printable
 from edge.requests.engine import REFUSALS, Sink
@@ -87,9 +87,8 @@ class MqttTransport:
         self._deliveries: dict[tuple[str, str], _Delivery] = {}
         self._publishing: dict[int, Callable[[str | None], None]] = {}
         self._answered: OrderedDict[tuple[str, str], None] = OrderedDict()
-        self.connection = MqttConnection(
-            config.broker, f"edge-{node}", self, config.session_expiry_s, will=self._state("offline")
-        )
+        will = Outgoing(f"{self._base}/status", dumps({"state": "offline"}), retain=True)
+        self.connection = MqttConnection(config.broker, f"edge-{node}", self, config.session_expiry_s, will)
 
     def start(self) -> None:
         """Start the connection's thread."""
@@ -154,6 +153,7 @@ class MqttTransport:
 
     def disconnected(self) -> None:
         """Note that nothing is heard until the next connection."""
+        self._engine.sync()
         self.online = False
 
     def received(self, message: Received) -> None:
@@ -228,7 +228,8 @@ class MqttTransport:
             self._answered.popitem(last=False)
 
     def tick(self) -> None:
-        """Publish health when it has changed, or has not been said for a while."""
+        """Have what was taken on written to the disk; publish health when it has changed, or now and then."""
+        self._engine.sync()
         age = time.monotonic() - self._health_at
         if age < HEALTH_CHANGED_S:
             return
@@ -238,6 +239,8 @@ class MqttTransport:
             self._health_said, self._health_at = said, time.monotonic()
 
     def _request(self, message: Received) -> None:
+        if self._refused(message):
+            return
         request: Request | None = None
         refusal: Failure | None = None
         try:
@@ -264,6 +267,22 @@ class MqttTransport:
         elif request is not None:
             self._submit(key, delivery, _with_expiry(request, message.expiry_s), message.repeated)
 
+    def _refused(self, message: Received) -> bool:
+        """Refuse a request that there is no room for, before anything but its id is looked at."""
+        found = glance(message.payload) if self._engine.full else None
+        if found is None:
+            return False
+        name, reply_to = found
+        reply = message.response_topic or reply_to
+        key = (reply or "", name)
+        if key in self._deliveries or key in self._answered or not self._may_answer(reply):
+            return False
+        refusal = self._engine.refusal(_client(reply), name)
+        if refusal is not None:
+            delivery = self._deliveries[key] = _Delivery(reply, message.correlation, message.token)
+            self._send(key, delivery, refusal, keep=False)
+        return refusal is not None
+
     def _repeat(self, delivery: _Delivery, token: Token | None) -> None:
         """Acknowledge a repeat now, so that it holds up nobody, unless the first one can't be any more."""
         if self.connection.pending(delivery.token):
@@ -275,7 +294,7 @@ class MqttTransport:
         note = base64.b64encode(delivery.correlation).decode() if delivery.correlation else ""
         sink = partial(self._sink, key, delivery)
         try:
-            if not self._engine.submit(_client(delivery.reply), request, sink, note, repeated):
+            if not self._engine.submit(_client(delivery.reply), request, sink, note, repeated, durable=False):
                 self._finish(key, self._deliveries.pop(key))
         except Exception:
             log.exception("request %s could not be taken on", request.id)

@@ -14,8 +14,33 @@ CONTENT_TYPE = "application/json"
 # format indicator, content type (MQTT 5, 3.3); each further property has three bytes beside its value.
 HEADER_BYTES = 5 + 2 + 2 + 4 + 2 + 3 + len(CONTENT_TYPE)
 
+RESPONSE_TOPIC, CORRELATION_DATA = 0x08, 0x09  # identifiers of properties (MQTT 5, 2.2.2.2)
+
 Token = tuple[int, int]
 _Properties: Any = Properties  # paho leaves its constructor untyped
+
+
+def _property(identifier: int, value: bytes) -> bytes:
+    return bytes([identifier]) + len(value).to_bytes(2, "big") + value
+
+
+_FORMAT_AND_TYPE = b"\x01\x01" + _property(0x03, CONTENT_TYPE.encode())  # UTF-8, JSON
+
+
+class _Packed:
+    """Properties of a PUBLISH in the place of paho's, which take longer to make than all the rest."""
+
+    packetType = PacketTypes.PUBLISH  # noqa: N815 (paho's name)
+
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+
+    def pack(self) -> bytes:
+        """Give them as MQTT sends them: their length, then they."""
+        length, left = b"", len(self._content)
+        while left > 127:
+            length, left = length + bytes([left & 127 | 128]), left >> 7
+        return length + bytes([left]) + self._content
 
 
 @dataclass(frozen=True)
@@ -59,15 +84,13 @@ class Outgoing:
     response_topic: str | None = None
 
     def properties(self) -> Any:
-        """Make the properties (paho's) that MQTT 5 sends with it."""
-        properties: Any = _Properties(PacketTypes.PUBLISH)
-        properties.PayloadFormatIndicator = 1  # UTF-8
-        properties.ContentType = CONTENT_TYPE
+        """Make the properties that MQTT 5 sends with it, for paho."""
+        packed = _FORMAT_AND_TYPE
         if self.correlation is not None:
-            properties.CorrelationData = self.correlation
+            packed += _property(CORRELATION_DATA, self.correlation)
         if self.response_topic is not None:
-            properties.ResponseTopic = self.response_topic
-        return properties
+            packed += _property(RESPONSE_TOPIC, self.response_topic.encode())
+        return _Packed(packed)
 
     @property
     def packet_bytes(self) -> int:
@@ -95,7 +118,7 @@ class Listener(Protocol):
         """The broker has acknowledged a message of QoS 1, or will not take it for the reason given."""
 
     def tick(self) -> None:
-        """Called at least every TICK_S seconds while connected."""
+        """Called while connected: when all that came at once was `received`, or after TICK_S seconds."""
 
 
 def connect_properties(session_expiry_s: int, max_packet_bytes: int, receive_maximum: int) -> Properties:
