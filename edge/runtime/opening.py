@@ -19,13 +19,12 @@ def compile_graph(bundle: Bundle, cache_directory: Path, threads: int) -> Compil
 
 
 class Opening:
-    """Verifies a bundle and compiles its graph from now on."""
+    """Verifies a bundle and compiles its graph from now on. A program that ends meanwhile waits for it."""
 
     def __init__(self, directory: Path, cache_directory: Path, threads: int) -> None:
         self._opened: tuple[Bundle, CompiledModel] | Exception
-        self._thread = threading.Thread(
-            target=self._open, args=(directory, cache_directory, threads), name="opening", daemon=True
-        )
+        arguments = (directory, cache_directory, threads)
+        self._thread = threading.Thread(target=self._open, args=arguments, name="opening")
         self._thread.start()
 
     def result(self) -> tuple[Bundle, CompiledModel]:
