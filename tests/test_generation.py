@@ -127,6 +127,19 @@ def test_a_system_prompt_is_remembered_behind_a_wrapped_ring() -> None:
     assert third.text == second.text
 
 
+def test_behind_a_snapshot_quantised_logits_are_the_very_same(tmp_path: Path) -> None:
+    system = Message("system", "You watch pumps and freezers in a long cold valley of machines. " * 2)
+
+    def logits(cache: Path) -> tuple[int, NDArray[np.float32]]:
+        g = Generator.open(bundles.small_bundle("gemma3-two-kv-heads", "int8"), cache, 2, None)
+        asked = Request("1", messages=(system, Message("user", "which of them is loud?")), max_tokens=1)
+        return run(g, asked)[1].usage.cached, g.decoder.logits().copy()
+
+    (at_first, computed), (then, restored) = logits(tmp_path), logits(tmp_path)
+    assert at_first == 0 < then
+    np.testing.assert_array_equal(restored, computed)
+
+
 def test_a_word_that_two_questions_begin_with_is_no_snapshot_of_its_own(tmp_path: Path) -> None:
     g = Generator.open(bundles.small_bundle("gemma3-two-kv-heads"), tmp_path, 2, None)
     system = Message("system", "You watch pumps and freezers in a long cold valley of machines. " * 2)
