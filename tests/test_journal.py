@@ -19,6 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from edge.errors import EdgeError, RequestError
 from edge.requests import durable_store
+from edge.requests import journal as journal_module
 from edge.requests.journal import (
     MAX_CUTS,
     MAX_STARTS,
@@ -308,7 +309,21 @@ def test_a_damaged_file_is_moved_aside_and_a_new_one_begun(
     reopened.close()
 
 
-def test_a_file_of_another_version_is_moved_aside(path: Path) -> None:
+def test_a_file_of_an_earlier_version_keeps_its_records(path: Path) -> None:
+    old = journal_module.SCHEMA.replace("    cuts      INTEGER NOT NULL DEFAULT 0,", "")
+    assert "cuts " not in old
+    store = durable_store.DurableStore(path, "entries", old, lambda _: None)
+    insert = "INSERT INTO entries (key, source, digest, request) VALUES (?, '', x'00', ?)"
+    store.run(lambda database: database.execute(insert, ("a", REQUEST)))
+    store.close()
+    for _ in range(2):
+        journal = Journal(path)
+        assert [entry.request for entry in journal.unfinished()] == [REQUEST]
+        journal.close()
+    assert not path.with_name("journal.sqlite.damaged").exists()
+
+
+def test_a_file_with_other_columns_is_moved_aside(path: Path) -> None:
     store = durable_store.DurableStore(path, "entries", "CREATE TABLE entries (other TEXT)", lambda _: None)
     store.close()
     journal = Journal(path)
@@ -448,6 +463,7 @@ FULL_DISK = """
 import os, subprocess, sys
 from pathlib import Path
 from edge.requests import durable_store
+from edge.requests import journal as journal_module
 from edge.requests.journal import Accepted, Answered, Journal
 
 mount = Path(sys.argv[1])
@@ -479,6 +495,7 @@ READ_ONLY_DISK = """
 import subprocess, sys
 from pathlib import Path
 from edge.requests import durable_store
+from edge.requests import journal as journal_module
 from edge.requests.journal import Accepted, Answered, Journal
 
 mount = Path(sys.argv[1])

@@ -24,6 +24,7 @@ T = TypeVar("T")
 
 CACHE_KIB = 256  # of anonymous memory; sqlite's own choice is 2 MB, which a journal fills within hours
 RETRY_S = 60.0  # between two tries to return to the disk
+UNFIT = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CONSTRAINT)  # records that do not fit into a table
 DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
@@ -211,17 +212,33 @@ class DurableStore:
         return database
 
     def _create(self, database: sqlite3.Connection) -> None:
-        """Make the table; one of another shape counts as damage."""
+        """Make the table, from another version's if need be; one that is too different counts as damage."""
         database.execute("BEGIN IMMEDIATE")
         found = database.execute("SELECT sql FROM sqlite_master WHERE name = ?", (self._table,)).fetchone()
         if found is None:
             database.execute(self._schema)
         elif found[0] != self._schema:
-            database.execute("ROLLBACK")
-            foreign = sqlite3.DatabaseError("it is of another version")
-            foreign.sqlite_errorcode = sqlite3.SQLITE_NOTADB
-            raise foreign
+            try:
+                self._convert(database)
+            except sqlite3.DatabaseError as error:
+                database.execute("ROLLBACK")
+                if error.sqlite_errorcode & 0xFF not in UNFIT:
+                    raise
+                foreign = sqlite3.DatabaseError("it is of another version")
+                foreign.sqlite_errorcode = sqlite3.SQLITE_NOTADB
+                raise foreign from None
         database.execute("COMMIT")
+
+    def _convert(self, database: sqlite3.Connection) -> None:
+        """Bring the records of another version into this one's table: the columns that both know."""
+        table = self._table
+        before = [row[1] for row in database.execute(f"PRAGMA table_info({table})")]
+        database.execute(f"ALTER TABLE {table} RENAME TO another_version")
+        database.execute(self._schema)
+        names = [row[1] for row in database.execute(f"PRAGMA table_info({table})") if row[1] in before]
+        both = ", ".join(names)
+        database.execute(f"INSERT INTO {table} ({both}) SELECT {both} FROM another_version")
+        database.execute("DROP TABLE another_version")
 
     def _move_aside(self, error: sqlite3.DatabaseError) -> bool:
         assert self._path is not None
