@@ -66,18 +66,20 @@ bench-check: $(STAMP) ## fail if a ratio got worse than in the committed table
 	$(BIN)/python -m benchmarks.bench --check
 
 ADAPTER := .cache/adapter
+LORA := adapters/field_270m/trained
 TORCH := $(ADAPTER)/venv/bin/python
 GGUF = $(shell $(BIN)/python -c 'from benchmarks import models; print(models.checkpoint())')
 
-adapter: $(STAMP) ## train a LoRA adapter for sensor reports, with a torch of its own (an hour of two cores)
+adapter: $(STAMP) ## train the LoRA adapter for sensor reports anew, with a torch of its own (an hour)
 	test -x $(TORCH) || $(PYTHON) -m venv $(ADAPTER)/venv
 	$(TORCH) -m pip install --quiet --disable-pip-version-check -r adapters/field_270m/requirements.txt
 	$(BIN)/python -m adapters.field_270m.examples $(GGUF) $(ADAPTER)/examples.jsonl
-	$(TORCH) adapters/field_270m/train.py $(GGUF) $(ADAPTER)/examples.jsonl -o $(ADAPTER)/trained --bfloat16
+	$(TORCH) adapters/field_270m/train.py $(GGUF) $(ADAPTER)/examples.jsonl -o $(ADAPTER)/trained
 
-adapter-score: $(STAMP) ## ask it held-out scenarios in float32, int8 and int4, and the base model too
+adapter-score: $(STAMP) ## ask it held-out scenarios in float32, int8 and int4, and the base model too; LORA=FOLDER
 	$(BIN)/python -m adapters.field_270m.score $(GGUF) --recipe float32
-	$(BIN)/python -m adapters.field_270m.score $(GGUF) --recipe float32 --recipe int8 --recipe int4 --lora $(ADAPTER)/trained
+	$(BIN)/python -m adapters.field_270m.score $(GGUF) --recipe float32 --recipe int8 --lora $(LORA)
+	$(BIN)/python -m adapters.field_270m.score $(GGUF) --recipe int4 --calibrate --lora $(LORA)
 
 clean: ## remove what was made, downloads included
 	rm -rf $(VENV) .cache build dist

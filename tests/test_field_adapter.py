@@ -7,21 +7,27 @@ import json
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import bundles
 import pytest
-from checkpoint_files import FIXTURES, GEMMA3
+from checkpoint_files import FIXTURES, GEMMA3, real_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import adapters.field_270m
 from adapters.field_270m.examples import Encoder
 from adapters.field_270m.scenarios import KINDS, Scenario, scenarios
 from adapters.field_270m.score import held_out, score
 from adapters.field_270m.sensors import HELD_OUT, TRAINING, World
 from converters.checkpoints.opening import open_checkpoint
+from converters.convert import convert
+from converters.lora import merge_adapter
 from edge.generation.generator import Generator
 from edge.text.tokenizer import Tokenizer
+
+SHIPPED = Path(adapters.field_270m.__file__).parent / "trained"
 
 WORLDS = {"training": TRAINING, "held out": HELD_OUT}
 worlds = st.sampled_from(sorted(WORLDS)).map(WORLDS.__getitem__)
@@ -180,3 +186,19 @@ def test_a_score_counts_each_kind_and_every_answer_is_one_that_the_schema_allows
         assert answer != scenario.answer
         assert list(said) == scenario.schema["required"]
         assert all(said[key] in rule["enum"] for key, rule in scenario.schema["properties"].items())
+
+
+def test_the_shipped_adapter_is_small_and_carries_its_licence() -> None:
+    assert sum(path.stat().st_size for path in SHIPPED.iterdir()) <= 8_000_000
+    assert "Gemma is provided under and subject to the Gemma Terms of Use" in (SHIPPED / "NOTICE").read_text()
+    assert json.loads((SHIPPED / "adapter_config.json").read_text())["base_model_name_or_path"] == (
+        "google/gemma-3-270m"
+    )
+
+
+@pytest.mark.slow
+def test_with_the_shipped_adapter_held_out_reports_are_answered_rightly_in_int8(tmp_path: Path) -> None:
+    convert(merge_adapter(open_checkpoint(real_model()), SHIPPED), tmp_path / "bundle", "int8", 512)
+    generator = Generator.open(tmp_path / "bundle", tmp_path / "cache", 2, 512)
+    result = score(generator, held_out(140))
+    assert result.share >= 0.94, result.mistakes

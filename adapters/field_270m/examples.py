@@ -25,10 +25,10 @@ from edge.text.prompt import render
 from edge.text.tokenizer import Tokenizer
 
 MIX = (
-    *("survey", "threshold", "trend", "survey", "sites", "unit"),
-    *("survey", "threshold", "missing", "survey", "trend", "stuck"),
+    *("trend", "unit", "missing", "sites", "threshold", "survey", "missing"),
+    *("stuck", "threshold", "trend", "unit", "survey", "missing", "sites"),
 )
-"""Kinds in training: more of those that take longer to learn or teach more at once."""
+"""Kinds in training: more of those that take longer to learn."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from adapters.field_270m.sensors import SensorKind
 from edge.routes import notes
 from edge.routes.config import parse_routes
-from edge.routes.router import Question, Router
+from edge.routes.router import Outcome, Question, Router
 
 END = "\nJSON:"
 """What every prompt ends with."""
@@ -119,10 +119,11 @@ def route(_draw: random.Random, report: Report, _units: bool) -> str:
         },
     }
     router = Router(parse_routes([table]), plain=True)
+    outcomes: list[Outcome] = []
     for index, entry in enumerate(report.entries):
         assert entry.value is not None
-        router.reading(report.place, entry.value.encode(), float(index * report.interval))
-    (asked,) = router.tick(float(last + report.age))
+        outcomes += router.reading(report.place, entry.value.encode(), float(index * report.interval))
+    (asked,) = (*outcomes, *router.tick(float(last + report.age)))
     assert isinstance(asked, Question)
     return asked.request.prompt or ""
 

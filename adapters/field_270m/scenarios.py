@@ -34,6 +34,7 @@ KINDS = ("threshold", "trend", "stuck", "unit", "missing", "sites", "survey")
 MAX_TOKENS = 64
 
 _INTERVALS = (5, 10, 30, 60, 120, 300, 600, 900)
+_COUNTS = (3, 4, 4, 4, 5, 6)
 STATUSES = ("ok", "alarm")
 _JUMPS = (0.001, 0.01, 0.1, 10.0, 100.0, 1000.0)
 
@@ -109,12 +110,12 @@ def _sensor(draw: random.Random, world: World, kind: str) -> Scenario:
     gauge = _Gauge(draw, draw.choice(world.kinds))
     status = draw.choice(STATUSES)
     trend = draw.choice(("rising", "falling")) if kind == "trend" else "steady"
-    values = gauge.series(status, trend, 4)
+    values = gauge.series(status, trend, draw.choice(_COUNTS))
     if kind == "stuck":
         values = [values[-1]] * len(values)
     entries = [Entry(gauge.text(value), gauge.kind.unit) for value in values]
     interval = draw.choice(_INTERVALS)
-    age = draw.randint(1, interval)
+    age = draw.randint(0, interval)
     layout, units = _layout(draw)
     fault = "none"
     if kind in ("stuck", "unit", "missing"):

@@ -1,7 +1,7 @@
 """Ask held-out scenarios through the product's own converter and generator; count what is exactly right.
 
     python -m adapters.field_270m.score CHECKPOINT --recipe float32
-    python -m adapters.field_270m.score CHECKPOINT --recipe float32 --recipe int8 --lora FOLDER
+    python -m adapters.field_270m.score CHECKPOINT --recipe int8 --recipe int4 --calibrate --lora FOLDER
 
 Each answer is made under its schema's grammar, so all are valid; right is only the one that the scenario's
 rules give. Sensor kinds, places, sites and seed take no part in the training.
@@ -20,6 +20,7 @@ import click
 
 from adapters.field_270m.scenarios import KINDS, Scenario, scenarios
 from adapters.field_270m.sensors import HELD_OUT
+from converters.calibration.text import CalibrationText
 from converters.checkpoints.opening import open_checkpoint
 from converters.convert import convert
 from converters.lora import merge_adapter
@@ -79,16 +80,20 @@ def _answer(generator: Generator, scenario: Scenario, identity: str) -> str:
     "--recipe", "recipes", multiple=True, default=("int8",), help="float32, or one of edge-convert's."
 )
 @click.option("--lora", type=click.Path(exists=True, path_type=Path), help="An adapter to merge first.")
+@click.option("--calibrate", is_flag=True, help="Quantise as `edge-convert --calibrate` does.")
 @click.option("--count", type=click.IntRange(1), default=700, show_default=True)
 @click.option("--mistakes", is_flag=True, help="Show the wrong answers.")
-def main(checkpoint: Path, recipes: tuple[str, ...], lora: Path | None, count: int, mistakes: bool) -> None:
+def main(
+    checkpoint: Path, recipes: tuple[str, ...], lora: Path | None, calibrate: bool, count: int, mistakes: bool
+) -> None:
     """Convert by each recipe, ask, and print one line for each."""
     opened = open_checkpoint(checkpoint)
     opened = opened if lora is None else merge_adapter(opened, lora)
+    text = CalibrationText.built_in() if calibrate else None
     for recipe in recipes:
         with tempfile.TemporaryDirectory(prefix="edge-gemma-score-") as scratch:
             bundle = Path(scratch, "bundle")
-            convert(opened, bundle, recipe, CONTEXT)
+            convert(opened, bundle, recipe, CONTEXT, calibration=text)
             generator = Generator.open(bundle, Path(scratch, "cache"), defaults.threads(), CONTEXT)
             result = score(generator, held_out(count))
         click.echo(f"{recipe}: {result.right.total()} of {count} exactly right, {result.share:.1%}")

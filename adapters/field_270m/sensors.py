@@ -75,7 +75,10 @@ TRAINING = World(
         *("north", "south", "east", "west", "cellar", "roof", "yard", "hall", "lab", "gate", "loft"),
         *("depot", "ramp", "bridge", "canteen", "foyer", "garage", "store", "pit", "hut"),
     ),
-    marks=("null", "nan", "--", "n/a", "ERR"),
+    marks=(
+        *("null", "nan", "--", "n/a", "ERR", "lost", "error", "no data", "timeout", "-", "#N/A", "missing"),
+        *("offline", "*", "bad", "void", "unknown", "x", "OL", "invalid", "....", "!!", "sensor?", "open"),
+    ),
 )
 
 HELD_OUT = World(

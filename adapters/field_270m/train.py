@@ -177,9 +177,9 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("examples", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--rate", type=float, default=2e-4, help="the highest learning rate")
+    parser.add_argument("--rate", type=float, default=5e-4, help="the highest learning rate")
     parser.add_argument(
-        "--minutes", type=float, default=60, help="how long; it ends earlier without examples"
+        "--minutes", type=float, default=31, help="how long; it ends earlier without examples"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bfloat16", action="store_true", help="twice as fast where the CPU has it")
