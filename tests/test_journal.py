@@ -283,6 +283,20 @@ def test_a_request_costs_four_writes_of_which_two_wait_for_the_disk(journal: Jou
     assert journal.writes == (40, 20)
 
 
+def test_syncing_after_every_step_costs_no_more(journal: Journal) -> None:
+    steps = (
+        lambda key: journal.accept(key, REQUEST, "mqtt", durable=False),
+        journal.started,
+        lambda key: journal.answered(key, b"answer"),
+        journal.published,
+    )
+    for number in range(10):
+        for step in steps:
+            step(str(number))
+            journal.sync()
+    assert journal.writes == (40, 20)
+
+
 def test_a_second_process_is_refused_with_a_line_that_names_the_file(journal: Journal, path: Path) -> None:
     with pytest.raises(EdgeError, match=r"journal\.sqlite: another process holds it"):
         Journal(path)

@@ -1,9 +1,10 @@
 """What was accepted and what was answered, so that nothing is lost or answered twice.
 
 An entry is accepted, started, answered, published. Acceptance and answer are on the disk (fsync) before the
-call returns; `started` and `published` cost no fsync of their own: they survive a crash of the daemon, and
-what a power cut may undo of them is harmless (a start not counted, an identical answer published again).
-That is two fsyncs a request, in a write-ahead log that is folded back rarely, as an SD card likes it.
+call returns, an acceptance that is not `durable` at the next `sync`, with others; `started` and `published`
+cost no fsync: they survive a crash of the daemon, and what a power cut may undo of them is harmless (a start
+not counted, an identical answer published again). That is at most two fsyncs a request, in a write-ahead log
+that is folded back rarely, as an SD card likes it.
 """
 
 from __future__ import annotations
@@ -135,6 +136,7 @@ class Journal:
         self._limits, self._clock, self._on_disk = limits or Limits(), clock, path is not None
         self._alive: dict[str, bool] = {}  # keys that this run works on; True once started
         self._keys: set[str] = set()  # all that have an entry, and perhaps some that had one
+        self._owed = False  # whether something was accepted that `sync` is to bring to the disk
         self._looked = time.monotonic()
         self._entries = self._bytes = 0  # the latter never less than the truth
         self._store = DurableStore(path, "entries", SCHEMA, self._measure)
@@ -188,13 +190,16 @@ class Journal:
                 self._keys.add(key)
             if isinstance(verdict, Accepted):
                 self._alive[key] = False
+                self._owed = self._owed or not durable
             return verdict
 
         return self._store.run(work, durable)
 
     def sync(self) -> None:
         """Wait until all that was accepted is on the disk; does nothing if it is."""
-        self._store.sync()
+        if self._owed:
+            self._owed = False
+            self._store.sync()
 
     def started(self, key: str) -> None:
         """Note that work on a request begins; a start that no answer or `close` follows was a crash."""
