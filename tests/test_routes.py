@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import tomllib
 import tracemalloc
 from collections.abc import Sequence
@@ -496,68 +495,3 @@ def test_whatever_comes_questions_keep_their_distance_and_everything_is_valid(
                 json.loads(outcome.payload)
         if tick:
             assert one.next_due() > now
-
-
-NOTED = """
-[[route]]
-name = "store"
-topics = ["cold/+"]
-answer_topic = "answers"
-[route.trigger]
-silence_s = 1000
-min_interval_s = 0
-[route.ask]
-limit = { above = 8 }
-question = "{sensor}, alarm {limit}: {notes}"
-"""
-
-
-def noted(*values: str, after: float = 1000.0) -> str:
-    """The question about readings a hundred seconds apart, `after` the last."""
-    store = router(NOTED.replace("silence_s = 1000", f"silence_s = {after}"), plain=True)
-    for index, value in enumerate(values):
-        assert store.reading("cold/3", value.encode(), 100.0 * index) == []
-    (question,) = store.tick(100.0 * (len(values) - 1) + after)
-    assert isinstance(question, Question)
-    return question.request.prompt or ""
-
-
-def test_notes_say_what_changed_and_what_is_beyond_the_limit() -> None:
-    assert noted("7.9", "8.4", "8.4", "8.0", after=120) == (
-        "3, alarm above 8: 7.9, 8.4 (+0.5, beyond), 8.4 (same, beyond), 8 (-0.4), newest 120 s old"
-    )
-    assert noted("4.1", "41", "-41", "0", after=120) == (
-        "3, alarm above 8: 4.1, 41 (jump, beyond), -41 (-82), 0 (+41), newest 120 s old"
-    )
-
-
-def test_a_reading_is_overdue_after_three_times_the_usual_pause() -> None:
-    assert noted("1", "2", "3", after=301).endswith(", newest 301 s old, overdue")
-    assert noted("1", "2", "3", after=299).endswith(", newest 299 s old")
-    assert noted("1", "2", after=900).endswith(", newest 900 s old")  # one pause says nothing of the next
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ("{ above = 8 }", "{ above = 8, below = 2 }", r"route\[0\].ask.limit is not valid; allowed: either"),
-        ("{ above = 8 }", "{}", r"route\[0\].ask.limit is not valid; allowed: either"),
-        ("{ above = 8 }", "{ above = nan }", r"route\[0\].ask.limit.above "),
-        (
-            "limit = { above = 8 }\n",
-            "",
-            r"route\[0\].ask.question has the unknown field 'limit'; allowed: sens",
-        ),
-    ],
-)
-def test_a_limit_that_is_none_is_refused_by_name(old: str, new: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        router(NOTED.replace(old, new))
-
-
-@given(st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=20))
-def test_notes_are_one_line_of_as_many_readings_as_are_shown(values: list[float]) -> None:
-    said = noted(*(repr(value) for value in values)).removeprefix("3, alarm above 8: ")
-    assert said.isprintable()
-    assert said.count("same") + said.count("jump") <= len(values)
-    assert len(re.findall(r"(?:^|, )-?\d", said)) == min(len(values), 12)
