@@ -58,6 +58,11 @@ class MqttLoad:
         self.asked.append(name)
         self._send(request)
 
+    def wait_for_more(self, answers: int) -> None:
+        """Wait until so many more requests are answered."""
+        wanted = len(self.answers) + answers
+        wait_for(lambda: len(self.answers) >= wanted)
+
     @property
     def satisfied(self) -> bool:
         return not self._waiting
@@ -85,9 +90,7 @@ class MqttLoad:
             return
         answer = parse_answer(payload)
         assert answer.id is not None
-        assert message.properties is not None
-        correlation: bytes = message.properties.CorrelationData  # type: ignore[attr-defined]
-        assert correlation == answer.id.encode()
+        assert getattr(message.properties, "CorrelationData", None) == answer.id.encode()
         with self._lock:
             if self._waiting.pop(answer.id, None) is not None:
                 self.answers[answer.id] = payload

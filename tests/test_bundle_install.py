@@ -13,6 +13,7 @@ import subprocess
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import bundles
 import pytest
@@ -25,6 +26,8 @@ from edge.bundles.signature import TrustedKeys
 from edge.bundles.store import BundleStore
 from edge.cli import daemon
 from edge.errors import BundleError, ConfigError, EdgeError
+
+TarMode = Literal["w", "w:gz"]
 
 needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
 
@@ -48,15 +51,15 @@ def name_of(bundle: Path) -> str:
     return hashlib.sha256((bundle / MANIFEST).read_bytes()).hexdigest()[:12]
 
 
-def packed(bundle: Path, *names: str, mode: str = "w", **links: str) -> io.BytesIO:
-    """The bundle as a tar file, its files in the order given."""
+def packed(bundle: Path, *names: str, mode: TarMode = "w", link: tuple[str, str] | None = None) -> io.BytesIO:
+    """The bundle as a tar file, its files in the order given; `link` is a name and where it leads."""
     stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode=mode) as archive:  # type: ignore[call-overload]
+    with tarfile.open(fileobj=stream, mode=mode) as archive:
         for name in names or sorted(path.name for path in bundle.iterdir()):
             archive.add(bundle / name, f"{bundle.name}/{name}")
-        for name, target in links.items():
-            member = tarfile.TarInfo(name)
-            member.type, member.linkname = tarfile.SYMTYPE, target
+        if link is not None:
+            member = tarfile.TarInfo(link[0])
+            member.type, member.linkname = tarfile.SYMTYPE, link[1]
             archive.addfile(member)
     stream.seek(0)
     return stream
@@ -137,7 +140,9 @@ def test_a_damaged_bundle_is_named_and_leaves_nothing(
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.9, 0.99])
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
-def test_a_line_that_breaks_leaves_nothing(store: BundleStore, bundle: Path, share: float, mode: str) -> None:
+def test_a_line_that_breaks_leaves_nothing(
+    store: BundleStore, bundle: Path, share: float, mode: TarMode
+) -> None:
     whole = packed(bundle, mode=mode).read()
     with pytest.raises(BundleError):
         install(store, io.BytesIO(whole[: int(share * len(whole))]), None)
@@ -146,7 +151,7 @@ def test_a_line_that_breaks_leaves_nothing(store: BundleStore, bundle: Path, sha
 
 def test_a_tar_file_can_not_write_elsewhere(store: BundleStore, bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"decoder.tflite in the tar file is neither file nor directory"):
-        install(store, packed(bundle, MANIFEST, **{DECODER: "/etc/passwd"}), None)
+        install(store, packed(bundle, MANIFEST, link=(DECODER, "/etc/passwd")), None)
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w") as archive:
         for path in bundle.iterdir():

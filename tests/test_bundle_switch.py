@@ -115,8 +115,7 @@ def test_a_switch_under_load_answers_every_request_once(
     asking = threading.Thread(target=keep_asking)
     asking.start()
     for arguments in (["activate", second[:6]], ["rollback"], ["rollback"]):
-        answered = len(mqtt.answers) + 3
-        wait_for(lambda: len(mqtt.answers) > answered)  # noqa: B023
+        mqtt.wait_for_more(4)
         done = command(tmp_path, *arguments)
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout == f"{store.current}: the daemon answers with it\n"

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import bundles
 import numpy as np
@@ -50,9 +51,9 @@ def right(name: str) -> Checkpoint:
     return open_checkpoint(FIXTURES / name)
 
 
-def with_architecture(**changes: object) -> Change:
+def with_architecture(**changes: Any) -> Change:
     """Another value for fields of the architecture."""
-    return lambda one: replace(one, architecture=replace(one.architecture, **changes))  # type: ignore[arg-type]
+    return lambda one: replace(one, architecture=replace(one.architecture, **changes))
 
 
 def with_window(change: int) -> Change:

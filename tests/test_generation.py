@@ -89,7 +89,10 @@ def test_the_context_ends_an_answer_with_length() -> None:
 @pytest.mark.parametrize("polls", range(0, 24, 3))
 def test_an_interruption_takes_effect_within_one_step(polls: int) -> None:
     asked = count()
-    interrupted = lambda: "deadline" if next(asked) >= polls else None  # noqa: E731 - a closure over the count
+
+    def interrupted() -> str | None:
+        return "deadline" if next(asked) >= polls else None
+
     _, completion = run(generator(), Request("1", prompt=f"{polls:02} " * 16, max_tokens=500), interrupted)
     assert completion.finish_reason == "deadline"
     assert next(asked) == polls + 1

@@ -105,8 +105,8 @@ def test_a_state_fits_and_the_whole_answer_is_in_the_attributes(text: str) -> No
 def test_json_answers_are_attributes_and_errors_are_said() -> None:
     content = shown(final('{"urgent":true}'))
     assert (content["state"], content["attributes"]["answer"]) == ('{"urgent":true}', {"urgent": True})
-    deep = "[" * 31 + "]" * 31
-    assert shown(final('{"a":%s}' % deep))["state"] == '{"a":%s}' % deep  # noqa: UP031 (braces)
+    deep = '{"a":' + "[" * 31 + "]" * 31 + "}"
+    assert shown(final(deep))["state"] == deep
     assert shown(Failure("q1", "internal", "x" * 300))["state"].startswith("internal: xxx")
 
 
