@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 # What runs on the device, and what it speaks.
 ARM64_TESTS := bundle litert decoder generation prefix_cache tokenizer sampling grammar messages framing config \
-               engine mqtt serial journal end_to_end
+               engine mqtt serial journal durable_store end_to_end
 
 .DEFAULT_GOAL := help
 .PHONY: help install system lint test test-all test-arm64 test-system fuzz soak deb demo bench bench-e2b bench-check adapter adapter-score clean
