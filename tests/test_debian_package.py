@@ -111,6 +111,14 @@ def test_the_project_and_its_files_for_the_board_are_in_it(tree: Path) -> None:
         assert (tree / "usr/share/doc/edge-gemma" / name).is_file(), name
 
 
+def test_whatever_the_guide_names_of_it_is_there(tree: Path) -> None:
+    guide = (tree / "usr/share/doc/edge-gemma/deployment.md").read_text()
+    named = set(re.findall(r"/usr/(?:share|lib)/edge-gemma[\w/.-]*", guide))
+    assert len(named) >= 6
+    for path in named:
+        assert (tree / path.lstrip("/")).exists(), path
+
+
 @pytest.mark.parametrize("name", ["edge-daemon", "edge-ask"])
 def test_commands_are_run_by_the_system_s_python_alone(tree: Path, name: str) -> None:
     command = tree / "usr/bin" / name
