@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
+import socket
 import subprocess
+import threading
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +18,17 @@ import pytest
 from counterparts import WAIT_S, DaemonProcess, Mosquitto, PtyPair, edge_command, wait_for
 from paho.mqtt.client import Client, MQTTMessage, MQTTv5
 from paho.mqtt.enums import CallbackAPIVersion
+from speller import Speller
 
+from edge.client.links import MqttLink
 from edge.config import SerialConfig
 from edge.protocol.framing import Damaged
+from edge.protocol.messages import Final, Request
+from edge.requests.engine import Engine
+from edge.requests.journal import Journal
+from edge.requests.journaling import JournaledEngine
+from edge.requests.route_runner import RouteRunner
+from edge.routes.config import parse_routes
 from edge.transports.serial_port import SerialPort
 
 ROUTE = """
@@ -117,6 +129,42 @@ def test_an_alarm_does_not_wait_for_the_model(
     working = mosquitto.retained("edge/v1/pump/health")["working"]
     assert (topic, working) == ("alarms/left", True)
     assert house.hear()[0] == "explanations/left"
+
+
+@pytest.fixture
+def flood(daemon: DaemonProcess, mosquitto: Mosquitto) -> Iterator[None]:
+    """A sensor that repeats itself as fast as the broker takes it."""
+    sensor = socket.create_connection(("127.0.0.1", mosquitto.port))
+    sensor.sendall(b"\x10\x10\x00\x04MQTT\x04\x02\x00\x00\x00\x04wild")
+    assert sensor.recv(4) == b"\x20\x02\x00\x00"
+    topic = b"sensors/wild/temperature"
+    reading = bytes([0x30, 5 + len(topic), 0, len(topic)]) + topic + b"-20"
+
+    def repeat() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                sensor.sendall(100 * reading)
+
+    thread = threading.Thread(target=repeat)
+    thread.start()
+    wait_for(lambda: "readings come too fast" in daemon.log.read_text())
+    yield
+    sensor.shutdown(socket.SHUT_RDWR)
+    thread.join(WAIT_S)
+    sensor.close()
+
+
+@pytest.mark.usefixtures("flood")
+def test_a_sensor_that_repeats_itself_without_end_holds_up_no_request(
+    daemon: DaemonProcess, mosquitto: Mosquitto
+) -> None:
+    memory = daemon.memory()
+    for number in range(5):
+        with contextlib.closing(MqttLink(mosquitto.broker, "pump")) as link:
+            *_, last = link.ask(Request(f"r{number}", "Pump?", max_tokens=4, stream=False), 5)
+        assert isinstance(last, Final)
+    assert daemon.memory() - memory < 8 * 1024 * 1024
+    assert daemon.log.read_text().count("readings come too fast") == 1
 
 
 def test_readings_over_a_serial_line_are_readings(daemon: DaemonProcess, house: House, ptys: PtyPair) -> None:
@@ -234,3 +282,17 @@ def test_the_doctor_names_what_is_wrong_and_says_so_by_its_exit_code(
     config.write_text("bundel = 1\n")
     done = command("doctor", "--config", str(config))
     assert (done.returncode, done.stderr.startswith(f"Error: {config}:1: unknown key bundel")) == (5, True)
+
+
+def test_a_sensor_that_repeats_itself_takes_a_part_of_the_queue_only() -> None:
+    heard: list[str] = []
+    routes = parse_routes(tomllib.loads(ROUTE)["route"])
+    journaled = JournaledEngine(Engine(Speller(), queue_length=1), Journal(None))
+    runner = RouteRunner(routes, True, journaled, lambda topic, _payload, _delivered: heard.append(topic))
+    for _ in range(5000):
+        runner.reading("sensors/wild/temperature", b"-20")
+    runner.reading("sensors/left/temperature", b"-10")
+    runner.start()
+    wait_for(lambda: heard)
+    runner.stop(WAIT_S)
+    assert heard == ["alarms/left"]

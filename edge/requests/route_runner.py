@@ -10,6 +10,7 @@ import logging
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 CLIENT = "route:"  # and the route's name: the name space of ids
 TICK_S = 1.0  # the thread shows that it lives at least this often
 MAX_WAITING = 1000  # readings that wait for the thread
+MAX_OF_TOPIC = 100  # of these, on one topic, so that one sensor does not keep the others out
+DROPPED_S = 60.0  # between two lines in the log about readings that are dropped
 LATER_MS = 5000  # to wait before a question that was refused is asked again
 MAX_NOTE_BYTES = 16 * 1024
 
@@ -51,7 +54,10 @@ class RouteRunner:
         self._show = show
         self._router = Router(routes, plain)
         self._engine, self._publish = engine, publish
-        self._work: queue.Queue[Callable[[], Sequence[Outcome]]] = queue.Queue(MAX_WAITING)
+        self._work: queue.SimpleQueue[Callable[[], Sequence[Outcome]]] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._waiting: Counter[str] = Counter()  # readings in the queue, by topic
+        self._dropped, self._dropped_at = 0, float("-inf")
         self._ignored: set[tuple[str, str]] = set()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="routes", daemon=True)
@@ -80,19 +86,32 @@ class RouteRunner:
         return disjoint(self._router.filters)
 
     def reading(self, topic: str, payload: bytes) -> None:
-        """Take in one message of a sensor."""
-        self._put(lambda: self._router.reading(topic, payload, time.monotonic()))
+        """Take in one message of a sensor; it is dropped if too many wait, or too many on its topic."""
+        with self._lock:
+            if self._work.qsize() >= MAX_WAITING or self._waiting[topic] >= MAX_OF_TOPIC:
+                self._drop(topic)
+                return
+            self._waiting[topic] += 1
+            self._work.put(partial(self._read, topic, payload))
 
     def sink(self, client: str, request_id: str, note: str) -> Sink:
         """Make a sink for a question of an earlier run."""
         question = Question(**loads(note, MAX_NOTE_BYTES), request=Request(request_id))
         return partial(self._answered, question)
 
-    def _put(self, work: Callable[[], Sequence[Outcome]]) -> None:
-        try:
-            self._work.put_nowait(work)
-        except queue.Full:
-            log.warning("routes: %d readings wait already; one is dropped", MAX_WAITING)
+    def _read(self, topic: str, payload: bytes) -> Sequence[Outcome]:
+        with self._lock:
+            self._waiting[topic] -= 1
+            if not self._waiting[topic]:
+                del self._waiting[topic]
+        return self._router.reading(topic, payload, time.monotonic())
+
+    def _drop(self, topic: str) -> None:
+        """Count a reading that is dropped, and say so now and then."""
+        self._dropped += 1
+        if time.monotonic() - self._dropped_at >= DROPPED_S:
+            said, self._dropped_at = printable(topic, 200), time.monotonic()
+            log.warning("routes: readings come too fast, the last on %s; dropped: %d", said, self._dropped)
 
     def _run(self) -> None:
         while not self._stopping:
@@ -133,7 +152,7 @@ class RouteRunner:
             return
         if isinstance(answer, Failure) and answer.code in REFUSALS:
             until = time.monotonic() + (answer.retry_after_ms or LATER_MS) / 1000
-            self._put(partial(self._postpone, question, until))
+            self._work.put(partial(self._postpone, question, until))
             return
         delivered = partial(self._engine.delivered, _client(question.route), question.request.id)
         payload = answer_payload(question, answer)

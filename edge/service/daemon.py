@@ -114,8 +114,9 @@ class Daemon:
             for name, (_, alive) in self._parts().items():
                 if not alive():
                     raise EdgeError(f"{name}: its thread has ended; the log above says why")
-            if self._mqtt is not None and self._mqtt.connection.refused:
-                raise TransportError(self._mqtt.connection.refused)
+            for connection in self._mqtt.connections.values() if self._mqtt else ():
+                if connection.refused:
+                    raise TransportError(connection.refused)
             self._keeper.look()
             self._watch()
 
@@ -187,10 +188,10 @@ class Daemon:
 
     def _parts(self) -> dict[str, tuple[Any, Any]]:
         """By name: a function for the progress of each thread, and one for whether it runs."""
-        engine, broker = self._engine, self._mqtt
+        engine = self._engine
         parts: dict[str, tuple[Any, Any]] = {"decoder": (lambda: engine.progress, lambda: engine.alive)}
-        if broker is not None:
-            parts["mqtt"] = (lambda: broker.connection.progress, lambda: broker.connection.alive)
+        for name, connection in self._mqtt.connections.items() if self._mqtt else ():
+            parts[name] = (lambda c=connection: c.progress, lambda c=connection: c.alive)
         routes = self._routes
         if routes is not None:
             parts["routes"] = (lambda: routes.progress, lambda: routes.alive)

@@ -38,6 +38,7 @@ from edge.requests.route_runner import RouteRunner
 from edge.transports.home_assistant import HomeAssistant
 from edge.transports.mqtt_connection import MqttConnection
 from edge.transports.mqtt_messages import Outgoing, Received, Token
+from edge.transports.mqtt_readings import MqttReadings
 
 log = logging.getLogger(__name__)
 
@@ -77,8 +78,7 @@ class MqttTransport:
         self._engine = engine
         self._status = status
         self._health = health
-        self._routes = routes
-        self.online = False
+        self._subscribed, self._deaf = False, routes is not None
         self._health_said, self._health_at = "", float("-inf")
         self._home: HomeAssistant | None = None
         if config.discovery_prefix is not None:
@@ -88,11 +88,23 @@ class MqttTransport:
         self._publishing: dict[int, Callable[[str | None], None]] = {}
         self._answered: OrderedDict[tuple[str, str], None] = OrderedDict()
         will = Outgoing(f"{self._base}/status", dumps({"state": "offline"}), retain=True)
-        self.connection = MqttConnection(config.broker, f"edge-{node}", self, config.session_expiry_s, will)
+        name = f"edge-{node}"
+        self.connection = MqttConnection(config.broker, name, self, config.session_expiry_s, will)
+        self.connections = {"mqtt": self.connection}
+        if routes is not None:
+            heard = partial(self.connection.post, self._readings_heard)
+            readings = MqttReadings(config.broker, f"{name}-readings", routes, f"{ROOT}/", heard)
+            self.connections["mqtt readings"] = readings.connection
 
     def start(self) -> None:
-        """Start the connection's thread."""
-        self.connection.start()
+        """Start the threads of the connections."""
+        for connection in self.connections.values():
+            connection.start()
+
+    @property
+    def online(self) -> bool:
+        """Whether requests are heard, and readings have been since the start."""
+        return self._subscribed and not self._deaf
 
     @property
     def unconfirmed(self) -> int:
@@ -110,7 +122,8 @@ class MqttTransport:
                 break
             pause.wait(0.02)
         self.connection.post(partial(self._tell, self._state("offline")))
-        self.connection.stop(timeout_s)
+        for connection in self.connections.values():
+            connection.stop(timeout_s)
 
     def sink(self, client: str, request_id: str, note: str) -> Sink:
         """Make a sink for a request of an earlier run; to be called before the start."""
@@ -138,31 +151,25 @@ class MqttTransport:
     # What follows is called in the connection's thread only.
 
     def connected(self) -> None:
-        """Subscribe to requests and, at QoS 0, to readings: those of an hour ago would be taken for new."""
-        heard = self._routes.filters if self._routes else ()
-        if self._home is not None:
-            heard = (*heard, self._home.birth_topic)
-        self.connection.subscribe(f"{self._base}/request", f"{self._base}/cancel", at_most_once=heard)
+        """Subscribe to requests, and to Home Assistant's birth, at QoS 0."""
+        births = () if self._home is None else (self._home.birth_topic,)
+        self.connection.subscribe(f"{self._base}/request", f"{self._base}/cancel", at_most_once=births)
 
     def subscribed(self) -> None:
-        """Tell the world that requests are heard."""
-        self.connection.publish(self._state("online"))
-        self._introduce()
-        self._health_said = ""
-        self.online = True
+        """Tell the world that requests are heard, if readings are."""
+        self._subscribed = True
+        self._say_online()
 
     def disconnected(self) -> None:
         """Note that nothing is heard until the next connection."""
         self._engine.sync()
-        self.online = False
+        self._subscribed = False
 
     def received(self, message: Received) -> None:
-        """Take a request, a cancellation, a reading, or Home Assistant's word that it has started."""
+        """Take a request, a cancellation, or Home Assistant's word that it has started."""
         if self._home is not None and message.topic == self._home.birth_topic:
             if message.payload == b"online":
                 self._introduce()
-        elif not message.topic.startswith(f"{self._base}/"):
-            self._reading(message)
         elif message.retained:
             log.warning(
                 "%s: a retained request was ignored; publish it without the retain flag", message.topic
@@ -173,11 +180,12 @@ class MqttTransport:
             self.connection.acknowledge(message.token)
         elif message.topic == f"{self._base}/request":
             self._request(message)
+        else:
+            self.connection.acknowledge(message.token)  # a subscription that the session kept
 
-    def _reading(self, message: Received) -> None:
-        if self._routes is not None and not message.retained and not message.topic.startswith(f"{ROOT}/"):
-            self._routes.reading(message.topic, message.payload)
-        self.connection.acknowledge(message.token)
+    def _readings_heard(self) -> None:
+        self._deaf = False
+        self._say_online()
 
     def _introduce(self) -> None:
         """Tell Home Assistant what there is to see."""
@@ -349,6 +357,7 @@ class MqttTransport:
         if self.online:
             self.connection.publish(self._state("online"))
             self._introduce()
+            self._health_said = ""
 
     def _state(self, state: str) -> Outgoing:
         return Outgoing(f"{self._base}/status", dumps({"state": state, **self._status()}), retain=True)

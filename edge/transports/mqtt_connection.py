@@ -42,6 +42,8 @@ TICK_S = 1.0  # the thread shows that it lives at least this often
 CONNACK_S = 10.0  # a broker that has not answered CONNECT by then is given up
 FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.5, 10.0
 DEAD_MS = 15_000  # what was sent and not acknowledged by TCP for so long ends the connection
+RECEIVE_BYTES = 64 * 1024  # what the system holds for us: more would only be older when it is read
+READ_S = 0.05  # what comes without end is read for so long before answers go out
 MAX_PACKET_BYTES = 1024 * 1024  # what the broker may send us; a longer request is dropped by the broker
 RECEIVE_MAXIMUM = 2048  # unacknowledged messages that the broker may send us: twice the longest queue
 MAX_INFLIGHT = 20  # QoS 1 messages without an acknowledgement, if the broker takes so many
@@ -245,15 +247,16 @@ class MqttConnection:
         return self._client.want_write() or (sock is not None and bool(sock.unsent))
 
     def _exchange(self, sock: Any) -> None:
-        """Wait for something to read, to write or to do; read all that has come at once."""
+        """Wait for something to read, to write or to do; read what has come at once, for a moment at most."""
         pending = sock.pending() > 0
         writing = [sock] if self._to_write else []
         readable, writable, _ = select.select([sock, self._wake_out], writing, [], 0 if pending else TICK_S)
         if self._wake_out in readable:
             self._wake_out.recv(4096)
         if sock in readable or pending:
+            until = time.monotonic() + READ_S
             self._client.loop_read()
-            while sock.pending() and self._client.socket() is sock:
+            while sock.pending() and self._client.socket() is sock and time.monotonic() < until:
                 self._client.loop_read()
         if writable and self._client.socket() is not None:
             self._client.loop_write()
@@ -412,6 +415,7 @@ def _tune(_client: Client, _data: Any, sock: Any) -> None:
     to be away for two (tcp(7)).
     """
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_MS)
 
