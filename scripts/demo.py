@@ -124,30 +124,39 @@ def convert() -> None:
     subprocess.run(command, check=True)
 
 
-def sense(port: int) -> None:
+def sense(port: int, log: Path) -> None:
     """Publish readings as a sensor does, and print what comes back until the explanation is there."""
     arrived: queue.Queue[mqtt.MQTTMessage] = queue.Queue()
+    topics = [("edge/v1/demo/status", 1), ("alarms/#", 1), ("explanations/#", 1)]
     client = mqtt.Client(CallbackAPIVersion.VERSION2)
-    client.on_connect = lambda client, *_: client.subscribe([("alarms/#", 1), ("explanations/#", 1)])
-    client.on_subscribe = lambda *_: arrived.put(mqtt.MQTTMessage())
+    client.on_connect = lambda client, *_: client.subscribe(topics)
     client.on_message = lambda _client, _data, message: arrived.put(message)
     client.connect("127.0.0.1", port)
     client.loop_start()
-    arrived.get(timeout=10)
-    show("3. A sensor reports; its route says at once what is wrong, and the model explains it", None)
-    for reading in READINGS:
-        time.sleep(0.5)
-        sys.stdout.write(f"{' ' * 9} sensors/cold-store-3/temperature {reading}\n")
-        published = time.monotonic()
-        client.publish("sensors/cold-store-3/temperature", reading)
-    message = mqtt.MQTTMessage()
-    while not message.topic.startswith("explanations/"):
-        message = arrived.get(timeout=60)
-        content = json.loads(message.payload)
-        after = 1000 * (message.timestamp - published)
-        shown = {key: content[key] for key in ("event", "answer") if key in content}
-        sys.stdout.write(f"{after:6.0f} ms {message.topic} {json.dumps(shown)}\n")
-    client.loop_stop()
+    try:
+        while json.loads(arrived.get(timeout=10).payload)["state"] != "online":
+            pass
+        show("3. A sensor reports; its route says at once what is wrong, and the model explains it", None)
+        for reading in READINGS:
+            time.sleep(0.5)
+            sys.stdout.write(f"{' ' * 9} sensors/cold-store-3/temperature {reading}\n")
+            published = time.monotonic()
+            client.publish("sensors/cold-store-3/temperature", reading)
+        while not print_what_came(arrived.get(timeout=60), published):
+            pass
+    except queue.Empty:
+        raise SystemExit(f"nothing came from the daemon; it says:\n{log.read_text()}") from None
+    finally:
+        client.loop_stop()
+
+
+def print_what_came(message: mqtt.MQTTMessage, published: float) -> bool:
+    """Print an alarm or its explanation; True for the explanation."""
+    content = json.loads(message.payload)
+    shown = {key: content[key] for key in ("event", "answer", "error") if key in content}
+    after = 1000 * (message.timestamp - published)
+    sys.stdout.write(f"{after:6.0f} ms {message.topic} {json.dumps(shown)}\n")
+    return message.topic.startswith("explanations/")
 
 
 def ask(port: int, schema: Path) -> None:
@@ -187,7 +196,7 @@ def main() -> None:
             with running(daemon, log, NOTIFY_SOCKET=str(directory / "notify")) as process:
                 wait_until_ready(notifications, process, log)
                 sys.stdout.write(f"ready after {time.monotonic() - started:.2f} s\n")
-                sense(port)
+                sense(port, log)
                 ask(port, directory / "schema.json")
         notifications.close()
 
