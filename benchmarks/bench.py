@@ -1,7 +1,8 @@
 """How fast, how large: this project on the real Gemma 3 270M, beside its peers if they are given.
 
     make bench                     our rows alone, about four minutes on two cores
-    python -m benchmarks.bench --llama-cpp DIR --litert-lm MODEL ...
+    python -m benchmarks.bench --llama-cpp DIR --litert-lm-int4 FILE ...
+    python -m benchmarks.bench --model e2b --llama-cpp DIR      random weights in the shape of a Gemma 4 E2B
 
 Everything is measured in rounds, and in each round every engine does one thing after the other does the
 same, so that other programs disturb all alike. Only ratios within one run mean anything.
@@ -26,7 +27,7 @@ from benchmarks.peer_litert_lm import LiteRtLm
 from benchmarks.peer_llama_cpp import LlamaCpp
 from benchmarks.peer_llama_cpp import find as find_llama_cpp
 from benchmarks.processes import OtherPrograms
-from benchmarks.results import MACHINE, MEASURES, Results, table
+from benchmarks.results import MACHINE, MEASURES, Measure, Results, table
 from benchmarks.speed import read_bandwidth, seconds
 from benchmarks.tasks import Tasks
 
@@ -35,7 +36,7 @@ FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
 class Engine(Protocol):
-    """Something that runs the 270M. `facts` has its `bits`; `measures` gives functions by key."""
+    """Something that runs the model. `facts` has its `bits`; `measures` gives functions by key."""
 
     name: str
     facts: Mapping[str, Any]
@@ -55,22 +56,22 @@ class Peers:
     litert_lm: Mapping[str, Path]
     litert_lm_python: Path
 
-    def missing(self) -> str:
+    def missing(self, model: str) -> str:
         """Which columns the table will not have, and the option for each; empty if it has all."""
         options = [] if self.llama_cpp else ["llama.cpp (--llama-cpp DIR)"]
-        for recipe in models.RECIPES:
-            if recipe not in self.litert_lm:
+        for recipe in models.RECIPES[model]:
+            if model == models.REAL and recipe not in self.litert_lm:
                 options.append(f"LiteRT-LM {recipe} (--litert-lm-{recipe} FILE)")
         return ", ".join(options)
 
 
-def measure(engines: Sequence[Engine], rounds: int, threads: int) -> Results:
+def measure(engines: Sequence[Engine], rows: Sequence[Measure], rounds: int, threads: int) -> Results:
     """Measure all engines, interleaved."""
     results = Results(facts={engine.name: dict(engine.facts) for engine in engines})
     functions = [(engine, engine.measures()) for engine in engines]
     for turn in range(rounds):
         results.add(MACHINE, "interpreter", seconds(_bare_interpreter))
-        for row in MEASURES:
+        for row in rows:
             if row.once and turn:
                 continue
             click.echo(f"round {turn + 1} of {rounds}: {row.label.strip()}", err=True)
@@ -97,25 +98,34 @@ def _bare_interpreter() -> None:
     subprocess.run([sys.executable, "-c", "import numpy"], check=True)
 
 
-def _engines(stack: ExitStack, threads: int, tasks: Tasks, peers: Peers) -> list[Engine]:
+def _engines(stack: ExitStack, model: str, threads: int, peers: Peers) -> list[Engine]:
     """All that is there to be measured, closed with `stack`."""
     engines: list[Engine] = []
+    tasks = Tasks(models.bundle("int4", model))
 
     def add(engine: Engine) -> None:
         engines.append(engine)
         stack.callback(engine.close)
 
-    for recipe in models.RECIPES:
-        add(Ours(recipe, threads, tasks))
-    for recipe in models.RECIPES:
+    for recipe in models.RECIPES[model]:
+        add(Ours(recipe, model, threads, tasks))
+    for recipe in models.RECIPES[model]:
         if peers.llama_cpp is not None:
-            add(LlamaCpp(peers.llama_cpp, recipe, threads, tasks))
+            add(LlamaCpp(peers.llama_cpp, recipe, model, threads, tasks))
         if recipe in peers.litert_lm:
             add(LiteRtLm(peers.litert_lm_python, peers.litert_lm[recipe], recipe, threads, tasks))
     return engines
 
 
 @click.command()
+@click.option("--model", type=click.Choice(sorted(models.RECIPES)), default=models.REAL, show_default=True)
+@click.option(
+    "--only",
+    multiple=True,
+    type=click.Choice([row.key for row in MEASURES]),
+    metavar="ROW",
+    help="Measure this row; may be given again.  [default: all]",
+)
 @click.option("--rounds", default=5, show_default=True, help="How often everything is measured.")
 @click.option("--threads", default=2, show_default=True, help="Threads of every engine.")
 @click.option("--llama-cpp", type=FOLDER, help="A folder with llama.cpp's programs.  [default: PATH]")
@@ -126,6 +136,8 @@ def _engines(stack: ExitStack, threads: int, tasks: Tasks, peers: Peers) -> list
 @click.option("--save", is_flag=True, help="Make this run the one that --check compares with.")
 @click.option("--check", is_flag=True, help="Fail if a ratio is worse than the committed one.")
 def main(
+    model: str,
+    only: Sequence[str],
     rounds: int,
     threads: int,
     llama_cpp: Path | None,
@@ -136,16 +148,22 @@ def main(
     save: bool,
     check: bool,
 ) -> None:
-    """Measure the 270M as int4 and int8 on this machine, beside its peers if they are there."""
+    """Measure the 270M as int4 and int8 on this machine, beside its peers if they are there.
+
+    Another --model has random weights, int4 only, and llama.cpp for its peer.
+    """
+    if model != models.REAL and (litert_lm_int4 or litert_lm_int8 or save or check):
+        raise click.UsageError(f"--model {model}: has no LiteRT-LM beside it, and no --save and --check")
     files = {"int4": litert_lm_int4, "int8": litert_lm_int8}
     given = {recipe: file for recipe, file in files.items() if file is not None}
     peers = Peers(llama_cpp or find_llama_cpp(), given, litert_lm_python)
-    if peers.missing():
-        click.echo(f"our own columns; not measured: {peers.missing()}", err=True)
+    if missing := peers.missing(model):
+        click.echo(f"our own columns; not measured: {missing}", err=True)
     others = OtherPrograms()
     with ExitStack() as stack:
-        engines = _engines(stack, threads, Tasks(models.bundle("int4")), peers)
-        results = measure(engines, rounds, threads)
+        engines = _engines(stack, model, threads, peers)
+        rows = [row for row in MEASURES if not only or row.key in only]
+        results = measure(engines, rows, rounds, threads)
     results.others = others.share()
     click.echo(json.dumps(asdict(results)) if as_json else table(results))
     if save:

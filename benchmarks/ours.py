@@ -1,4 +1,4 @@
-"""This project among the engines that are compared: a bundle of the 270M, measured as its users run it."""
+"""This project among the engines that are compared: a bundle, measured as its users run it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from edge.bundles.bundle import read_manifest
 class Ours:
     """A bundle, with its packed weights and prefix caches in a directory that lasts for one run."""
 
-    def __init__(self, recipe: str, threads: int, tasks: Tasks) -> None:
+    def __init__(self, recipe: str, model: str, threads: int, tasks: Tasks) -> None:
         """Convert if that is due, start for the first time, and load the model into a worker."""
         self.name, self._tasks, self._threads = f"edge {recipe}", tasks, threads
-        self._bundle = models.bundle(recipe)
+        self._bundle = models.bundle(recipe, model)
         self._directory = tempfile.TemporaryDirectory(prefix=f"edge-bench-{recipe}-")
         self._cache = Path(self._directory.name)
         quantization = read_manifest(self._bundle).quantization

@@ -37,9 +37,9 @@ def find() -> Path | None:
 
 
 class LlamaCpp:
-    """The 270M in one of llama.cpp's types; its embedding is Q8_0, as our heads are int8."""
+    """A model in one of llama.cpp's types; its embedding is Q8_0, as our heads are int8."""
 
-    def __init__(self, programs: Path, recipe: str, threads: int, tasks: Tasks) -> None:
+    def __init__(self, programs: Path, recipe: str, model: str, threads: int, tasks: Tasks) -> None:
         """Quantise if that is due and start a server. Raises ClickException that names what is missing."""
         for name in PROGRAMS:
             if not (programs / name).is_file():
@@ -47,7 +47,8 @@ class LlamaCpp:
         self.name = f"llama.cpp {TYPES[recipe]}"
         self.facts: Mapping[str, Any] = {"bits": {"int4": 4, "int8": 8}[recipe]}
         self._programs, self._threads, self._tasks = programs, threads, tasks
-        self._model = self._quantized(TYPES[recipe])
+        real = model == models.REAL
+        self._model = self._quantized(TYPES[recipe]) if real else models.checkpoint(model)
         self._directory = tempfile.TemporaryDirectory(prefix="edge-bench-llama-")
         self._answered = Answered()
         self._server = Server(self._server_command())

@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,8 @@ from converters.architectures.fields import Fields
 from converters.architectures.names import huggingface_name
 from converters.checkpoints.opening import open_checkpoint
 from edge.bundles.architecture import tensor_shapes
+
+_Item = TypeVar("_Item", bound=np.generic)
 
 _PREFIX = "model.language_model."
 _SLIDING, _FULL = "sliding_attention", "full_attention"
@@ -105,12 +107,12 @@ def _write_tensors(file: BinaryIO, shapes: dict[str, tuple[int, ...]]) -> None:
     file.write(len(raw).to_bytes(8, "little") + raw)
     noise = np.random.default_rng(0).standard_normal(_POOL, np.float32)
     for name, shape in shapes.items():
-        for part in _parts(_values(noise, name, shape), math.prod(shape)):
+        for part in repeated(_bfloat16(random_values(noise, name, shape)), math.prod(shape)):
             file.write(part.data)
 
 
-def _values(noise: NDArray[np.float32], name: str, shape: tuple[int, ...]) -> NDArray[np.uint16]:
-    """The pool as bfloat16 values of a tensor's kind, such that states and scores keep a moderate size."""
+def random_values(noise: NDArray[np.float32], name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """The pool as values of a tensor's kind, such that states and scores keep a moderate size."""
     if name.endswith("layer_scalar"):
         values = np.clip(0.5 + 0.1 * noise, 0.2, 0.9)
     elif name.endswith(("query_norm", "key_norm")):  # scores are not divided by sqrt(head_dim)
@@ -119,12 +121,17 @@ def _values(noise: NDArray[np.float32], name: str, shape: tuple[int, ...]) -> ND
         values = 1 + 0.25 * noise
     else:
         values = noise / math.sqrt(256 if name == "per_layer_embedding" else shape[-1])
-    bits: NDArray[np.uint32] = values.astype(np.float32).view(np.uint32)
-    return np.right_shift(bits, 16).astype(np.uint16)
+    result: NDArray[np.float32] = values.astype(np.float32)
+    return result
 
 
-def _parts(pool: NDArray[np.uint16], count: int) -> Iterator[NDArray[np.uint16]]:
-    """The pool over and over until `count` values are out."""
+def _bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """The bits of the values, cut off."""
+    return np.right_shift(values.view(np.uint32), 16).astype(np.uint16)
+
+
+def repeated(pool: NDArray[_Item], count: int) -> Iterator[NDArray[_Item]]:
+    """A flat pool over and over until `count` elements are out."""
     for start in itertools.count(0, len(pool)):
         if start >= count:
             return

@@ -1,14 +1,23 @@
-"""The workload is what a daemon takes, and the gate names what got worse and nothing else."""
+"""The workload is what a daemon takes, the gate names what got worse, and random models are models."""
 
+import json
 from collections import Counter
 from pathlib import Path
 
+import bundles
 import click
+import numpy as np
 import pytest
 import real_vocabulary
+from checkpoint_files import FIXTURES, GEMMA4, write_gguf
 
-from benchmarks import gate, workload
+from benchmarks import gate, random_gguf, workload
 from benchmarks.results import MACHINE, Results, spread, table
+from converters.checkpoints.base import Checkpoint
+from converters.checkpoints.opening import open_checkpoint
+from converters.convert import convert
+from converters.reference_decoder import ReferenceDecoder
+from edge.bundles.bundle import read_manifest
 from edge.generation.grammar import GrammarCompiler
 from edge.protocol.messages import parse_request
 
@@ -117,3 +126,36 @@ def test_table_has_medians_spreads_and_the_ratio_to_the_peer() -> None:
     assert spread([1.0, 2.0, 3.0]) == 0.25
     assert spread([2.0, 2.0, 2.0, 2.0, 9.0]) == 0
     assert spread([0.0, 0.0, 4.0]) == 0
+
+
+@pytest.fixture(scope="module")
+def random_model(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """A random GGUF file with the dimensions of the small Gemma 4."""
+    folder = tmp_path_factory.mktemp("random")
+    write_gguf(folder / "vocabulary.gguf")
+    config = json.loads((FIXTURES / GEMMA4 / "config.json").read_text())["text_config"]
+    random_gguf.write_gguf(folder / "model.gguf", config, folder / "vocabulary.gguf")
+    return open_checkpoint(folder / "model.gguf")
+
+
+def test_a_random_gguf_has_the_architecture_that_was_asked_for(random_model: Checkpoint) -> None:
+    assert random_model.architecture == open_checkpoint(FIXTURES / GEMMA4).architecture
+    embedding = random_model.tensors["embedding"]
+    assert embedding.source_type == "Q8_0"
+    assert 0.9 < embedding.array().std() * embedding.shape[1] ** 0.5 < 1.1
+
+
+def test_a_bundle_keeps_every_code_of_a_random_gguf_and_answers_as_its_values_do(
+    random_model: Checkpoint, tmp_path: Path
+) -> None:
+    convert(random_model, tmp_path / "bundle", "int4", 128)
+    quantization = read_manifest(tmp_path / "bundle").quantization
+    matrices = [tensor for tensor in random_model.tensors.values() if tensor.source_type == "Q4_0"]
+    assert quantization["stored_groups"] == sum(tensor.array().size for tensor in matrices) // 32
+    assert quantization["kept_groups"] == quantization["stored_groups"]
+    ids = [2, 17, 333, 5, 480, 9, 64, 71]
+    expected = ReferenceDecoder(random_model).logits(ids)
+    decoder = bundles.open_decoder(tmp_path / "bundle")
+    logits = np.concatenate([block.copy() for block in decoder.logits_of(ids)])
+    assert np.sqrt(np.mean(np.square(logits - expected))) < 0.2 * expected.std()
+    assert len(set(expected.argmax(axis=1))) > 4  # else any two models would agree
