@@ -58,6 +58,7 @@ def test_a_daemon_that_is_killed_under_load_loses_no_request_and_answers_none_tw
         daemon.process.kill()
         daemon.process.wait(WAIT_S)
         daemon.start()
+    wait_for(lambda: len(line.answers) > 1)  # on a busy machine each of few kills may have come before one
     line.stopping.set()
     wait_for(lambda: load.satisfied)
     line.join(WAIT_S)
