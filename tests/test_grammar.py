@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import real_vocabulary
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -198,6 +198,18 @@ schemas = st.recursive(
 )
 
 
+ENDLESS_LIST = {  # once cut off: what it forces was taken in other tokens than those planned
+    "type": "object",
+    "properties": {
+        "a": {"type": "string"},
+        "bb": {"type": "string", "pattern": "^[A-Z]{3}-[0-9]{2}$"},
+        "reason": {"type": "array", "items": {"enum": ["ok"]}, "minItems": 2},
+        "x_y": {"type": "string"},
+    },
+    "required": ["a", "bb", "reason"],
+}
+
+
 @settings(max_examples=150, deadline=None)
 @given(schema=objects(schemas), seed=st.integers(0, 2**32), extra=st.integers(0, 30))
 def test_json_is_valid_and_complete_within_the_shortest_budget_and_any_larger(
@@ -213,6 +225,7 @@ def test_json_is_valid_and_complete_within_the_shortest_budget_and_any_larger(
 
 @settings(max_examples=150, deadline=None)
 @given(schema=objects(schemas), seed=st.integers(0, 2**32), extra=st.integers(0, 30))
+@example(schema=ENDLESS_LIST, seed=0, extra=0)
 def test_tool_calls_are_valid_and_complete_within_the_budget(
     schema: dict[str, Any], seed: int, extra: int
 ) -> None:

@@ -406,11 +406,11 @@ def test_a_thousand_requests_one_after_the_other_while_the_queue_is_full(
     crowded: tuple[DaemonProcess, Crowd],
 ) -> None:
     _, crowd = crowded
-    for number in range(9):
-        payload = asking(
-            id=f"long{number}", max_tokens=1500, reply_to="edge/v1/pump/reply/c0", deadline_ms=60_000
-        )
-        crowd.sockets[0].sendall(_packet(0x32, _text(REQUEST.encode()) + b"\1%c" % number + payload))
+    for number in range(9):  # of nine clients, since the last place is kept for those who have none waiting
+        reply = f"edge/v1/pump/reply/c{number}"
+        payload = asking(id=f"long{number}", max_tokens=1500, reply_to=reply, deadline_ms=60_000)
+        publish = _packet(0x32, _text(REQUEST.encode()) + b"\1%c" % number + payload)
+        crowd.sockets[number].sendall(publish)
     time.sleep(0.5)
     sent: dict[str, float] = {}
     for number in range(1000):

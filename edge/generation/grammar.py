@@ -129,8 +129,16 @@ class Constraint:
         return self._matcher.is_accepting()
 
     def forced(self) -> list[int]:
-        """Return the tokens that must come next, as the text would be tokenised; often none."""
-        return self._matcher.compute_ff_tokens()[: self.remaining]
+        """Return the tokens that must come next, as the text would be tokenised; often none.
+
+        None either where the known way to the end has the same text in other tokens, and there may not be
+        enough left for these.
+        """
+        tokens = self._matcher.compute_ff_tokens()[: self.remaining]
+        path = self.closing() if tokens else None
+        if path is None or path[: len(tokens)] == tokens or len(path) + len(tokens) < self.remaining:
+            return tokens
+        return []
 
     def allowed(self) -> NDArray[np.int32] | None:
         """Return the ids that may come next, ascending, if they are few; None if they are not."""
@@ -164,9 +172,12 @@ class Constraint:
         self._matcher.consume_token(token)
         self._check()
         self.remaining -= 1
+        path = self._closing if self._closing_known else None
         self._closing_known = False
         if self._after is not None and self._after[0] == token:
             self._remember(self._after[1])
+        elif path and path[0] == token:
+            self._remember(path[1:])
         self._after = None
 
     def rollback(self, count: int) -> None:
