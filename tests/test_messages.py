@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from edge.errors import RequestError, TransportError
@@ -58,7 +58,7 @@ tool = st.builds(
     names,
     json_objects,
 )
-settings: dict[str, st.SearchStrategy[Any]] = {
+optional: dict[str, st.SearchStrategy[Any]] = {
     "id": ids,
     "max_tokens": st.integers(1, 131_072),
     "temperature": st.floats(0, 2),
@@ -73,11 +73,12 @@ settings: dict[str, st.SearchStrategy[Any]] = {
     "deadline_ms": st.none() | st.integers(1, 86_400_000),
     "reply_to": st.none() | st.just("sensors/7/answer"),
 }
-requests = st.builds(Request, prompt=unicode_text, **settings) | st.builds(
-    Request, messages=st.lists(messages, min_size=1, max_size=4).map(tuple), **settings
+requests = st.builds(Request, prompt=unicode_text, **optional) | st.builds(
+    Request, messages=st.lists(messages, min_size=1, max_size=4).map(tuple), **optional
 )
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # an emulated processor takes a second for nine
 @given(requests)
 def test_a_request_reads_back_as_it_was_written(request: Request) -> None:
     assert parse_request(request.to_json()) == request
@@ -99,7 +100,7 @@ def test_noise_is_refused_in_one_line_with_the_code_bad_request(raw: bytes | str
     salvage(raw)
 
 
-@given(requests, st.sampled_from([*sorted(settings), "prompt", "messages"]), json_values)
+@given(requests, st.sampled_from([*sorted(optional), "prompt", "messages"]), json_values)
 def test_any_value_under_any_key_is_accepted_or_refused_in_one_line(
     request: Request, key: str, value: Any
 ) -> None:
