@@ -34,12 +34,12 @@ _ROPE_FREQS = "rope_freqs.weight"
 def write_gguf(path: Path, config: Mapping[str, Any], vocabulary_from: Path) -> None:
     """Write the file of a config such as those in `SHAPES`; the tokenizer is that of another GGUF file."""
     arch = gemma4.from_config(Fields("config.json", config))
-    fields = _fields(arch) | _tokenizer(vocabulary_from, arch.vocabulary)
+    fields = gemma4_fields(arch) | _tokenizer(vocabulary_from, arch.vocabulary)
     shapes = {_ROPE_FREQS: (arch.head_dim("full") // 2,), **tensor_shapes(arch)}
     scratch = path.with_name(f".{path.name}")
     writer = GGUFWriter(scratch, arch.family)
     for key, value in fields.items():
-        _add(writer, key, value)
+        add_field(writer, key, value)
     for name, shape in shapes.items():
         kind = _kind(name, shape)
         stored = name if name == _ROPE_FREQS else gguf_name(name)
@@ -111,7 +111,7 @@ def _rope_freqs(arch: Architecture) -> NDArray[np.float32]:
     return freqs
 
 
-def _fields(arch: Architecture) -> dict[str, Any]:
+def gemma4_fields(arch: Architecture) -> dict[str, Any]:
     """The keys that llama.cpp's converter writes for Gemma 4."""
     full, sliding = arch.head_dim("full"), arch.head_dim("sliding")
     fields = {
@@ -146,8 +146,8 @@ def _tokenizer(source: Path, vocabulary: int) -> dict[str, Any]:
     return {k: v[:vocabulary] if isinstance(v, list) else v for k, v in plain.items()}
 
 
-def _add(writer: GGUFWriter, key: str, value: Any) -> None:
-    """Add a field with the type that its Python type suggests."""
+def add_field(writer: GGUFWriter, key: str, value: Any) -> None:
+    """Add a field with the type that its Python type suggests; None leaves it out."""
     if isinstance(value, list):
         writer.add_array(key, value)
     elif isinstance(value, bool):
@@ -156,5 +156,5 @@ def _add(writer: GGUFWriter, key: str, value: Any) -> None:
         writer.add_uint32(key, value)
     elif isinstance(value, float):
         writer.add_float32(key, value)
-    else:
+    elif value is not None:
         writer.add_string(key, value)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from safetensors import TensorSpec, serialize_file
 from sentencepiece import SentencePieceProcessor
 
+from benchmarks.random_gguf import add_field, gemma4_fields
 from converters.architectures.names import gguf_name, huggingface_name
 from converters.checkpoints.base import Checkpoint
 from converters.checkpoints.opening import open_checkpoint
@@ -100,7 +101,7 @@ def write_gguf(
     writer = GGUFWriter(path, checkpoint.architecture.family)
     values = {**_metadata(checkpoint), **(fields or {})}
     for key, value in values.items():
-        _add(writer, key, value)
+        add_field(writer, key, value)
     arrays: dict[str, NDArray[np.float32] | None] = {
         gguf_name(name): tensor.array() for name, tensor in checkpoint.tensors.items()
     }
@@ -135,10 +136,14 @@ def _gemma4_extras(arch: Architecture) -> dict[str, NDArray[np.float32]]:
 def _metadata(checkpoint: Checkpoint) -> dict[str, Any]:
     """The keys of a real file of this family; float32 where GGUF has them."""
     arch = checkpoint.architecture
-    common = {
+    vocabulary = _vocabulary(checkpoint.tokenizer_model, arch.family)
+    if arch.family == "gemma4":
+        return gemma4_fields(arch) | vocabulary
+    keys = {
         "context_length": arch.max_positions,
         "embedding_length": arch.hidden,
         "block_count": len(arch.layers),
+        "feed_forward_length": arch.layers[0].feed_forward,
         "attention.head_count": arch.query_heads,
         "attention.head_count_kv": arch.kv_heads,
         "attention.layer_norm_rms_epsilon": arch.rms_epsilon,
@@ -147,23 +152,7 @@ def _metadata(checkpoint: Checkpoint) -> dict[str, Any]:
         "attention.sliding_window": arch.sliding_window,
         "rope.freq_base": arch.rope_full.base,
     }
-    if arch.family == "gemma3":
-        own: dict[str, Any] = {"feed_forward_length": arch.layers[0].feed_forward}
-    else:
-        own = {
-            "feed_forward_length": [layer.feed_forward for layer in arch.layers],
-            "attention.key_length_swa": arch.head_dim("sliding"),
-            "attention.value_length_swa": arch.head_dim("sliding"),
-            "rope.dimension_count": arch.head_dim("full"),
-            "rope.dimension_count_swa": arch.head_dim("sliding"),
-            "rope.freq_base_swa": arch.rope_sliding.base,
-            "attention.sliding_window_pattern": [layer.attention == "sliding" for layer in arch.layers],
-            "attention.shared_kv_layers": len(arch.layers) - len(arch.owners),
-            "embedding_length_per_layer_input": arch.per_layer_width,
-            "final_logit_softcapping": arch.logit_softcap,
-        }
-    keys = {f"{arch.family}.{key}": value for key, value in (common | own).items()}
-    return keys | _vocabulary(checkpoint.tokenizer_model, arch.family)
+    return {f"gemma3.{key}": value for key, value in keys.items()} | vocabulary
 
 
 def _vocabulary(model: bytes, family: str) -> dict[str, Any]:
@@ -188,20 +177,6 @@ def _vocabulary(model: bytes, family: str) -> dict[str, Any]:
         "tokenizer.ggml.scores": [float(pieces.get_score(token)) for token in ids],
         "tokenizer.ggml.token_type": types,
     }
-
-
-def _add(writer: GGUFWriter, key: str, value: Any) -> None:
-    """Add a metadata value with the type that its Python type suggests; None leaves it out."""
-    if isinstance(value, list):
-        writer.add_array(key, value)
-    elif isinstance(value, bool):
-        writer.add_bool(key, value)
-    elif isinstance(value, int):
-        writer.add_uint32(key, value)
-    elif isinstance(value, float):
-        writer.add_float32(key, value)
-    elif value is not None:
-        writer.add_string(key, value)
 
 
 def write_packed_release(folder: Path) -> dict[str, tuple[NDArray[np.int8], NDArray[np.float32]]]:
