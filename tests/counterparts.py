@@ -106,11 +106,13 @@ class PtyPair:
         wait_for(lambda: self.near.exists() and self.far.exists())
 
     def unplug(self) -> None:
-        """Take both ports away, as if the cable came out."""
+        """Take both ports away, as if the cable came out: without a word, whatever is on its way."""
         if self.process is not None:
-            self.process.terminate()
+            self.process.kill()
             self.process.wait(WAIT_S)
             self.process = None
+            for end in (self.near, self.far):
+                end.unlink(missing_ok=True)
 
 
 def edge_command(name: str, *arguments: str) -> list[str]:

@@ -30,9 +30,9 @@ class Terminal:
         self._ours, self._theirs = pty.openpty()
         termios.tcsetwinsize(self._theirs, (24, 80))
         self._before = termios.tcgetattr(self._theirs)
-        self.process = subprocess.Popen(
-            edge_command("ask", "top", *options), stdin=self._theirs, stdout=self._theirs, stderr=self._theirs
-        )
+        heeds_ctrl_c = "env", "--default-signal=INT"  # also if these tests run in the background of a shell
+        command = [*heeds_ctrl_c, *edge_command("ask", "top", *options)]
+        self.process = subprocess.Popen(command, stdin=self._theirs, stdout=self._theirs, stderr=self._theirs)
         self.output = ""
 
     def screen(self) -> list[str]:
