@@ -184,8 +184,9 @@ class MqttTransport:
             self.connection.acknowledge(message.token)  # a subscription that the session kept
 
     def _readings_heard(self) -> None:
-        self._deaf = False
-        self._say_online()
+        if self._deaf:  # said once: clients that hear it ask again
+            self._deaf = False
+            self._say_online()
 
     def _introduce(self) -> None:
         """Tell Home Assistant what there is to see."""
