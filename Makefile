@@ -45,7 +45,7 @@ fuzz: $(STAMP) ## fuzz all that reads bytes from strangers; SECONDS=60 for each 
 	$(BIN)/python -m fuzz.run --seconds $(or $(SECONDS),60)
 
 soak: $(STAMP) system ## leave a daemon under light load for HOURS=24, and say what it holds and writes
-	@$(BIN)/python tests/soak.py --hours $(or $(HOURS),24) $(if $(JSON),--json)
+	@PYTHONPATH=. $(BIN)/python tests/soak.py --hours $(or $(HOURS),24) $(if $(JSON),--json)
 
 deb: $(STAMP) ## arm64 packages for Debian bookworm and trixie, in dist/
 	scripts/build-deb

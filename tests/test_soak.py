@@ -1,11 +1,13 @@
 """A quarter of an hour of `soak.py`, and what its statistics can tell."""
 
 import random
+import subprocess
 from pathlib import Path
 
 import pytest
 from soak import Interval, Soak, described, slope
 
+ROOT = Path(__file__).parents[1]
 MINUTES = [number / 60 for number in range(10, 50)]
 
 
@@ -20,6 +22,14 @@ def test_a_daemon_under_light_load_answers_everything_once_and_holds_no_more_wit
     assert summary.problems() == []
     assert len({outcome.split(":")[0] for outcome in summary.outcomes}) >= 3
     assert summary.slope_mb_h is not None or seconds < 900
+
+
+def test_make_can_start_the_soak() -> None:
+    said = subprocess.run(["make", "--dry-run", "soak"], cwd=ROOT, check=True, capture_output=True, text=True)
+    [command] = [line for line in said.stdout.splitlines() if "soak.py" in line]
+    shown = subprocess.run(f"{command} --help", shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "--hours" in shown.stdout
 
 
 @pytest.mark.parametrize(("grows", "noise"), [(0.0, 0.3), (4.0, 0.3), (4.0, 0.0), (0.0, 0.0)])
