@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import queue
 import socket
 import subprocess
 import threading
+import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -296,3 +298,25 @@ def test_a_sensor_that_repeats_itself_takes_a_part_of_the_queue_only() -> None:
     wait_for(lambda: heard)
     runner.stop(WAIT_S)
     assert heard == ["alarms/left"]
+
+
+def test_a_silence_is_said_in_time_while_there_is_always_another_reading() -> None:
+    table = tomllib.loads(ROUTE)["route"][0] | {"trigger": {"when": "last > `-15`", "silence_s": 1}}
+    del table["ask"], table["answer_topic"]
+    values, said = itertools.cycle([b"-10", b"-20"]), queue.Queue[str]()
+    ends = time.monotonic() + WAIT_S / 3
+
+    def publish(topic: str, _payload: str, _delivered: object) -> None:
+        if topic == "alarms/left":
+            said.put(topic)
+        elif said.empty() and time.monotonic() < ends:  # each of these says that the condition begins or ends
+            runner.reading("sensors/wild/temperature", next(values))
+
+    journaled = JournaledEngine(Engine(Speller(), queue_length=1), Journal(None))
+    runner = RouteRunner(parse_routes([table]), True, journaled, publish)
+    runner.reading("sensors/left/temperature", b"-20")
+    runner.reading("sensors/wild/temperature", next(values))
+    runner.start()
+    said.get(timeout=WAIT_S)
+    assert time.monotonic() < ends
+    runner.stop(WAIT_S)

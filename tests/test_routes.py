@@ -143,6 +143,7 @@ def test_regular_questions_come_at_their_interval_and_are_not_made_up_for() -> N
     assert kinds(one.tick(60.0)) == ["?regular"]
     assert one.next_due() == 120.0
     one.reading("s/a", b"2", 305.0)
+    assert one.tick(305.0) == []
     assert one.next_due() == 360.0
 
 
@@ -161,6 +162,14 @@ def test_silence_is_said_once_and_its_end_too() -> None:
     assert one.tick(1000.0) == []
     assert kinds(one.reading("s/a", b"1", 1001.0)) == ["back"]
     assert kinds(one.tick(1031.0)) == ["silence", "?silence"]
+
+
+@pytest.mark.parametrize("silence_s", [600.1, 1.3])
+def test_silence_is_said_at_the_very_time_that_it_was_due(silence_s: float) -> None:
+    for start in (1_700_000_000.123 + 0.37 * step for step in range(200)):  # sums are rounded at this size
+        one = router(variant(silence_s=silence_s))
+        one.reading("s/a", b"1", start)
+        assert kinds(one.tick(one.next_due())) == ["silence", "?silence"]
 
 
 def test_a_question_about_a_long_silence_says_that_there_are_no_readings() -> None:
@@ -237,6 +246,26 @@ def test_a_condition_that_fails_on_a_payload_is_ignored_and_the_reading_kept() -
     assert isinstance(ignored, Ignored)
     assert ignored.why.startswith("trigger: ")
     assert kinds(bad.tick(60.0)) == ["?regular"]
+
+
+@pytest.mark.parametrize(
+    "payload", [b'{"v":6,"level":"low"}', b'{"v":6,"level":null}', b'{"v":6,"level":[]}']
+)
+def test_a_text_compared_with_a_number_does_not_hold_and_keeps_no_other_alarm_back(payload: bytes) -> None:
+    json_of = "max_sensors", 'value = "v"\nmax_sensors'
+    level = variant(when="'payload.level < `20` || last > `5`'").replace(*json_of)
+    odd = variant(when="'contains(payload.text, last)'").replace(*json_of).replace('"r"', '"odd"')
+    both = router(odd + level)
+    assert kinds(both.reading("s/a", payload, 0.0)) == ["ignored", "condition", "?condition"]
+    odd_text = payload.replace(b"{", b'{"text":"12.1 bar",')
+    assert kinds(router(odd + level).reading("s/a", odd_text, 0.0)) == ["ignored", "condition", "?condition"]
+
+
+@pytest.mark.parametrize("expression", ["floor(to_number(v))", "merge(v, @)", "to_number(v)"])
+def test_a_value_that_jmespath_fails_on_is_ignored(expression: str) -> None:
+    one = router(variant(every_s=60).replace("max_sensors", f'value = "{expression}"\nmax_sensors'))
+    for text in ("nan", "inf", "1" + 400 * "0", "12.1 bar", ""):
+        assert kinds(one.reading("s/a", json.dumps({"v": text}).encode(), 0.0)) == ["ignored"]
 
 
 @pytest.mark.parametrize("topic", ["", "a/+", "a/#", "a\0b", "x" * 300])

@@ -117,14 +117,19 @@ class RouteRunner:
         while not self._stopping:
             self.progress += 1
             due_s = self._router.next_due() - time.monotonic()
+            if due_s <= 0:  # also while readings wait without end
+                self._do(partial(self._router.tick, time.monotonic()))
             try:
                 work = self._work.get(timeout=min(max(due_s, 0.0), TICK_S))
             except queue.Empty:
-                work = partial(self._router.tick, time.monotonic())
-            try:
-                self._handle(work())
-            except Exception:
-                log.exception("routes: a reading could not be handled")
+                continue
+            self._do(work)
+
+    def _do(self, work: Callable[[], Sequence[Outcome]]) -> None:
+        try:
+            self._handle(work())
+        except Exception:
+            log.exception("routes: a reading could not be handled")
 
     def _handle(self, outcomes: Sequence[Outcome]) -> None:
         for outcome in outcomes:

@@ -11,6 +11,7 @@ and a route at most `max_sensors` sensors, so memory is bounded whatever the top
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from typing import Any
 
 from jmespath.exceptions import JMESPathError
 from jmespath.parser import ParsedResult
+from jmespath.visitor import TreeInterpreter
 
 from edge.protocol import strict_json
 from edge.protocol.messages import Failure, Final, Message, Request
@@ -92,6 +94,7 @@ class Router:
     ) -> None:
         self._wall_clock, self.plain = wall_clock, plain
         self._asked = 0
+        self._next_due = math.inf  # never later than it is
         self._states = {route.name: _RouteState(route) for route in routes}
 
     @property
@@ -112,30 +115,27 @@ class Router:
 
     def tick(self, now: float) -> list[Outcome]:
         """Say and ask what is due: regular questions, silences, questions that had to wait."""
-        return [
-            outcome
-            for state in self._states.values()
-            for sensor in state.sensors.values()
-            for outcome in self._due(state.route, sensor, now)
-        ]
+        known = [(state.route, sensor) for state in self._states.values() for sensor in state.sensors.values()]
+        outcomes = [outcome for route, sensor in known for outcome in self._due(route, sensor, now)]
+        self._next_due = min((_due_time(route, sensor) for route, sensor in known), default=math.inf)
+        return outcomes
 
     def next_due(self) -> float:
-        """When `tick` has something to do at the earliest; infinity if never."""
-        return min(
-            (
-                _due_time(state.route, sensor)
-                for state in self._states.values()
-                for sensor in state.sensors.values()
-            ),
-            default=math.inf,
-        )
+        """When to call `tick`: at the latest when it has something to do; infinity if never."""
+        return self._next_due
+
+    def _look_after(self, route: Route, sensor: _Sensor) -> None:
+        """Have `tick` called in time for a sensor of which something may have changed."""
+        self._next_due = min(self._next_due, _due_time(route, sensor))
 
     def postpone(self, question: Question, until: float) -> None:
         """Ask again, with newer statistics, at `until`: for a question that was refused as busy."""
-        sensor = self._states[question.route].sensors.get(question.topic)
+        state = self._states[question.route]
+        sensor = state.sensors.get(question.topic)
         if sensor is not None:
             sensor.pending = sensor.pending or question.reason
             sensor.may_ask = max(sensor.may_ask, until)
+            self._look_after(state.route, sensor)
 
     def _apply(
         self, state: _RouteState, topic: str, name: str, payload: bytes, now: float
@@ -158,6 +158,7 @@ class Router:
         if route.trigger.when is not None:
             yield from self._condition(route, sensor, _facts(sensor, content, now), now)
         yield from self._due(route, sensor, now)
+        self._look_after(route, sensor)
 
     def _condition(
         self, route: Route, sensor: _Sensor, facts: dict[str, Any], now: float
@@ -177,7 +178,7 @@ class Router:
 
     def _due(self, route: Route, sensor: _Sensor, now: float) -> Iterator[Outcome]:
         trigger = route.trigger
-        if trigger.silence_s is not None and not sensor.silent and now - sensor.heard >= trigger.silence_s:
+        if not sensor.silent and now >= _silence_time(route, sensor):
             sensor.silent, sensor.pending = True, "silence"
             yield from self._event(route, sensor, "silence", now)
         if now >= sensor.next_regular and trigger.every_s is not None:
@@ -285,17 +286,37 @@ def _read(expression: ParsedResult | None, payload: bytes) -> tuple[float, Any]:
     else:
         try:
             content = strict_json.loads(payload, MAX_PAYLOAD_BYTES)
-            value = expression.search(content)
+            value = _search(expression, content)
         except (StrictJsonError, JMESPathError) as error:
             raise _UnusableError(str(error).splitlines()[0]) from None
-    if type(value) not in (int, float) or not math.isfinite(value):
+    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
         raise _UnusableError(f"value is {strict_json.kind_of(value)}, not a finite number")
     return float(value), content
 
 
+class _Interpreter(TreeInterpreter):
+    """JMESPath as its specification has it: to compare a text with a number gives null."""
+
+    def visit_comparator(self, node: Any, value: Any) -> Any:
+        try:
+            return super().visit_comparator(node, value)
+        except TypeError:
+            return None
+
+
+def _search(expression: ParsedResult, data: Any) -> Any:
+    """Apply an expression to what a sensor sent. Raises JMESPathError, whatever the library raises."""
+    try:
+        return _Interpreter().visit(expression.parsed, data)
+    except JMESPathError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise JMESPathError(str(error) or type(error).__name__) from None
+
+
 def _holds(expression: ParsedResult | None, facts: dict[str, Any]) -> bool:
     """Apply JMESPath's own idea of truth to an expression: false, null, "", [] and {} are not."""
-    result = expression.search(facts) if expression is not None else None
+    result = _search(expression, facts) if expression is not None else None
     return not (result is None or result is False or result in ("", [], {}))
 
 
@@ -356,6 +377,12 @@ def _due_time(route: Route, sensor: _Sensor) -> float:
     times = [sensor.next_regular]
     if sensor.pending:
         times.append(sensor.may_ask)
-    if route.trigger.silence_s is not None and not sensor.silent:
-        times.append(sensor.heard + route.trigger.silence_s)
+    if not sensor.silent:
+        times.append(_silence_time(route, sensor))
     return min(times)
+
+
+def _silence_time(route: Route, sensor: _Sensor) -> float:
+    """When a sensor that is not heard until then is silent; infinity if nobody wants to know."""
+    silence_s = route.trigger.silence_s
+    return math.inf if silence_s is None else sensor.heard + silence_s
