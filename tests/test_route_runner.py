@@ -26,11 +26,14 @@ from edge.client.links import MqttLink
 from edge.config import SerialConfig
 from edge.protocol.framing import Damaged
 from edge.protocol.messages import Final, Request
+from edge.requests import route_runner
 from edge.requests.engine import Engine
 from edge.requests.journal import Journal
 from edge.requests.journaling import JournaledEngine
 from edge.requests.route_runner import RouteRunner
 from edge.routes.config import parse_routes
+from edge.routes.router import Known
+from edge.transports.mqtt_readings import MqttReadings
 from edge.transports.serial_port import SerialPort
 
 ROUTE = """
@@ -320,3 +323,90 @@ def test_a_silence_is_said_in_time_while_there_is_always_another_reading() -> No
     said.get(timeout=WAIT_S)
     assert time.monotonic() < ends
     runner.stop(WAIT_S)
+
+
+SILENT = """
+[[route]]
+name = "silent"
+topics = ["sensors/+/temperature"]
+event_topic = "alarms/{sensor}"
+[route.trigger]
+silence_s = 1
+"""
+
+
+def silent_runner(said: queue.Queue[str], memory: Path | None = None) -> RouteRunner:
+    """A runner of SILENT; the events that it publishes go to `said`."""
+    journaled = JournaledEngine(Engine(Speller(), queue_length=1), Journal(None))
+    routes = parse_routes(tomllib.loads(SILENT)["route"])
+    said_by = lambda _topic, payload, _delivered: said.put(json.loads(payload)["event"])  # noqa: E731
+    return RouteRunner(routes, True, journaled, said_by, memory=memory)
+
+
+def test_a_broker_that_is_away_is_not_taken_for_a_silent_sensor(mosquitto: Mosquitto) -> None:
+    said, ready = queue.Queue[str](), threading.Event()
+    runner = silent_runner(said)
+    connection = MqttReadings(mosquitto.broker, "r", runner, "edge/v1/", ready.set).connection
+    runner.start()
+    connection.start()
+    assert ready.wait(WAIT_S)
+    runner.reading("sensors/left/temperature", b"-20")
+    mosquitto.stop()
+    wait_for(lambda: not connection.connected)
+    time.sleep(1.5)
+    assert said.empty()
+    mosquitto.start()
+    assert said.get(timeout=WAIT_S) == "silence"
+    connection.stop(WAIT_S)
+    runner.stop(WAIT_S)
+
+
+def test_a_sensor_is_missed_though_it_was_last_heard_by_an_earlier_run(
+    tmp_path: Path, mosquitto: Mosquitto, house: House
+) -> None:
+    bundle = bundles.small_bundle("gemma4-two-kv-heads", "int8", context=4096)
+    daemon = DaemonProcess(tmp_path, bundle, f"[mqtt]\nport = {mosquitto.port}\n{ROUTE}{SILENT}")
+    daemon.start()
+    wait_for(lambda: mosquitto.retained("edge/v1/pump/status")["state"] == "online")
+    house.say("sensors/left/temperature", "-20")
+    assert house.hear()[1]["event"] == "silence"
+    assert daemon.stop() == 0
+    daemon.start()
+    topic, event = house.hear()
+    assert (topic, event["event"], event["statistics"]) == ("alarms/left", "silence", None)
+    house.say("sensors/left/temperature", "-20")
+    assert house.hear()[1]["event"] == "back"
+    assert daemon.stop() == 0
+    assert "Traceback" not in daemon.log.read_text()
+    daemon.close()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"sensors":[{"route":1}]}', b"[]", b"\xff"])
+def test_a_memory_that_can_not_be_read_is_begun_anew(
+    tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = tmp_path / "sensors.json"
+    memory.write_bytes(content)
+    said = queue.Queue[str]()
+    runner = silent_runner(said, memory)
+    runner.start()
+    runner.reading("sensors/left/temperature", b"-20")
+    assert said.get(timeout=WAIT_S) == "silence"
+    monkeypatch.setattr(route_runner, "KEEP_S", 0)
+    wait_for(lambda: runner.keep() or b"silent_since" in memory.read_bytes())
+    runner.stop(WAIT_S)
+    (known,) = json.loads(memory.read_bytes())["sensors"]
+    assert Known(**known) == Known("silent", "sensors/left/temperature", False, known["silent_since"])
+    assert known["silent_since"] <= time.time()
+
+
+def test_a_memory_that_can_not_be_written_stops_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    said = queue.Queue[str]()
+    runner = silent_runner(said, tmp_path / "nowhere" / "sensors.json")
+    runner.start()
+    runner.reading("sensors/left/temperature", b"-20")
+    assert said.get(timeout=WAIT_S) == "silence"
+    runner.stop(WAIT_S)
+    assert "sensors.json" in caplog.text

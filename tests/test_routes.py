@@ -19,7 +19,7 @@ from edge.protocol.messages import Failure, Final, Timings, Usage, parse_request
 from edge.protocol.topic_filter import TopicFilter, disjoint
 from edge.routes.config import parse_routes
 from edge.routes.replay import replay
-from edge.routes.router import Event, Ignored, Outcome, Question, Router, answer_payload
+from edge.routes.router import Event, Ignored, Known, Outcome, Question, Router, answer_payload
 from edge.routes.statistics import Window
 
 FREEZER = """
@@ -170,6 +170,69 @@ def test_silence_is_said_at_the_very_time_that_it_was_due(silence_s: float) -> N
         one = router(variant(silence_s=silence_s))
         one.reading("s/a", b"1", start)
         assert kinds(one.tick(one.next_due())) == ["silence", "?silence"]
+
+
+def test_no_sensor_is_silent_while_nothing_can_be_heard() -> None:
+    one = router(variant(silence_s=30))
+    one.reading("s/a", b"1", 0.0)
+    one.listen(math.inf)
+    assert (one.next_due(), one.tick(1000.0)) == (math.inf, [])
+    one.listen(1000.0)
+    assert one.next_due() == 1030.0
+    assert one.tick(1029.0) == []
+    one.reading("s/b", b"1", 1020.0)
+    assert kinds(one.tick(1030.0)) == ["silence", "?silence"]
+    assert one.next_due() == 1050.0
+
+
+def restarted(one: Router, toml: str, now: float) -> Router:
+    again = router(toml)
+    again.recall(one.known(), now)
+    return again
+
+
+def test_a_sensor_that_does_not_come_back_after_a_restart_is_silent() -> None:
+    toml = variant(silence_s=30, min_interval_s=0)
+    one = router(toml)
+    one.reading("s/a", b"1", 0.0)
+    again = restarted(one, toml, 100.0)
+    assert again.next_due() == 130.0
+    assert kinds(again.tick(130.0)) == ["silence", "?silence"]
+    third = restarted(again, toml, 10.0)  # a silence that may not have been heard is said again
+    assert kinds(third.tick(40.0)) == ["silence", "?silence"]
+    assert kinds(third.reading("s/a", b"1", 50.0)) == ["back"]
+    assert kinds(restarted(again, toml, 10.0).reading("s/a", b"1", 11.0)) == ["back"]
+    assert kinds(restarted(third, toml, 10.0).reading("s/a", b"1", 11.0)) == []
+
+
+def test_an_alarm_ends_after_a_restart_too_or_is_said_again() -> None:
+    one = router(FREEZER)
+    one.reading("sensors/a/temperature", b"-10", 0.0)
+    for values, said in {
+        (b"-18",): [["cleared"]],
+        (b"-16", b"-18", b"-18"): [[], ["cleared"], []],
+        (b"-16", b"-14", b"-14"): [[], ["condition", "?condition"], []],
+        (b"-10", b"-18"): [["condition", "?condition"], ["cleared"]],
+    }.items():
+        again = restarted(restarted(one, FREEZER, 0.0), FREEZER, 0.0)
+        at = enumerate(values)
+        assert [kinds(again.reading("sensors/a/temperature", value, now)) for now, value in at] == said
+
+
+def test_a_restart_forgets_what_is_not_configured_any_more_or_was_silent_for_a_day() -> None:
+    one = router(variant(silence_s=30))
+    now = 1_700_000_000.25  # the wall clock of `router`
+    one.recall(
+        [
+            Known("gone", "s/a", True, None),
+            Known("r", "elsewhere", True, None),
+            Known("r", "s/old", False, now - 86_400),
+            Known("r", "s/later", False, now + 1e6),
+            *(Known("r", f"s/{number}", False, now - 86_000) for number in range(9)),
+        ],
+        0.0,
+    )
+    assert [known.topic for known in one.known()] == ["s/later", "s/0", "s/1", "s/2"]
 
 
 def test_a_question_about_a_long_silence_says_that_there_are_no_readings() -> None:

@@ -2,26 +2,34 @@
 
 One thread of its own applies the routes, so that neither the network nor the decoder waits for them and an
 event never waits for the model or the disk. `reading` may be called from any thread.
+
+Which sensors there are, and which of them are alarmed or silent, is kept in a file: one that does not come
+back after a power cut is missed, and an alarm that has ended meanwhile is ended.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 
+from edge.files import write_atomically
+from edge.protocol import typed_json
+from edge.protocol.checks import FieldError
 from edge.protocol.messages import Answer, Failure, Partial, Request
-from edge.protocol.strict_json import dumps, loads, printable
+from edge.protocol.strict_json import StrictJsonError, dumps, loads, printable
 from edge.protocol.topic_filter import disjoint
 from edge.requests.engine import REFUSALS, Sink
 from edge.requests.journaling import JournaledEngine
 from edge.routes.config import Route
-from edge.routes.router import Event, Ignored, Outcome, Question, Router, answer_payload
+from edge.routes.router import Event, Ignored, Known, Outcome, Question, Router, answer_payload
 
 log = logging.getLogger(__name__)
 
@@ -32,9 +40,18 @@ MAX_OF_TOPIC = 100  # of these, on one topic, so that one sensor does not keep t
 DROPPED_S = 60.0  # between two lines in the log about readings that are dropped
 LATER_MS = 5000  # to wait before a question that was refused is asked again
 MAX_NOTE_BYTES = 16 * 1024
+KEEP_S = 60.0  # between two looks at what is to be kept, for the SD card's sake
+MAX_MEMORY_BYTES = 16 * 1024 * 1024
 
 Publish = Callable[[str, str, Callable[[], None] | None], None]
 """Publishes JSON on a topic; the last argument is called when it has arrived (None: no matter)."""
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """The file of what is known of sensors."""
+
+    sensors: tuple[Known, ...]
 
 
 class RouteRunner:
@@ -47,8 +64,12 @@ class RouteRunner:
         engine: JournaledEngine,
         publish: Publish,
         show: Callable[[str, str], None] = lambda _route, _payload: None,
+        memory: Path | None = None,
     ) -> None:
-        """Prepare the routes. `show` is given what a route has answered, after `publish`."""
+        """Prepare the routes. `show` is given what a route has answered, after `publish`.
+
+        `memory` is the file of what is known of sensors; None: nothing is kept.
+        """
         self.progress = 0
         self.answering = tuple(route.name for route in routes if route.ask is not None)
         self._show = show
@@ -60,16 +81,41 @@ class RouteRunner:
         self._dropped, self._dropped_at = 0, float("-inf")
         self._ignored: set[tuple[str, str]] = set()
         self._stopping = False
+        self._memory = memory
+        self._known = self._kept = self._remembered()
+        self._looked = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="routes", daemon=True)
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the thread, from what an earlier run knew."""
+        self._router.recall(self._known, time.monotonic())
         self._thread.start()
 
     def stop(self, timeout_s: float) -> None:
         """End the thread; what waits for it is dropped."""
         self._stopping = True
         self._thread.join(timeout_s)
+        if not self.alive:
+            self._known = self._router.known()
+        self.keep()
+
+    def keep(self) -> None:
+        """Write what is known of the sensors to the file, if it is something else than before.
+
+        To be called now and then, in a thread that may wait for the disk.
+        """
+        known = self._known
+        if self._memory is None or known == self._kept:
+            return
+        self._kept = known
+        try:
+            write_atomically(self._memory, dumps({"sensors": [asdict(each) for each in known]}).encode())
+        except OSError as error:
+            log.warning("%s: %s; what routes know is lost with this run", self._memory, error)
+
+    def listen(self, on: bool) -> None:
+        """Say that readings can come, or can't, from any thread; while they can't, no sensor is silent."""
+        self._work.put(partial(self._listen, time.monotonic() if on else math.inf))
 
     def use_format(self, plain: bool) -> None:
         """Ask a model with, or without, a chat format from now on."""
@@ -113,9 +159,26 @@ class RouteRunner:
             said, self._dropped_at = printable(topic, 200), time.monotonic()
             log.warning("routes: readings come too fast, the last on %s; dropped: %d", said, self._dropped)
 
+    def _remembered(self) -> list[Known]:
+        """Read the file; nothing is known if that can't be done."""
+        try:
+            content = b"" if self._memory is None else self._memory.read_bytes()
+            return list(typed_json.read(_Memory, loads(content, MAX_MEMORY_BYTES)).sensors) if content else []
+        except FileNotFoundError:
+            return []
+        except (OSError, StrictJsonError, FieldError) as error:
+            log.warning("%s: %s; routes begin without what they knew", self._memory, error)
+            return []
+
+    def _listen(self, since: float) -> Sequence[Outcome]:
+        self._router.listen(since)
+        return ()
+
     def _run(self) -> None:
         while not self._stopping:
             self.progress += 1
+            if time.monotonic() - self._looked >= KEEP_S:
+                self._known, self._looked = self._router.known(), time.monotonic()
             due_s = self._router.next_due() - time.monotonic()
             if due_s <= 0:  # also while readings wait without end
                 self._do(partial(self._router.tick, time.monotonic()))

@@ -67,6 +67,19 @@ class Ignored:
 Outcome = Event | Question | Ignored
 
 
+@dataclass(frozen=True)
+class Known:
+    """What outlives a run of one sensor of a route: what was said of it and not taken back.
+
+    `silent_since` is in seconds since the epoch; None if it is not silent.
+    """
+
+    route: str
+    topic: str
+    alarmed: bool
+    silent_since: float | None
+
+
 @dataclass
 class _Sensor:
     """What is remembered of one topic."""
@@ -77,7 +90,9 @@ class _Sensor:
     heard: float
     payload: str = ""
     alarmed: bool = False
+    alarmed_before: bool = False  # in an earlier run: said again if it still is, or else ended
     silent: bool = False
+    silent_since: float | None = None  # of the wall clock; also when it was said in an earlier run only
     next_regular: float = math.inf
     may_ask: float = -math.inf
     pending: str | None = None  # the reason of a question that waits
@@ -95,6 +110,7 @@ class Router:
         self._wall_clock, self.plain = wall_clock, plain
         self._asked = 0
         self._next_due = math.inf  # never later than it is
+        self._listening = -math.inf  # since when readings can come; infinity if they can't
         self._states = {route.name: _RouteState(route) for route in routes}
 
     @property
@@ -108,25 +124,76 @@ class Router:
             return [Ignored("", printable(topic), "not a topic that can be answered")]
         outcomes: list[Outcome] = []
         for state in self._states.values():
-            matched = next((m for m in (f.match(topic) for f in state.route.topics) if m is not None), None)
-            if matched is not None:
-                outcomes.extend(self._apply(state, topic, "/".join(matched) or topic, payload, now))
+            name = _name(state.route, topic)
+            if name is not None:
+                outcomes.extend(self._apply(state, topic, name, payload, now))
         return outcomes
+
+    def listen(self, since: float) -> None:
+        """Note that readings can come from the time `since` on; infinity: they can't.
+
+        A sensor is not called silent for what could not be heard.
+        """
+        self._listening = since
+        self._plan()
+
+    def known(self) -> list[Known]:
+        """What to `recall` in the next run: who may fall silent, or is alarmed."""
+        return [
+            Known(route.name, sensor.topic, sensor.alarmed or sensor.alarmed_before, sensor.silent_since)
+            for route, sensor in self._sensors()
+            if route.trigger.silence_s is not None or sensor.alarmed or sensor.alarmed_before
+        ]
+
+    def recall(self, known: Sequence[Known], now: float) -> None:
+        """Go on from what an earlier run knew; to be called before anything else.
+
+        What is still so is said again, since nobody knows whether it was heard; what is no longer so is said
+        to have ended. A sensor that was silent for a day is forgotten.
+        """
+        for one in known:
+            state = self._states.get(one.route)
+            name = state and _name(state.route, one.topic)
+            forgotten = one.silent_since is not None and self._wall_clock() - one.silent_since >= FORGET_S
+            if state is None or not name or forgotten:
+                continue
+            sensor = state.sensor(one.topic, name, now)
+            if sensor is not None:
+                sensor.alarmed_before, sensor.silent_since = one.alarmed, one.silent_since
+        self._plan()
 
     def tick(self, now: float) -> list[Outcome]:
         """Say and ask what is due: regular questions, silences, questions that had to wait."""
-        known = [(state.route, sensor) for state in self._states.values() for sensor in state.sensors.values()]
-        outcomes = [outcome for route, sensor in known for outcome in self._due(route, sensor, now)]
-        self._next_due = min((_due_time(route, sensor) for route, sensor in known), default=math.inf)
+        outcomes = [outcome for route, sensor in self._sensors() for outcome in self._due(route, sensor, now)]
+        self._plan()
         return outcomes
 
     def next_due(self) -> float:
         """When to call `tick`: at the latest when it has something to do; infinity if never."""
         return self._next_due
 
+    def _sensors(self) -> Iterator[tuple[Route, _Sensor]]:
+        return ((state.route, sensor) for state in self._states.values() for sensor in state.sensors.values())
+
+    def _plan(self) -> None:
+        self._next_due = min((self._due_time(*each) for each in self._sensors()), default=math.inf)
+
     def _look_after(self, route: Route, sensor: _Sensor) -> None:
         """Have `tick` called in time for a sensor of which something may have changed."""
-        self._next_due = min(self._next_due, _due_time(route, sensor))
+        self._next_due = min(self._next_due, self._due_time(route, sensor))
+
+    def _due_time(self, route: Route, sensor: _Sensor) -> float:
+        times = [sensor.next_regular]
+        if sensor.pending:
+            times.append(sensor.may_ask)
+        if not sensor.silent:
+            times.append(self._silence_time(route, sensor))
+        return min(times)
+
+    def _silence_time(self, route: Route, sensor: _Sensor) -> float:
+        """When a sensor that is not heard until then is silent; infinity if nobody wants to know."""
+        silence_s = route.trigger.silence_s
+        return math.inf if silence_s is None else max(sensor.heard, self._listening) + silence_s
 
     def postpone(self, question: Question, until: float) -> None:
         """Ask again, with newer statistics, at `until`: for a question that was refused as busy."""
@@ -152,8 +219,8 @@ class Router:
             return
         sensor.window.add(now, value)
         sensor.heard, sensor.payload = now, strict_json.dumps(content)[:PAYLOAD_CHARACTERS_SHOWN]
-        if sensor.silent:
-            sensor.silent = False
+        if sensor.silent_since is not None:
+            sensor.silent, sensor.silent_since = False, None
             yield from self._event(route, sensor, "back", now)
         if route.trigger.when is not None:
             yield from self._condition(route, sensor, _facts(sensor, content, now), now)
@@ -166,20 +233,21 @@ class Router:
         trigger = route.trigger
         try:
             if not sensor.alarmed and _holds(trigger.when, facts):
-                sensor.alarmed, sensor.pending = True, "condition"
+                sensor.alarmed, sensor.alarmed_before, sensor.pending = True, False, "condition"
                 yield from self._event(route, sensor, "condition", now)
-            elif sensor.alarmed and (
+            elif (sensor.alarmed or sensor.alarmed_before) and (
                 _holds(trigger.clear, facts) if trigger.clear is not None else not _holds(trigger.when, facts)
             ):
-                sensor.alarmed = False
+                sensor.alarmed = sensor.alarmed_before = False
                 yield from self._event(route, sensor, "cleared", now)
         except JMESPathError as error:
             yield Ignored(route.name, sensor.topic, f"trigger: {str(error).splitlines()[0]}")
 
     def _due(self, route: Route, sensor: _Sensor, now: float) -> Iterator[Outcome]:
         trigger = route.trigger
-        if not sensor.silent and now >= _silence_time(route, sensor):
+        if not sensor.silent and now >= self._silence_time(route, sensor):
             sensor.silent, sensor.pending = True, "silence"
+            sensor.silent_since = sensor.silent_since or self._wall_clock()
             yield from self._event(route, sensor, "silence", now)
         if now >= sensor.next_regular and trigger.every_s is not None:
             missed = (now - sensor.next_regular) // trigger.every_s
@@ -251,6 +319,12 @@ class _RouteState:
         return sensor
 
 
+def _name(route: Route, topic: str) -> str | None:
+    """What {sensor} stands for in a topic; None if the route does not read it."""
+    matched = next((m for m in (f.match(topic) for f in route.topics) if m is not None), None)
+    return None if matched is None else "/".join(matched) or topic
+
+
 def answer_payload(question: Question, answer: Final | Failure) -> str:
     """Write what is published on the answer topic, as JSON; an answer that is a JSON object stays one."""
     content: dict[str, Any] = {
@@ -294,7 +368,7 @@ def _read(expression: ParsedResult | None, payload: bytes) -> tuple[float, Any]:
     return float(value), content
 
 
-class _Interpreter(TreeInterpreter):
+class _Interpreter(TreeInterpreter):  # type: ignore[misc]  # jmespath.visitor has no types
     """JMESPath as its specification has it: to compare a text with a number gives null."""
 
     def visit_comparator(self, node: Any, value: Any) -> Any:
@@ -371,18 +445,3 @@ def _number(value: float | None) -> str:
 
 def _rounded(values: dict[str, Any]) -> dict[str, Any]:
     return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
-
-
-def _due_time(route: Route, sensor: _Sensor) -> float:
-    times = [sensor.next_regular]
-    if sensor.pending:
-        times.append(sensor.may_ask)
-    if not sensor.silent:
-        times.append(_silence_time(route, sensor))
-    return min(times)
-
-
-def _silence_time(route: Route, sensor: _Sensor) -> float:
-    """When a sensor that is not heard until then is silent; infinity if nobody wants to know."""
-    silence_s = route.trigger.silence_s
-    return math.inf if silence_s is None else sensor.heard + silence_s

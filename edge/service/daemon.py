@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 CHECK_S = 0.5  # between two looks at whether a thread has ended
 WATCH_S = 5.0  # between two looks at their progress; each ticks about once a second
 JOURNAL = "journal.sqlite"  # in the state directory
+SENSORS = "sensors.json"  # there too: what routes know of them
 JUMP_S = 10.0  # of the clock that is worth a line in the log
 DAY_S = 86_400
 CLOSE_S = 5.0  # for a transport to send what it has
@@ -71,7 +72,10 @@ class Daemon:
         self._journaled = JournaledEngine(self._engine, self._journal)
         self._routes: RouteRunner | None = None
         if config.routes:
-            self._routes = RouteRunner(config.routes, self._plain, self._journaled, self._publish, self._show)
+            memory = config.state_directory / SENSORS
+            self._routes = RouteRunner(
+                config.routes, self._plain, self._journaled, self._publish, self._show, memory
+            )
         self._mqtt: MqttTransport | None = None
         if config.mqtt is not None:
             self._mqtt = MqttTransport(
@@ -124,6 +128,8 @@ class Daemon:
         """Look at the progress of all parts, several times before systemd's patience ends; write metrics."""
         if self._metrics is not None:
             self._metrics.update()
+        if self._routes is not None:
+            self._routes.keep()
         if time.monotonic() - self._watched >= self._watch_s:
             self._watched = time.monotonic()
             self._watchdog.check()

@@ -20,6 +20,7 @@ from edge.transports.mqtt_messages import Received
 class MqttReadings:
     """Gives `routes` the messages on their topics, but for retained ones and those below `own`.
 
+    Tells them when none can come, so that a broker that is away is not taken for sensors that are silent.
     `ready` is called, in the connection's thread, whenever the broker has accepted the subscriptions.
     """
 
@@ -28,6 +29,7 @@ class MqttReadings:
     ) -> None:
         """Prepare the connection. Raises TransportError if a TLS file can't be used."""
         self._routes, self._own, self._ready = routes, own, ready
+        routes.listen(False)
         self.connection = MqttConnection(broker, client_id, self, session_expiry_s=0)
 
     # The listener of the connection, in its thread.
@@ -38,10 +40,12 @@ class MqttReadings:
 
     def subscribed(self) -> None:
         """Readings are heard from now on."""
+        self._routes.listen(True)
         self._ready()
 
     def disconnected(self) -> None:
-        """Do nothing: the connection comes back."""
+        """Note that nothing is heard until the connection comes back."""
+        self._routes.listen(False)
 
     def received(self, message: Received) -> None:
         """Pass a reading on."""
