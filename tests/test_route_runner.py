@@ -27,7 +27,7 @@ from edge.config import SerialConfig
 from edge.protocol.framing import Damaged
 from edge.protocol.messages import Final, Request
 from edge.requests import route_runner
-from edge.requests.engine import Engine
+from edge.requests.engine import Engine, Sink
 from edge.requests.journal import Journal
 from edge.requests.journaling import JournaledEngine
 from edge.requests.route_runner import RouteRunner
@@ -393,7 +393,12 @@ def test_a_memory_that_can_not_be_read_is_begun_anew(
     runner.reading("sensors/left/temperature", b"-20")
     assert said.get(timeout=WAIT_S) == "silence"
     monkeypatch.setattr(route_runner, "KEEP_S", 0)
-    wait_for(lambda: runner.keep() or b"silent_since" in memory.read_bytes())
+
+    def kept() -> bool:
+        runner.keep()
+        return b"silent_since" in memory.read_bytes()
+
+    wait_for(kept)
     runner.stop(WAIT_S)
     (known,) = json.loads(memory.read_bytes())["sensors"]
     assert Known(**known) == Known("silent", "sensors/left/temperature", False, known["silent_since"])
@@ -410,3 +415,27 @@ def test_a_memory_that_can_not_be_written_stops_nothing(
     assert said.get(timeout=WAIT_S) == "silence"
     runner.stop(WAIT_S)
     assert "sensors.json" in caplog.text
+
+
+def test_an_alarm_does_not_wait_for_a_disk_that_takes_no_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    said, disk = queue.Queue[str](), threading.Event()
+    journaled = JournaledEngine(Engine(Speller(), queue_length=1), Journal(None))
+    take = journaled.submit
+    asked: list[str] = []
+
+    def submit(client: str, request: Request, sink: Sink, note: str) -> bool:
+        disk.wait(WAIT_S)
+        asked.append(request.id)
+        return take(client, request, sink, note)
+
+    monkeypatch.setattr(journaled, "submit", submit)
+    routes = parse_routes(tomllib.loads(ROUTE)["route"])
+    runner = RouteRunner(routes, True, journaled, lambda topic, _payload, _delivered: said.put(topic))
+    runner.start()
+    for sensor in ("left", "right"):
+        runner.reading(f"sensors/{sensor}/temperature", b"-10")
+        assert said.get(timeout=WAIT_S / 3) == f"alarms/{sensor}"
+    assert runner.alive
+    disk.set()
+    runner.stop(WAIT_S)
+    assert len(asked) == 2

@@ -1,7 +1,7 @@
 """The routes at work: readings of sensors in, events out at once, questions to the engine, answers out.
 
-One thread of its own applies the routes, so that neither the network nor the decoder waits for them and an
-event never waits for the model or the disk. `reading` may be called from any thread.
+One thread of its own applies the routes, so that neither the network nor the decoder waits for them; another
+asks, so that an event never waits for the model or the disk. `reading` may be called from any thread.
 
 Which sensors there are, and which of them are alarmed or silent, is kept in a file: one that does not come
 back after a power cut is missed, and an alarm that has ended meanwhile is ended.
@@ -55,7 +55,10 @@ class _Memory:
 
 
 class RouteRunner:
-    """Runs `routes`. `plain` is for models without a chat format. `progress` grows while the thread lives."""
+    """Runs `routes`. `plain` is for models without a chat format.
+
+    `progress` grows while the thread of readings lives.
+    """
 
     def __init__(
         self,
@@ -85,17 +88,22 @@ class RouteRunner:
         self._known = self._kept = self._remembered()
         self._looked = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="routes", daemon=True)
+        self._questions: queue.SimpleQueue[Question | None] = queue.SimpleQueue()
+        self._asking = threading.Thread(target=self._ask, name="routes asking", daemon=True)
 
     def start(self) -> None:
-        """Start the thread, from what an earlier run knew."""
+        """Start the threads, from what an earlier run knew."""
         self._router.recall(self._known, time.monotonic())
         self._thread.start()
+        self._asking.start()
 
     def stop(self, timeout_s: float) -> None:
-        """End the thread; what waits for it is dropped."""
+        """End the threads; readings that wait are dropped."""
         self._stopping = True
         self._thread.join(timeout_s)
-        if not self.alive:
+        self._questions.put(None)
+        self._asking.join(timeout_s)
+        if not self._thread.is_alive():
             self._known = self._router.known()
         self.keep()
 
@@ -123,8 +131,8 @@ class RouteRunner:
 
     @property
     def alive(self) -> bool:
-        """Whether the thread runs."""
-        return self._thread.is_alive()
+        """Whether the threads run."""
+        return self._thread.is_alive() and self._asking.is_alive()
 
     @property
     def filters(self) -> tuple[str, ...]:
@@ -201,10 +209,17 @@ class RouteRunner:
                 self._publish(outcome.topic, outcome.payload, None)
             elif isinstance(outcome, Ignored):
                 self._ignore(outcome)
-        for outcome in outcomes:  # after the events: asking may wait for the disk
-            if isinstance(outcome, Question):
-                sink = partial(self._answered, outcome)
-                self._engine.submit(_client(outcome.route), outcome.request, sink, _note(outcome))
+            else:
+                self._questions.put(outcome)
+
+    def _ask(self) -> None:
+        """Hand questions to the engine, which may wait for the disk."""
+        while (question := self._questions.get()) is not None:
+            try:
+                sink = partial(self._answered, question)
+                self._engine.submit(_client(question.route), question.request, sink, _note(question))
+            except Exception:
+                log.exception("route %s: a question could not be asked", question.route)
 
     def _ignore(self, reading: Ignored) -> None:
         """Log why readings of a topic are ignored, once until the next start."""
