@@ -442,6 +442,14 @@ REFUSED = {
         r'Unimplemented keys: \["if"\]',
     ),
     "an unsatisfiable schema": (for_schema({"type": "integer", "minimum": 5, "maximum": 3}), "Unsatisfiable"),
+    "a huge integer": (
+        for_schema({"type": "integer", "maximum": 2**64}),
+        "json_schema: .* 18446744073709551616",
+    ),
+    "a huge integer to choose": (
+        for_schema({"enum": [1, -(2**63) - 1]}),
+        "json_schema: .* -9223372036854775809",
+    ),
     "an unknown type": (for_schema({"type": "objekt"}), "Invalid type: objekt"),
     "a reference to elsewhere": (for_schema({"$ref": "http://127.0.0.1:9/x"}), "not present"),
     "look-around": (asked(response_format={"type": "regex", "regex": "(?=a)"}), r"\.regex: look-around"),

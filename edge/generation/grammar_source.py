@@ -107,16 +107,21 @@ def _answer(response_format: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if kind == "choice":
         return {"lark_grammar": "start: " + " | ".join(map(quoted, response_format["choice"]))}
     schema = _ANY_OBJECT if kind == "json_object" else response_format["json_schema"]["schema"]
-    source = LLMatcher.grammar_from_json_schema(
-        narrowed(schema),
-        overrides={
-            "whitespace_flexible": False,
-            "item_separator": ",",
-            "key_separator": ":",
-            "lenient": False,
-            "coerce_one_of": False,
-        },
-    )
+    try:
+        source = LLMatcher.grammar_from_json_schema(
+            narrowed(schema),
+            overrides={
+                "whitespace_flexible": False,
+                "item_separator": ",",
+                "key_separator": ":",
+                "lenient": False,
+                "coerce_one_of": False,
+            },
+        )
+    except ValueError as error:  # an integer of more than 64 bits
+        raise RequestError(
+            "bad_request", f"response_format.json_schema: {error}; describe it otherwise"
+        ) from None
     answer: dict[str, Any] = json.loads(source)["grammars"][0]
     return answer
 
