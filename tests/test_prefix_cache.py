@@ -121,6 +121,14 @@ def test_what_was_not_used_for_long_goes_at_the_start(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_what_a_power_cut_left_half_written_goes_at_the_start(tmp_path: Path) -> None:
+    PrefixCache(tmp_path, "bundle").store(list(range(40)), filled(40))
+    (whole,) = tmp_path.iterdir()
+    whole.with_suffix(".part").write_bytes(b"half")
+    assert restore(PrefixCache(tmp_path, "bundle"), list(range(40)))[0] == 40
+    assert list(tmp_path.iterdir()) == [whole]
+
+
 def test_bytes_written_a_day_are_bounded_across_restarts(tmp_path: Path) -> None:
     size = 4 + sum(len(part) for part in rows(filled(40)))
     prefixes = PrefixCache(tmp_path, "bundle", daily=2 * size)

@@ -56,6 +56,8 @@ class PrefixCache:
         self._writes: list[tuple[float, int]] = []
         with contextlib.suppress(OSError):
             directory.mkdir(parents=True, exist_ok=True)
+            for left in directory.glob("*.part"):  # by a process that was killed while it wrote
+                left.unlink(missing_ok=True)
         now = time.time()
         for path, status in self._files():
             if now - status.st_atime > days * _DAY_S and now - status.st_mtime > days * _DAY_S:
