@@ -243,8 +243,9 @@ def test_a_question_about_a_long_silence_says_that_there_are_no_readings() -> No
     assert question.request.messages[-1].content == "no readings for 7200 s; unknown; 7200"
 
 
-def test_a_postponed_question_is_asked_again_with_newer_statistics() -> None:
-    one = router(variant(when="'last > `5`'", min_interval_s=0))
+@pytest.mark.parametrize("min_interval_s", [0, 3600])
+def test_a_postponed_question_is_asked_again_with_newer_statistics(min_interval_s: int) -> None:
+    one = router(variant(when="'last > `5`'", min_interval_s=min_interval_s))
     question = one.reading("s/a", b"6", 0.0)[-1]
     assert isinstance(question, Question)
     one.postpone(question, until=5.0)

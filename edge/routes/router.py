@@ -201,7 +201,7 @@ class Router:
         sensor = state.sensors.get(question.topic)
         if sensor is not None:
             sensor.pending = sensor.pending or question.reason
-            sensor.may_ask = max(sensor.may_ask, until)
+            sensor.may_ask = until  # nothing was asked, so no interval has to be kept
             self._look_after(state.route, sensor)
 
     def _apply(
