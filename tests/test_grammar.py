@@ -223,6 +223,44 @@ def test_json_is_valid_and_complete_within_the_shortest_budget_and_any_larger(
     assert valid(json.loads(answer), schema), answer
 
 
+REPETITIONS = (
+    *(
+        r"^[0-9]+ (bar|psi)$",
+        r"^\d+(\.\d+)? (bar|psi|kPa)$",
+        r"^-?\d+(\.\d{1,2})?°C$",
+        r"^\d+$",
+        r"^T[0-9]+C$",
+    ),
+    *(
+        r"^[a-z]+-[0-9]+$",
+        r"^[a-z0-9]+@[a-z0-9]+\.(com|org)$",
+        r"^(\d+,)*\d+;$",
+        r"^([0-9]{2}:){5}[0-9]+$",
+        r"^[01]+b$",
+    ),
+    *(r"^[^,]+, [^,]+$", r"^.*;$", r"^.+\.$", r"^(ab)+ (x|y)1$"),
+)
+
+
+@pytest.mark.parametrize("pattern", REPETITIONS)
+@pytest.mark.parametrize("extra", [0, 9, 60])
+def test_a_repetition_in_a_pattern_hides_no_end(pattern: str, extra: int) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"v": {"type": "string", "pattern": pattern}, "w": {"type": "string"}},
+        "required": ["v", "w"],
+    }
+    regex = asked(response_format={"type": "regex", "regex": pattern[1:-1]})
+    for request in (regex, for_schema(schema)):
+        closing = constrain(request).closing()
+        assert closing is not None
+        for seed in range(5):
+            constraint = constrain(request, len(closing) + extra)
+            answer = text_of(constraint, seed)
+            assert constraint.accepting
+            assert re.search(pattern, answer if request is regex else json.loads(answer)["v"], re.DOTALL)
+
+
 @settings(max_examples=150, deadline=None)
 @given(schema=objects(schemas), seed=st.integers(0, 2**32), extra=st.integers(0, 30))
 @example(schema=ENDLESS_LIST, seed=0, extra=0)

@@ -2,11 +2,13 @@
 
 The grammar engine says which tokens may come next, not how far the end is. Here the end is searched for
 greedily: forced tokens are taken, strings and lists are closed as soon as they may be, and of a few choices
-the one that forces least is tried. A path that is found is real, though not always the shortest.
+the one that forces least is tried. Where that goes round in a repetition (`[0-9]+ bar`), a second search
+takes what leads out of it. A path that is found is real, though not always the shortest.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -21,6 +23,7 @@ LONGEST = 1024
 _HINTED_STEPS = 3
 _MASKS = 32  # states of a search at which it may ask for all allowed tokens, which is slow
 _FEW = 256
+_PERIOD = 2  # steps after which a search that goes round takes the same token again: `0`, or `0` and `,`
 _FILLERS = 64  # tokens of padding in a row, 31 spaces each, after which a text seems to have no end
 
 
@@ -57,16 +60,29 @@ class Closings:
         None if no way of at most `longest` tokens is found. `hint` is the path of an earlier state: mostly
         some end of it still serves, at once or after a step, which is quickly seen.
         """
+        found = self._path(matcher, hint, longest, escaping=False)
+        return self._path(matcher, hint, longest, escaping=True) if found is None else found
+
+    def _path(
+        self, matcher: LLMatcher, hint: Sequence[int], longest: int, escaping: bool
+    ) -> list[int] | None:
         matcher = matcher.deep_copy()
         path: list[int] = []
+        taken = deque[list[int]](maxlen=_PERIOD)
         fillers = masks = steps = 0
         while not matcher.is_accepting():
             if hint and steps < _HINTED_STEPS and (rest := _serving(matcher, hint)):
                 return path + rest
-            tokens = matcher.compute_ff_tokens() or self._step(matcher)
+            forced = matcher.compute_ff_tokens()
+            tokens = forced or self._step(matcher)
             if not tokens:
                 masks += 1
                 tokens = self._choice(matcher)
+            if not forced:
+                if escaping and tokens in taken and masks < _MASKS:
+                    masks += 1
+                    tokens = self._escape(matcher, tokens) or tokens
+                taken.append(tokens)
             steps += 1
             fillers = fillers + 1 if tokens[:1] == self._fillers[:1] else 0
             path += tokens
@@ -126,6 +142,25 @@ class Closings:
         else:
             tokens = self._whole(tokens)[:32]
         return [min(tokens, key=lambda token: self._cost(matcher, token))] if tokens else []
+
+    def _escape(self, matcher: LLMatcher, repeated: list[int]) -> list[int]:
+        """Return the best character, but for `repeated`, after which something else may come than here.
+
+        In a list; empty if there is none.
+        """
+        here = self._allowed_characters(matcher)
+        costs = {}
+        for token in here or self._whole(allowed_tokens(matcher).tolist())[:_FEW]:
+            if [token] != repeated:
+                cost = self._cost(matcher, token)
+                after = matcher.deep_copy()
+                after.consume_token(token)
+                if not (cost[0] and cost[1]) or self._allowed_characters(after) != here:
+                    costs[token] = cost
+        return [min(costs, key=costs.__getitem__)] if costs else []
+
+    def _allowed_characters(self, matcher: LLMatcher) -> list[int]:
+        return [token for token in self._characters if matcher.validate_tokens([token])]
 
     def _first(self, matcher: LLMatcher, tokens: list[int]) -> list[int]:
         return next(([token] for token in tokens if matcher.validate_tokens([token])), [])
