@@ -259,6 +259,15 @@ def test_a_repetition_in_a_pattern_hides_no_end(pattern: str, extra: int) -> Non
             answer = text_of(constraint, seed)
             assert constraint.accepting
             assert re.search(pattern, answer if request is regex else json.loads(answer)["v"], re.DOTALL)
+    tool = for_tool(schema)
+    closing = follow(constrain(tool), [CALL]).closing()
+    assert closing is not None
+    parser = OutputParser("gemma4", small_tokenizer(), [])
+    for token in generate(constrain(tool, 1 + len(closing) + extra), extra, start=(CALL,)):
+        parser.push(token)
+    parser.finish()
+    assert all(re.search(pattern, call.arguments["v"], re.DOTALL) for call in parser.tool_calls)
+    assert parser.tool_calls
 
 
 @settings(max_examples=150, deadline=None)

@@ -52,7 +52,7 @@ class Closings:
         self._ends += self._single('"')
         self._fillers = self._single(" " * count for count in range(31, 0, -1))
         self._probes = self._single("aZ7 ")
-        self._characters = self._single(map(chr, range(32, 127)))
+        self._characters = [*string_ends, *self._single(map(chr, range(32, 127)))]
 
     def path(self, matcher: LLMatcher, hint: Sequence[int] = (), longest: int = LONGEST) -> list[int] | None:
         """Find tokens that complete the answer from `matcher`'s state, [] if it is complete.
