@@ -23,7 +23,7 @@ import bundles
 import click
 from checkpoint_files import copy_fixture
 from counterparts import DaemonProcess, Mosquitto, PtyPair, wait_for
-from soak_clients import Asker, Ear, Sensors, Worker
+from soak_clients import CONTEXT, Asker, Ear, Sensors, Worker
 
 from edge.client.link import Link
 from edge.client.links import MqttLink, SerialLink
@@ -263,7 +263,7 @@ def _bundle(folder: Path) -> Path:
     """A small bundle that knows turns."""
     copy_fixture("gemma4-two-kv-heads", folder)
     (folder / "chat_template.jinja").write_text("<|turn>")
-    return bundles.bundle_directory(folder, "int8", context=2048)
+    return bundles.bundle_directory(folder, "int8", context=CONTEXT)
 
 
 def minima(samples: Sequence[Sample], warm_up_s: float) -> list[Sample]:

@@ -19,6 +19,8 @@ from edge.protocol.messages import Answer, Failure, Final, Message, Partial, Req
 
 PAUSE_S = (0.2, 2.0)  # of a client, between two requests
 HASTE = 10  # pauses are so much shorter in the warm-up: what is bounded is to reach its bounds
+CONTEXT = 2048
+NEW_WORDS = 8  # in a free text: the tokenizer's memory of words is full before the warm-up is over
 SYSTEM = "You watch the pumps of a waterworks. Answer in one sentence, and say when you do not know. " * 2
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -136,7 +138,9 @@ class Asker:
         return found
 
     def free_text(self, name: str) -> Request:
-        prompt = f"The pump runs at {self.chance.randint(1, 99)} bar because"
+        """Ask with words that nobody has used before, as part numbers are."""
+        parts = " ".join(f"{self.chance.getrandbits(40):x}" for _ in range(NEW_WORDS))
+        prompt = f"Parts {parts}: the pump runs at {self.chance.randint(1, 99)} bar because"
         return Request(name, prompt, max_tokens=self.chance.randint(1, 40), stream=self.chance.random() < 0.5)
 
     def schema(self, name: str) -> Request:
@@ -153,6 +157,11 @@ class Asker:
     def long(self, name: str) -> Request:
         return Request(name, "Tell me all about pumps.", max_tokens=1500)
 
+    def full(self, name: str) -> Request:
+        """Ask what takes up to all of the context: a digit is a token."""
+        digits = self.chance.choices("0123456789", k=self.chance.randint(1, CONTEXT - 50))
+        return Request(name, "".join(digits), max_tokens=40, stream=False)
+
     def late(self, name: str) -> Request:
         return Request(name, "Tell me all about valves.", max_tokens=1500, stream=False, deadline_ms=100)
 
@@ -164,6 +173,7 @@ KINDS: dict[str, tuple[Callable[[Asker, str], Request], tuple[str, ...]]] = {
     "free text": (Asker.free_text, ("stop", "length")),
     "schema": (Asker.schema, ("stop",)),
     "conversation": (Asker.conversation, ("stop", "length")),
+    "full": (Asker.full, ("stop", "length")),
     "cancelled": (Asker.long, ("cancelled", "stop", "length")),
     "late": (Asker.late, ("deadline", "expired", "stop", "length")),
     "bad": (Asker.bad, ("bad_request",)),
