@@ -23,7 +23,9 @@ from paho.mqtt.enums import CallbackAPIVersion
 
 from edge.config import load
 
-CONFIGS = Path(__file__).parent.parent / "firmware_configs"
+PROJECT = Path(__file__).parent.parent
+CONFIGS = PROJECT / "firmware_configs"
+GUIDE = (PROJECT / "docs" / "deployment.md").read_text()
 UNIT = CONFIGS / "systemd" / "edge-daemon.service"
 BOARDS = ["zero-2-w", "pi-3", "pi-4", "pi-5", "arm64"]
 
@@ -114,7 +116,7 @@ def test_profiles_and_drop_ins_belong_together() -> None:
 
 
 def udev_rules() -> list[str]:
-    lines = (CONFIGS / "udev" / "60-edge-gemma.rules").read_text().splitlines()
+    lines = (CONFIGS / "udev" / "65-edge-gemma.rules").read_text().splitlines()
     return [line for line in lines if line.strip() and not line.startswith("#")]
 
 
@@ -131,10 +133,73 @@ def test_udev_rules_follow_the_grammar_of_udev() -> None:
 
 @pytest.mark.skipif(shutil.which("udevadm") is None, reason="udevadm is not installed")
 def test_udevadm_finds_no_mistake_in_the_rules() -> None:
-    checked = run("udevadm", "verify", CONFIGS / "udev" / "60-edge-gemma.rules")
+    checked = run("udevadm", "verify", CONFIGS / "udev" / "65-edge-gemma.rules")
     if "Unknown command" in checked.stderr or "Unrecognized" in checked.stderr:
         pytest.skip("udevadm is older than systemd 254")
     assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+USB_DEVICE = {  # below /sys; a name that ends with : is a link
+    "devices/platform/soc/uevent": "DRIVER=soc\n",
+    "devices/platform/soc/subsystem:": "bus/platform",
+    "devices/platform/soc/1.usb/uevent": "DRIVER=dwc2\n",
+    "devices/platform/soc/1.usb/subsystem:": "bus/platform",
+    "devices/platform/soc/1.usb/1-1/uevent": "DEVTYPE=usb_device\n",
+    "devices/platform/soc/1.usb/1-1/subsystem:": "bus/usb",
+    "devices/platform/soc/1.usb/1-1/idVendor": "0403\n",
+    "devices/platform/soc/1.usb/1-1/idProduct": "6001\n",
+    "devices/platform/soc/1.usb/1-1/serial": "A50285BI\n",
+    "devices/platform/soc/1.usb/1-1/1-1:1.0/uevent": "DEVTYPE=usb_interface\n",
+    "devices/platform/soc/1.usb/1-1/1-1:1.0/subsystem:": "bus/usb",
+    "devices/platform/soc/1.usb/1-1/1-1:1.0/bInterfaceNumber": "00\n",
+    "devices/platform/soc/1.usb/1-1/1-1:1.0/bInterfaceClass": "ff\n",
+    "devices/platform/soc/1.usb/1-1/1-1:1.0/ttyUSB0/uevent": "DRIVER=ftdi_sio\n",
+    "devices/platform/soc/1.usb/1-1/1-1:1.0/ttyUSB0/subsystem:": "bus/usb-serial",
+    "devices/platform/soc/1.usb/1-1/1-1:1.0/ttyUSB0/driver:": "bus/usb-serial/drivers/ftdi_sio",
+    "devices/platform/soc/1.usb/1-1/1-1:1.0/ttyUSB0/port_number": "0\n",
+    "devices/platform/soc/1.usb/1-1/1-1:1.0/ttyUSB0/latency_timer": "16\n",
+    "devices/platform/soc/1.usb/1-1/1-1:1.0/ttyUSB0/tty/ttyUSB0/uevent": (
+        "MAJOR=188\nMINOR=0\nDEVNAME=ttyUSB0\n"
+    ),
+    "devices/platform/soc/1.usb/1-1/1-1:1.0/ttyUSB0/tty/ttyUSB0/subsystem:": "class/tty",
+}
+PLUGGED_IN = """
+set -e
+mount -t tmpfs dev "$2"
+touch "$2/null"
+mount --bind /dev/null "$2/null"
+mount --rbind "$2" /dev
+mount --bind "$1" /sys
+mount -t tmpfs run /run
+mkdir -p /run/udev/rules.d
+cp "$3" /run/udev/rules.d
+SYSTEMD_DEVICE_VERIFY_SYSFS=0 exec udevadm test --action=add /sys/class/tty/ttyUSB0
+"""
+
+
+@pytest.mark.skipif(shutil.which("udevadm") is None, reason="udevadm is not installed")
+def test_udev_gives_a_usb_adapter_its_names_among_its_own_rules(tmp_path: Path) -> None:
+    if run("unshare", "-rm", "true").returncode != 0:
+        pytest.skip("no namespaces of one's own here")
+    sys_, dev = tmp_path / "sys", tmp_path / "dev"
+    dev.mkdir()
+    for name, content in USB_DEVICE.items():
+        path = sys_ / name.rstrip(":")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(":"):
+            (sys_ / content).mkdir(parents=True, exist_ok=True)
+            path.symlink_to(os.path.relpath(sys_ / content, path.parent))
+        else:
+            path.write_text(content)
+    tty = sys_ / "devices/platform/soc/1.usb/1-1/1-1:1.0/ttyUSB0/tty/ttyUSB0"
+    (sys_ / "class/tty/ttyUSB0").symlink_to(os.path.relpath(tty, sys_ / "class/tty"))
+    rules = CONFIGS / "udev" / "65-edge-gemma.rules"
+    tested = run("unshare", "-rm", "sh", "-c", PLUGGED_IN, "sh", sys_, dev, rules)
+    assert tested.returncode == 0, tested.stderr
+    assert re.search(r"^ *DEVLINKS=.*/dev/edge/A50285BI\b", tested.stdout, re.MULTILINE), tested.stdout
+    assert "/dev/edge/port-platform-1.usb-usb-0:1:1.0" in tested.stdout
+    assert "ID_MM_DEVICE_IGNORE=1" in tested.stdout
+    assert "usb-serial/devices/ttyUSB0/latency_timer" in tested.stdout
 
 
 def test_the_kernel_command_line_fragment_is_one_line_of_words() -> None:
@@ -154,6 +219,8 @@ def test_cloud_init_installs_what_the_package_ships() -> None:
         assert (CONFIGS / name).is_file(), name
     for board in BOARDS:
         assert board in text
+    for name, place in re.findall(r"^\| `([\w.-]+\.conf)` \| `(/etc/[\w./-]+)` \|", GUIDE, re.MULTILINE):
+        assert f'"$share/systemd/{name}" {place}\n' in script["content"]
 
 
 @pytest.mark.parametrize("name", ["mosquitto/make-certificates"])
@@ -191,12 +258,16 @@ def broker(tmp_path: Path) -> Iterator[Broker]:
         "/etc/mosquitto/certificates": str(certificates),
         "/etc/mosquitto/edge-passwords": str(passwords),
         "/etc/mosquitto/edge-gemma.acl": str(CONFIGS / "mosquitto" / "edge-gemma.acl"),
-        "/var/lib/mosquitto/": f"{tmp_path}/",
     }.items():
         assert old in text
         text = text.replace(old, new)
+    (tmp_path / "conf.d").mkdir()
+    (tmp_path / "conf.d" / "edge-gemma.conf").write_text(text + ("user root\n" if os.geteuid() == 0 else ""))
     config = tmp_path / "mosquitto.conf"
-    config.write_text(text + ("user root\n" if os.geteuid() == 0 else "") + "log_dest stderr\n")
+    config.write_text(  # Debian's own, which reads what is in conf.d
+        f"pid_file {tmp_path}/pid\npersistence true\npersistence_location {tmp_path}/\n"
+        f"log_dest stderr\ninclude_dir {tmp_path}/conf.d\n"
+    )
     program = shutil.which("mosquitto") or "/usr/sbin/mosquitto"
     log = (tmp_path / "log").open("w")
     with log, subprocess.Popen([program, "-c", str(config)], stderr=log) as process:
@@ -295,6 +366,25 @@ def test_clients_reach_the_broker_over_tls_and_recognise_it(
         pytest.raises(ssl.SSLCertVerificationError),
     ):
         context.wrap_socket(plain, server_hostname="localhost")
+
+
+def test_the_guide_s_certificate_is_for_the_host_that_its_node_connects_to(tmp_path: Path) -> None:
+    (names,) = re.findall(r"make-certificates /etc/mosquitto/certificates (.+)", GUIDE)
+    (host,) = re.findall(r'host = "(.+)"\n    tls = true', GUIDE)
+    made = run(CONFIGS / "mosquitto" / "make-certificates", tmp_path / "made", *names.split())
+    assert made.returncode == 0, made.stderr
+    checked = run("openssl", "x509", "-in", tmp_path / "made/server.crt", "-noout", "-checkhost", host)
+    assert "does match" in checked.stdout
+    assert "does match" in run(*checked.args[:-1], names.split()[0]).stdout
+    assert "does NOT match" in run(*checked.args[:-1], "elsewhere.lan").stdout
+
+
+def test_a_node_on_the_board_can_read_the_authority_s_certificate_and_no_key(tmp_path: Path) -> None:
+    made = run(CONFIGS / "mosquitto" / "make-certificates", tmp_path / "made", "localhost", umask=0o077)
+    assert made.returncode == 0, made.stderr
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "made").iterdir()}
+    assert (tmp_path / "made").stat().st_mode & 0o777 == 0o755
+    assert (modes["ca.crt"], modes["ca.key"], modes["server.key"]) == (0o644, 0o600, 0o600)
 
 
 def test_certificates_for_clients_come_from_the_same_authority(broker: Broker) -> None:

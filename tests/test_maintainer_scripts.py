@@ -1,7 +1,7 @@
 """What dpkg does with the package's scripts: installed, upgraded, removed, purged, on a copy of this system.
 
-The copy is an overlay over `/` in a mount namespace, so nothing of the system itself changes; the package is a
-small one with the real unit and the real scripts. No systemd runs there.
+The copy is an overlay over `/` in a mount namespace, so nothing of the system itself changes; the package is
+a small one with the real unit and the real scripts. No systemd runs there.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (tree / "usr/lib/edge-gemma/edge/cli.py").write_text("x = 1\n")
     for version in (1, 2):
         (tree / "DEBIAN/control").write_text(
-            f"Package: edge-gemma\nVersion: {version}\nArchitecture: all\nMaintainer: a <a@b>\nDescription: a\n"
+            f"Package: edge-gemma\nVersion: {version}\nArchitecture: all\n"
+            "Maintainer: a <a@b>\nDescription: a\n"
         )
         deb = made / f"edge-gemma-{version}.deb"
         subprocess.run(

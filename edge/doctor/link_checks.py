@@ -88,7 +88,7 @@ def check_serial(board: Board, config: Config) -> Iterator[Finding]:
                 "serial",
                 "problem",
                 f"{port} is of {group} with mode {stat.S_IMODE(mode.st_mode):o}, not of dialout with 660",
-                "sudo cp /usr/share/edge-gemma/udev/60-edge-gemma.rules /etc/udev/rules.d/ && "
+                "sudo cp /usr/share/edge-gemma/udev/65-edge-gemma.rules /etc/udev/rules.d/ && "
                 "sudo udevadm control --reload && sudo udevadm trigger",
             )
         else:

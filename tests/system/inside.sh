@@ -15,6 +15,7 @@ step() {  # step TEXT COMMAND...: say what is tried; leave with the daemon's log
     echo "[$(seconds) s] FAILED: $text: $*"
     echo "$output"
     journalctl --no-pager -n 60 -u edge-daemon -u mosquitto -o cat
+    tail -n 20 /var/log/mosquitto/mosquitto.log
     systemctl status --no-pager edge-daemon
     echo "SYSTEM TEST FAILED"
     exit 1
@@ -40,9 +41,8 @@ prepare_broker() {
     mosquitto_passwd -b /etc/mosquitto/edge-passwords $user secret-$user || return
   done
   mkdir -p /var/lib/mosquitto /run/mosquitto
-  chown -R mosquitto /var/lib/mosquitto /etc/mosquitto/certificates /etc/mosquitto/edge-passwords
+  chown -R mosquitto /var/lib/mosquitto /var/log/mosquitto /etc/mosquitto/certificates /etc/mosquitto/edge-passwords
   cp $share/edge-gemma.conf /etc/mosquitto/conf.d/ && cp $share/edge-gemma.acl /etc/mosquitto/ || return
-  printf 'pid_file /run/mosquitto/mosquitto.pid\ninclude_dir /etc/mosquitto/conf.d\n' > /etc/mosquitto/mosquitto.conf
   printf secret-alice > /root/alice
   systemctl restart mosquitto
 }
@@ -61,7 +61,6 @@ password_file = "mqtt-password"
 port = "/dev/ttyS0"
 END
   sed -i '1i node = "edge-node"' $CONFIG
-  chmod 755 /etc/mosquitto/certificates
 }
 
 install_bundle() { edge-daemon bundle install --config $CONFIG "$1" > /root/bundle-name; }
@@ -74,7 +73,7 @@ step "it does not run without a configuration" state_is inactive
 step "systemd finds no mistake in the unit" systemd-analyze verify --man=no --recursive-errors=yes \
   /usr/lib/systemd/system/edge-daemon.service
 if udevadm --help | grep -q '^ *verify'; then
-  step "udev finds no mistake in the rules" udevadm verify /usr/lib/udev/rules.d/60-edge-gemma.rules
+  step "udev finds no mistake in the rules" udevadm verify /usr/lib/udev/rules.d/65-edge-gemma.rules
 fi
 step "the broker starts with the shipped configuration" prepare_broker
 step "the daemon is configured" prepare_daemon
@@ -106,4 +105,10 @@ step "a clean stop takes its time only" systemctl stop edge-daemon
 step "the package can be removed" dpkg -r edge-gemma
 step "nothing of it is left to run" not test -e /usr/bin/edge-daemon -o -e /usr/lib/edge-gemma
 step "models and configuration stay" test -e $CONFIG -a -e /var/lib/edge-gemma/bundles/current/manifest.json
+step "it can be installed again" dpkg -i /root/edge-gemma.deb
+step "and runs again by itself" state_is active
+step "it can be purged" dpkg -P edge-gemma
+step "its unit is no longer masked" not test -L /etc/systemd/system/edge-daemon.service
+step "requests and packed weights are gone" not test -e /var/lib/edge-gemma/journal.sqlite -o -e /var/cache/edge-gemma
+step "models and configuration are still there" test -e $CONFIG -a -e /var/lib/edge-gemma/bundles/current/manifest.json
 echo "SYSTEM TEST PASSED after $(seconds) s"
