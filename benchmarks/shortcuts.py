@@ -50,7 +50,7 @@ def with_none(generator: Generator, request: Request) -> str:
 
 
 @click.command()
-@click.option("--recipe", "recipes", multiple=True, default=models.RECIPES, show_default=True)
+@click.option("--recipe", "recipes", multiple=True, default=models.RECIPES[models.REAL], show_default=True)
 @click.option("--requests", default=len(workload.load()), show_default=True, help="How many of the workload.")
 @click.option("--threads", default=2, show_default=True)
 def main(recipes: tuple[str, ...], requests: int, threads: int) -> None:
