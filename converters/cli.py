@@ -178,7 +178,12 @@ def convert(
 @click.argument("bundle", type=_DIRECTORY)
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as it is.")
 def inspect(bundle: Path, as_json: bool) -> None:
-    """Print what is in BUNDLE."""
+    """Print what is in BUNDLE.
+
+    \b
+    Example:
+      edge-convert inspect bundle
+    """
     manifest = read_manifest(bundle)
     click.echo(manifest.to_json() if as_json else _description(bundle, manifest), nl=not as_json)
 

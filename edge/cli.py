@@ -47,7 +47,15 @@ Exit codes:
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="edge-gemma")
 def daemon() -> None:
-    """Answer field sensors with a small language model, over MQTT and serial."""
+    """Answer field sensors with a small language model, over MQTT and serial.
+
+    \b
+    Examples:
+      edge-daemon run --config edge-daemon.toml
+      sudo edge-daemon doctor
+      sudo edge-daemon bundle install pump-model
+      edge-daemon routes test --config edge-daemon.toml readings.txt
+    """
 
 
 @daemon.command()
@@ -103,7 +111,9 @@ def test(path: Path, recording: TextIO) -> None:
     """Play a RECORDING of readings (- is stdin) through the routes; print what would be said and asked.
 
     \b
-    Record with: mosquitto_sub -t 'sensors/#' -F '%U %t %p' > readings.txt
+    Example:
+      mosquitto_sub -t 'sensors/#' -F '%U %t %p' > readings.txt
+      edge-daemon routes test --config edge-daemon.toml readings.txt
     """
     from edge.config import load
     from edge.routes.replay import describe, replay
