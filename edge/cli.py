@@ -65,8 +65,9 @@ def run(path: Path, force: bool) -> None:
     """Serve in the foreground until SIGTERM or Ctrl-C.
 
     \b
-    Exit codes: 0 stopped by a signal, 2 wrong command line, 3 the bundle can't be used,
-    5 wrong configuration, 6 the broker refuses, 7 LiteRT failed.
+    Exit codes: 0 stopped by a signal, 1 another daemon has the store or the journal, or a thread has
+    ended, 2 wrong command line, 3 the bundle can't be used, 5 wrong configuration, 6 the broker refuses,
+    7 LiteRT failed.
     """
     from edge.config import load
 
