@@ -152,6 +152,7 @@ def ask(prompt: str | None, as_json: bool, stats: bool, status: bool, **options:
     """Ask a model on the edge. Without PROMPT, or with -, it is read from stdin.
 
     The PROMPT top asks nothing: it shows how the nodes are, live, until q or Ctrl-C.
+    The environment's EDGE_HOST, EDGE_NODE and EDGE_USERNAME stand for the options of these names.
     """
     ways = [name for name in ("serial", "bundle") if options[name] is not None]
     if len(ways) == 2:
