@@ -48,7 +48,7 @@ INSTALL, UPGRADE, REMOVE, PURGE = (
 
 
 def run_inside(folder: Path, packages: Path, script: str) -> subprocess.CompletedProcess[str]:
-    command = ["unshare", "--mount", "sh", "-c", INSIDE, "sh", folder, packages, script]
+    command = ["unshare", "--mount", "sh", "-c", INSIDE, "sh", str(folder), str(packages), script]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
