@@ -40,8 +40,9 @@ class Closings:
 
     def __init__(self, tokenizer: Tokenizer, string_ends: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        pieces = enumerate(tokenizer.all_piece_bytes())
-        marks = {token: text for token, text in pieces if text and not text.strip(b'"}],:{[')}
+        pieces = list(tokenizer.all_piece_bytes())
+        self._is_foreign = np.fromiter((text[:1] >= b"\x80" for text in pieces), bool, len(pieces))
+        marks = {token: text for token, text in enumerate(pieces) if text and not text.strip(b'"}],:{[')}
         self._marks = sorted(marks.items(), key=lambda mark: (-_closed(mark[1]), -len(mark[1]), mark))
         ends = [mark for mark in self._marks if _closed(mark[1]) > 0 and b"," not in mark[1]]
         self._text_ends = [*string_ends, *(token for token, text in ends if text.startswith(b'"'))]
@@ -68,7 +69,7 @@ class Closings:
     ) -> list[int] | None:
         matcher = matcher.deep_copy()
         path: list[int] = []
-        taken = deque[list[int]](maxlen=_PERIOD)
+        taken, escapes = deque[list[int]](maxlen=_PERIOD), set[int]()
         fillers = masks = steps = 0
         while not matcher.is_accepting():
             if hint and steps < _HINTED_STEPS and (rest := _serving(matcher, hint)):
@@ -81,7 +82,8 @@ class Closings:
             if not forced:
                 if escaping and tokens in taken and masks < _MASKS:
                     masks += 1
-                    tokens = self._escape(matcher, tokens) or tokens
+                    tokens = self._escape(matcher, tokens, escapes) or tokens
+                    escapes.update(tokens)
                 taken.append(tokens)
             steps += 1
             fillers = fillers + 1 if tokens[:1] == self._fillers[:1] else 0
@@ -143,21 +145,27 @@ class Closings:
             tokens = self._whole(tokens)[:32]
         return [min(tokens, key=lambda token: self._cost(matcher, token))] if tokens else []
 
-    def _escape(self, matcher: LLMatcher, repeated: list[int]) -> list[int]:
+    def _escape(self, matcher: LLMatcher, repeated: list[int], tried: set[int]) -> list[int]:
         """Return the best character, but for `repeated`, after which something else may come than here.
 
-        In a list; empty if there is none.
+        In a list; empty if there is none. One that was `tried` only if there is no other.
         """
         here = self._allowed_characters(matcher)
-        costs = {}
-        for token in here or self._whole(allowed_tokens(matcher).tolist())[:_FEW]:
-            if [token] != repeated:
-                cost = self._cost(matcher, token)
-                after = matcher.deep_copy()
-                after.consume_token(token)
-                if not (cost[0] and cost[1]) or self._allowed_characters(after) != here:
-                    costs[token] = cost
-        return [min(costs, key=costs.__getitem__)] if costs else []
+
+        def leads_out(token: int) -> bool:
+            after = matcher.deep_copy()
+            if [token] == repeated or not after.consume_token(token):
+                return False
+            ends = after.is_accepting() or bool(after.compute_ff_bytes())
+            return ends or self._allowed_characters(after) != here
+
+        tokens = list(filter(leads_out, here)) or list(filter(leads_out, self._foreign(matcher)))
+        return [min(tokens, key=lambda token: (token in tried, self._cost(matcher, token)))] if tokens else []
+
+    def _foreign(self, matcher: LLMatcher) -> list[int]:
+        """Pick some of the allowed tokens that begin with another character than those of ASCII."""
+        tokens = allowed_tokens(matcher)
+        return self._whole(tokens[self._is_foreign[tokens]][:_FEW].tolist())
 
     def _allowed_characters(self, matcher: LLMatcher) -> list[int]:
         return [token for token in self._characters if matcher.validate_tokens([token])]
@@ -168,8 +176,8 @@ class Closings:
     def _whole(self, tokens: list[int]) -> list[int]:
         """Pick those of `tokens` that are not the beginning of another one of them."""
         spelled = sorted((self._tokenizer.piece_bytes(token), token) for token in tokens)
-        following = [text for text, _ in spelled[1:]] + [b""]
-        pairs = zip(spelled, following, strict=True)
+        following = [*(text for text, _ in spelled[1:]), b""]
+        pairs = zip(spelled, following, strict=False)
         return [token for (text, token), after in pairs if not after.startswith(text)]
 
     def _cost(self, matcher: LLMatcher, token: int) -> tuple[bool, bool, int, int]:
