@@ -8,6 +8,7 @@ takes what leads out of it. A path that is found is real, though not always the 
 
 from __future__ import annotations
 
+import string
 from collections import deque
 from collections.abc import Iterable, Sequence
 
@@ -22,6 +23,8 @@ LONGEST = 1024
 
 _HINTED_STEPS = 3
 _MASKS = 32  # states of a search at which it may ask for all allowed tokens, which is slow
+_WAYS_OUT = 12  # out of repetitions that a search may take, each of which is slower still
+_FOREIGN = 32
 _FEW = 256
 _PERIOD = 2  # steps after which a search that goes round takes the same token again: `0`, or `0` and `,`
 _FILLERS = 64  # tokens of padding in a row, 31 spaces each, after which a text seems to have no end
@@ -40,9 +43,12 @@ class Closings:
 
     def __init__(self, tokenizer: Tokenizer, string_ends: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        pieces = list(tokenizer.all_piece_bytes())
-        self._is_foreign = np.fromiter((text[:1] >= b"\x80" for text in pieces), bool, len(pieces))
-        marks = {token: text for token, text in enumerate(pieces) if text and not text.strip(b'"}],:{[')}
+        self._is_foreign = np.zeros(tokenizer.vocabulary_size, bool)
+        marks: dict[int, bytes] = {}
+        for token, text in enumerate(tokenizer.all_piece_bytes()):
+            self._is_foreign[token] = text[:1] >= b"\x80"
+            if text and not text.strip(b'"}],:{['):
+                marks[token] = text
         self._marks = sorted(marks.items(), key=lambda mark: (-_closed(mark[1]), -len(mark[1]), mark))
         ends = [mark for mark in self._marks if _closed(mark[1]) > 0 and b"," not in mark[1]]
         self._text_ends = [*string_ends, *(token for token, text in ends if text.startswith(b'"'))]
@@ -54,6 +60,7 @@ class Closings:
         self._fillers = self._single(" " * count for count in range(31, 0, -1))
         self._probes = self._single("aZ7 ")
         self._characters = [*string_ends, *self._single(map(chr, range(32, 127)))]
+        self._signs = [*string_ends, *self._single(" 09AZaz" + string.punctuation)]
 
     def path(self, matcher: LLMatcher, hint: Sequence[int] = (), longest: int = LONGEST) -> list[int] | None:
         """Find tokens that complete the answer from `matcher`'s state, [] if it is complete.
@@ -70,7 +77,7 @@ class Closings:
         matcher = matcher.deep_copy()
         path: list[int] = []
         taken, escapes = deque[list[int]](maxlen=_PERIOD), set[int]()
-        fillers = masks = steps = 0
+        fillers = masks = steps = ways_out = 0
         while not matcher.is_accepting():
             if hint and steps < _HINTED_STEPS and (rest := _serving(matcher, hint)):
                 return path + rest
@@ -80,8 +87,8 @@ class Closings:
                 masks += 1
                 tokens = self._choice(matcher)
             if not forced:
-                if escaping and tokens in taken and masks < _MASKS:
-                    masks += 1
+                if escaping and tokens in taken and ways_out < _WAYS_OUT:
+                    ways_out += 1
                     tokens = self._escape(matcher, tokens, escapes) or tokens
                     escapes.update(tokens)
                 taken.append(tokens)
@@ -150,25 +157,27 @@ class Closings:
 
         In a list; empty if there is none. One that was `tried` only if there is no other.
         """
-        here = self._allowed_characters(matcher)
+        here = self._allowed_signs(matcher)
 
         def leads_out(token: int) -> bool:
             after = matcher.deep_copy()
             if [token] == repeated or not after.consume_token(token):
                 return False
             ends = after.is_accepting() or bool(after.compute_ff_bytes())
-            return ends or self._allowed_characters(after) != here
+            return ends or self._allowed_signs(after) != here
 
-        tokens = list(filter(leads_out, here)) or list(filter(leads_out, self._foreign(matcher)))
+        characters = [token for token in self._characters if matcher.validate_tokens([token])]
+        tokens = list(filter(leads_out, characters)) or list(filter(leads_out, self._foreign(matcher)))
         return [min(tokens, key=lambda token: (token in tried, self._cost(matcher, token)))] if tokens else []
 
     def _foreign(self, matcher: LLMatcher) -> list[int]:
         """Pick some of the allowed tokens that begin with another character than those of ASCII."""
         tokens = allowed_tokens(matcher)
-        return self._whole(tokens[self._is_foreign[tokens]][:_FEW].tolist())
+        return self._whole(tokens[self._is_foreign[tokens]][:_FOREIGN].tolist())
 
-    def _allowed_characters(self, matcher: LLMatcher) -> list[int]:
-        return [token for token in self._characters if matcher.validate_tokens([token])]
+    def _allowed_signs(self, matcher: LLMatcher) -> list[int]:
+        """By what may come next one place in a grammar is told from another."""
+        return [token for token in self._signs if matcher.validate_tokens([token])]
 
     def _first(self, matcher: LLMatcher, tokens: list[int]) -> list[int]:
         return next(([token] for token in tokens if matcher.validate_tokens([token])), [])
