@@ -160,6 +160,13 @@ def test_metadata_that_do_not_fit_are_refused_by_key(
     assert named in refusal(tmp_path / "model.gguf")
 
 
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_model_whose_parts_were_merged_opens(count: int, tmp_path: Path) -> None:
+    """`gguf-split --merge` writes a split.count of 0; a split into one part has 1."""
+    write_gguf(tmp_path / "model.gguf", fields={"split.count": count})
+    read_all(tmp_path / "model.gguf")
+
+
 @pytest.mark.parametrize(
     ("fields", "named"),
     [

@@ -71,7 +71,7 @@ def _architecture(file: GgufFile) -> Architecture:
         raise CheckpointError(
             f"{file.path}: architecture {name!r:.60} is not supported; gemma3 and gemma4 are"
         )
-    if file.metadata.get("split.count", 1) != 1:
+    if file.metadata.get("split.count") not in (None, 0, 1):  # gguf-split --merge leaves a 0
         raise CheckpointError(f"{file.path}: is one part of a split model; join them with gguf-split --merge")
     embedding = file.tensors.get(gguf_name("embedding"))
     if embedding is None or len(embedding.shape) != 2:
