@@ -70,17 +70,26 @@ def test_newer_gemma3_keys_are_used_where_a_file_has_them(tmp_path: Path) -> Non
     assert architecture.rope_sliding == Rope(2e4)
 
 
+# All that llama-quantize may put into a file of the supported models, down to 2 bits.
+QUANTISED = [
+    *(Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0),
+    *(Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K),
+    *(Kind.IQ2_XXS, Kind.IQ2_XS, Kind.IQ2_S, Kind.IQ3_XXS, Kind.IQ3_S, Kind.IQ4_NL, Kind.IQ4_XS),
+]
+
+
 def blocks(kind: Kind, rows: int, width: int) -> Any:
     """Random blocks of a type, uint8 [rows, bytes], with finite float16 scales wherever the type has them."""
     block, size = gguf.GGML_QUANT_SIZES[kind]
     raw = np.random.default_rng(kind.value).integers(0, 256, (rows, width // block, size), np.uint8)
     scale = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
-    for at in {Kind.Q6_K: (208,), Kind.Q4_K: (0, 2), Kind.Q5_K: (0, 2)}.get(kind, (0,)):
+    two = dict.fromkeys((Kind.Q4_K, Kind.Q5_K, Kind.Q4_1, Kind.Q5_1), (0, 2))
+    for at in {Kind.Q2_K: (80, 82), Kind.Q3_K: (108,), Kind.Q6_K: (208,), **two}.get(kind, (0,)):
         raw[..., at : at + 2] = scale
     return raw.reshape(rows, -1)
 
 
-@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q5_0, Kind.Q8_0, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K])
+@pytest.mark.parametrize("kind", QUANTISED, ids=lambda kind: kind.name)
 def test_every_slice_of_a_quantised_tensor_is_what_the_gguf_package_makes_of_it(
     kind: Kind, tmp_path: Path
 ) -> None:
@@ -112,11 +121,22 @@ def test_half_floats_are_widened(kind: Kind, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [Kind.Q4_1, Kind.Q5_1])
-def test_an_unsupported_tensor_type_is_refused_by_name(kind: Kind, tmp_path: Path) -> None:
-    write_gguf(tmp_path / "model.gguf", kind=kind)
+def test_a_file_in_what_llama_cpp_falls_back_to_has_the_values_that_went_in(
+    kind: Kind, tmp_path: Path
+) -> None:
+    """Q5_K_M of the 270M and the 1B is mostly Q5_1: their rows are not whole blocks of 256."""
+    folder = write_gguf(tmp_path / "model.gguf", GEMMA3, kind)
+    opened = open_checkpoint(tmp_path / "model.gguf")
+    for key, tensor in folder.tensors.items():
+        expected = tensor.array()
+        step = 0.0 if len(tensor.shape) == 1 else float(np.ptp(expected)) / (15 if kind == Kind.Q4_1 else 31)
+        np.testing.assert_allclose(opened.tensors[key].array(), expected, atol=step, err_msg=key)
+
+
+def test_an_unsupported_tensor_type_is_refused_by_name(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "model.gguf", kind=Kind.MXFP4)
     message = refusal(tmp_path / "model.gguf")
-    assert kind.name in message
-    assert "token_embd.weight" in message
+    assert "token_embd.weight: type MXFP4 is not supported; use a BF16, Q8_0 or Q4_K_M file" in message
 
 
 def test_a_value_that_is_no_number_is_refused_by_the_name_of_its_tensor(tmp_path: Path) -> None:

@@ -34,12 +34,24 @@ _PLAIN = {
     GGMLQuantizationType.F16: float16_rows,
     GGMLQuantizationType.BF16: bfloat16_rows,
 }
+# llama.cpp falls back from Q5_K to Q5_1 where rows are not whole blocks of 256 (270M, 1B).
 _BLOCKWISE = {
+    GGMLQuantizationType.Q4_1,
     GGMLQuantizationType.Q5_0,
+    GGMLQuantizationType.Q5_1,
     GGMLQuantizationType.Q8_0,
+    GGMLQuantizationType.Q2_K,
+    GGMLQuantizationType.Q3_K,
     GGMLQuantizationType.Q4_K,
     GGMLQuantizationType.Q5_K,
     GGMLQuantizationType.Q6_K,
+    GGMLQuantizationType.IQ2_XXS,
+    GGMLQuantizationType.IQ2_XS,
+    GGMLQuantizationType.IQ2_S,
+    GGMLQuantizationType.IQ3_XXS,
+    GGMLQuantizationType.IQ3_S,
+    GGMLQuantizationType.IQ4_NL,
+    GGMLQuantizationType.IQ4_XS,
 }
 _ROPE_FREQS = "rope_freqs.weight"
 _STILL = 1e29  # a divisor so large that the pair does not turn
@@ -121,7 +133,9 @@ def stored_tensor(path: Path, entry: TensorEntry) -> LazyTensor:
     if kind == GGMLQuantizationType.Q4_0 and len(shape) > 1:
         return _Q40Tensor(stored, shape, kind.name, partial(_dequantized, kind))
     if kind not in _BLOCKWISE or len(shape) == 1:
-        raise CheckpointError(f"{path}: tensor {entry.name}: type {kind.name} is not supported")
+        raise CheckpointError(
+            f"{path}: tensor {entry.name}: type {kind.name} is not supported; use a BF16, Q8_0 or Q4_K_M file"
+        )
     return StoredTensor(stored, shape, kind.name, partial(_dequantized, kind))
 
 
