@@ -144,16 +144,15 @@ def convert(
     from converters.convert import convert as run
     from converters.lora import merge_adapter
 
-    line = ProgressLine()
-
-    def report(progress: Progress) -> None:
-        line.show(progress.done, progress.total, progress.name)
-
     started = time.monotonic()
     opened = open_checkpoint(checkpoint)
     opened = opened if lora is None else merge_adapter(opened, lora)
-    result = run(opened, target, recipe, context, report, _calibration_text(calibration), budget)
-    line.clear()
+    with ProgressLine() as line:
+
+        def report(progress: Progress) -> None:
+            line.show(progress.done, progress.total, progress.name)
+
+        result = run(opened, target, recipe, context, report, _calibration_text(calibration), budget)
     summary = {
         "bundle": str(target),
         "recipe": result.recipe,
@@ -222,16 +221,15 @@ def evaluate(
     from converters.evaluate import built_in_text, evaluate_bundles
     from converters.picture import picture as page
 
-    line = ProgressLine()
-    reports = evaluate_bundles(
-        bundles,
-        against,
-        built_in_text() if text is None else _read_text(text),
-        weight_cache_directory(),
-        threads,
-        lambda done, total: line.show(done, total, "tokens"),
-    )
-    line.clear()
+    with ProgressLine() as line:
+        reports = evaluate_bundles(
+            bundles,
+            against,
+            built_in_text() if text is None else _read_text(text),
+            weight_cache_directory(),
+            threads,
+            lambda done, total: line.show(done, total, "tokens"),
+        )
     for report in reports:
         click.echo(report.to_json() if as_json else str(report))
     if picture is not None:
@@ -361,7 +359,10 @@ def _in_layers(layers: list[int]) -> str:
 
 
 class ProgressLine:
-    """One line on a terminal that is written over; silent where standard error is not a terminal."""
+    """One line on a terminal that is written over; silent where standard error is not a terminal.
+
+    At the end of a `with` it is removed, so that an error does not stand behind it.
+    """
 
     def __init__(self) -> None:
         self._started = time.monotonic()
@@ -377,8 +378,10 @@ class ProgressLine:
         left = (now - self._started) * (total - done) / max(done, 1)
         self._show(f"{done / max(total, 1):4.0%}  {left:4.0f} s left  {name}")
 
-    def clear(self) -> None:
-        """Remove the line."""
+    def __enter__(self) -> ProgressLine:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
         self._show("")
 
     @staticmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import bundles
 import pytest
-from checkpoint_files import FIXTURES, real_model
+from checkpoint_files import FIXTURES, copy_fixture, read_arrays, real_model, write_safetensors
 from click.testing import CliRunner
 
 from converters.checkpoints.opening import open_checkpoint
@@ -90,6 +91,22 @@ def test_sigterm_leaves_nothing(tmp_path: Path) -> None:
     assert process.returncode == 1
     assert errors.strip() == "Aborted!"
     assert not list(tmp_path.iterdir())
+
+
+def test_on_a_terminal_an_error_has_a_line_of_its_own(tmp_path: Path) -> None:
+    folder = copy_fixture(GEMMA3.name, tmp_path / "model")
+    arrays = read_arrays(folder / "model.safetensors")
+    table = arrays["model.embed_tokens.weight"].copy()
+    table[1, 1] = 0x7FC0  # a NaN in what is written last
+    write_safetensors(folder / "model.safetensors", arrays | {"model.embed_tokens.weight": table})
+    ours, terminal = os.openpty()
+    command = [sys.executable, "-m", "converters.cli", str(folder), "-o", str(tmp_path / "bundle")]
+    subprocess.run(command, stderr=terminal, check=False)
+    os.close(terminal)
+    shown = os.read(ours, 10_000).decode()
+    os.close(ours)
+    assert " s left " in shown
+    assert shown.split("\r\x1b[K")[-1].startswith(f"Error: {folder}/model.safetensors: tensor")
 
 
 def test_converting_loads_no_inference_library(tmp_path: Path) -> None:
