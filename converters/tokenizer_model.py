@@ -133,6 +133,14 @@ def _require_merges_by_id(path: Path, ids: Mapping[str, int], merges: Iterable[A
         last = result
 
 
+def piece_count(path: Path) -> int:
+    """How many pieces a tokenizer.model has; raises CheckpointError if it is damaged."""
+    try:
+        return sum(number == 1 for number, _ in wire_fields(read_bytes(path)))
+    except (ValueError, IndexError) as error:
+        raise CheckpointError(f"{path}: not a SentencePiece model; fetch it again") from error
+
+
 def from_sentencepiece(path: Path, vocabulary: int) -> bytes:
     """The model in a tokenizer.model, cut to `vocabulary` pieces, its special tokens made CONTROL.
 

@@ -29,6 +29,7 @@ from converters.checkpoints.opening import open_checkpoint
 from converters.checkpoints.stored import bfloat16_rows
 from edge.bundles.architecture import tensor_shapes
 from edge.errors import CheckpointError
+from edge.text.tokenizer import Tokenizer
 
 SHARDED, TEXT_ONLY = "gemma3-two-kv-heads", "gemma4-two-kv-heads"
 
@@ -315,3 +316,23 @@ def test_tokenizer_json_alone_is_enough(tmp_path: Path) -> None:
     (folder / "tokenizer.model").unlink()
     checkpoint = open_checkpoint(folder)
     assert folder / "tokenizer.json" in checkpoint.source_files
+
+
+def test_tokens_that_were_added_to_the_vocabulary_are_encoded_as_such(tmp_path: Path) -> None:
+    """As after add_tokens and resize_token_embeddings: tokenizer.model stays what it was."""
+    folder = copy_fixture(TEXT_ONLY, tmp_path / "model", lambda config: config.update(vocab_size=514))
+    arrays = read_arrays(folder / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "model.embed_tokens_per_layer.weight"):
+        arrays[name] = np.concatenate([arrays[name], arrays[name][:2]])
+    write_safetensors(folder / "model.safetensors", arrays)
+    spelled = json.loads((folder / "tokenizer.json").read_text())
+    spelled["added_tokens"] += [
+        spelled["added_tokens"][-1] | {"id": 512, "content": "<valve>", "special": True},
+        spelled["added_tokens"][-1] | {"id": 513, "content": "pump_7", "special": False},
+    ]
+    (folder / "tokenizer.json").write_text(json.dumps(spelled))
+    tokenizer = Tokenizer(open_checkpoint(folder).tokenizer_model)
+    before = Tokenizer(open_checkpoint(FIXTURES / TEXT_ONLY).tokenizer_model)
+    assert tokenizer.encode("the pump_7") == [*before.encode("the "), 513]
+    assert tokenizer.decode([513]) == "pump_7"
+    assert tokenizer.control_id("<valve>") == 512

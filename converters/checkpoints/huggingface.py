@@ -17,7 +17,7 @@ from converters.checkpoints.q4_0 import GridTensor
 from converters.checkpoints.safetensors_file import TensorEntry, read_safetensors
 from converters.checkpoints.stored import Stored, StoredTensor, bfloat16_rows, float16_rows, float32_rows
 from converters.checkpoints.text_files import read_json
-from converters.tokenizer_model import from_sentencepiece, from_tokenizer_json
+from converters.tokenizer_model import from_sentencepiece, from_tokenizer_json, piece_count
 from edge.bundles.architecture import Architecture, tensor_shapes
 from edge.errors import CheckpointError
 
@@ -168,8 +168,13 @@ def _vector(stored: Stored, shape: tuple[int, ...], added: float) -> LazyTensor:
 
 
 def _tokenizer(path: Path, architecture: Architecture) -> tuple[Path, bytes]:
-    """The tokenizer's file and model; tokenizer.model, the smaller file, is preferred."""
-    for name, read in (("tokenizer.model", from_sentencepiece), ("tokenizer.json", from_tokenizer_json)):
-        if (path / name).exists():
-            return path / name, read(path / name, architecture.vocabulary)
+    """The tokenizer's file and model: tokenizer.model, the smaller file, unless it has too few pieces.
+
+    Tokens that were added to a vocabulary are in tokenizer.json only.
+    """
+    model, vocabulary = path / "tokenizer.model", path / "tokenizer.json"
+    if model.exists() and (not vocabulary.exists() or piece_count(model) >= architecture.vocabulary):
+        return model, from_sentencepiece(model, architecture.vocabulary)
+    if vocabulary.exists():
+        return vocabulary, from_tokenizer_json(vocabulary, architecture.vocabulary)
     raise CheckpointError(f"{path}: has neither tokenizer.model nor tokenizer.json; fetch one of them")
