@@ -78,7 +78,8 @@ def test_too_little_space_is_said_before_the_work_begins(
         convert(open_checkpoint(GEMMA3), tmp_path / "bundle", "int8", 128)
 
 
-def test_sigterm_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_ends_it_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
     checkpoint = real_model()
     command = [sys.executable, "-m", "converters.cli", str(checkpoint), "-o", str(tmp_path / "bundle")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -86,7 +87,7 @@ def test_sigterm_leaves_nothing(tmp_path: Path) -> None:
         if any(path.name.startswith(".bundle.") for path in tmp_path.iterdir()):
             break
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, errors = process.communicate()
     assert process.returncode == 1
     assert errors.strip() == "Aborted!"
