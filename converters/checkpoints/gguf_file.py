@@ -85,7 +85,9 @@ class _Parser:
 
     def parse(self) -> GgufFile:
         if self._take(4) != b"GGUF":
-            raise CheckpointError(f"{self._path}: not a GGUF file (it does not start with GGUF)")
+            raise CheckpointError(
+                f"{self._path}: not a GGUF file (it does not start with GGUF); give one, or a model folder"
+            )
         version = self._number("<u4")
         if version not in (2, 3):
             raise CheckpointError(f"{self._path}: GGUF version {version} is not supported; 2 and 3 are")
