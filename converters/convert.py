@@ -158,7 +158,7 @@ def _digests(files: tuple[Path, ...]) -> dict[str, str]:
 @contextlib.contextmanager
 def _whole_or_nothing(target: Path, estimate: int) -> Iterator[Path]:
     """A scratch directory beside `target` that becomes it at the end, or vanishes."""
-    if target.exists():
+    if os.path.lexists(target):  # a link that leads nowhere is in the way too
         raise EdgeError(f"{target}: exists already; remove it or choose another name with -o")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -376,7 +376,7 @@ def _manifest(
         head=tables.head,
         per_layer_embedding=tables.per_layer,
         files={name: FileEntry(path.stat().st_size, file_digest(path)) for name, path in paths.items()},
-        source={"name": checkpoint.path.name, "sha256": digests.result()},
+        source={"name": Path(os.path.abspath(checkpoint.path)).name, "sha256": digests.result()},
         licence=checkpoint.licence,
         made_by=f"edge-gemma {version('edge-gemma')}",
     )

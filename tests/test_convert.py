@@ -47,6 +47,21 @@ def test_an_existing_bundle_is_not_touched(tmp_path: Path) -> None:
     assert content(target) == {"precious": b"x"}
 
 
+def test_a_link_that_leads_nowhere_is_in_the_way_before_the_work_begins(tmp_path: Path) -> None:
+    target = tmp_path / "current"
+    target.symlink_to(tmp_path / "gone")
+    with pytest.raises(EdgeError, match=f"{target}: exists already"):
+        convert(open_checkpoint(GEMMA3), target, "int8", 128)
+
+
+def test_a_checkpoint_that_is_the_working_directory_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(GEMMA3)
+    convert(open_checkpoint(Path()), tmp_path / "bundle", "int8", 128)
+    assert read_manifest(tmp_path / "bundle").source["name"] == GEMMA3.name
+
+
 @pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(28, "No space left on device")])
 def test_a_conversion_that_ends_early_leaves_nothing(failure: BaseException, tmp_path: Path) -> None:
     def fail(progress: Progress) -> None:
