@@ -31,6 +31,7 @@ from converters.reference_decoder import ReferenceDecoder
 from edge.bundles.bundle import DECODER, file_digest, read_manifest
 from edge.errors import EdgeError
 from edge.runtime.decoder import dynamic_int8
+from edge.text.tokenizer import Tokenizer
 
 FORMATS = (Format(8), Format(4), Format(2), Format(4, 32))
 TEXT = CalibrationText("built-in text", CalibrationText.built_in().content[:9000])
@@ -85,6 +86,26 @@ def test_inputs_that_were_never_seen_still_give_codes() -> None:
     assert objective.error(weights, quantize_for(objective, weights, Format(8))) < 1e-4
     with pytest.raises(ValueError, match="not finite"):
         Objective.of(np.full((4, 4), np.nan, np.float32))
+
+
+def test_of_a_very_long_text_a_megabyte_from_all_over_is_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    encode = Tokenizer.encode
+
+    def counted(tokenizer: Tokenizer, text: str) -> list[int]:
+        asked.append(len(text))
+        return encode(tokenizer, text)
+
+    monkeypatch.setattr(Tokenizer, "encode", counted)
+    checkpoint = open_checkpoint(FIXTURES / GEMMA3)
+    long = CalibrationText("log", "".join(f"{number:07d}\n" for number in range(1_000_000)))
+    sequences = long.sequences(checkpoint)
+    assert asked == [1 << 20]
+    assert [len(sequence) for sequence in sequences] == [512] * 16
+    texts = [Tokenizer(checkpoint.tokenizer_model).decode(sequence) for sequence in sequences]
+    seen = [int(text.split("\n")[1]) for text in texts]
+    assert seen == sorted(seen)
+    assert len({number // 62_500 for number in seen}) >= 12  # of the 16 parts; the first have more tokens
 
 
 NUMBERS = st.just(0.0) | st.floats(-4096, -(2**-10), width=32) | st.floats(2**-10, 4096, width=32)

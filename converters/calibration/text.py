@@ -16,6 +16,9 @@ SEQUENCE = 512
 _FEWEST = 4
 _MOST = 16
 
+_MOST_CHARACTERS = 1 << 20
+"""More are not encoded: a log of 100 MB would take ten minutes, for 8,176 tokens of it."""
+
 
 @dataclass(frozen=True)
 class CalibrationText:
@@ -42,7 +45,7 @@ class CalibrationText:
 
         Raises EdgeError if there are fewer than 4.
         """
-        ids, step = Tokenizer(checkpoint.tokenizer_model).encode(self.content), SEQUENCE - 1
+        ids, step = Tokenizer(checkpoint.tokenizer_model).encode(self._from_all_over()), SEQUENCE - 1
         whole = len(ids) // step
         if whole < _FEWEST:
             raise EdgeError(
@@ -52,3 +55,11 @@ class CalibrationText:
         chosen = min(whole, _MOST)
         starts = (index * whole // chosen * step for index in range(chosen))
         return [[checkpoint.chat.bos_id, *ids[start : start + step]] for start in starts]
+
+    def _from_all_over(self) -> str:
+        """The text; of a very long one 16 parts."""
+        size, part = len(self.content), _MOST_CHARACTERS // _MOST
+        if size <= _MOST_CHARACTERS:
+            return self.content
+        starts = (index * size // _MOST for index in range(_MOST))
+        return "".join(self.content[start : start + part] for start in starts)
