@@ -169,6 +169,7 @@ def test_a_missing_tensor_and_a_wrong_shape_are_refused_by_name(tmp_path: Path) 
         ({"gemma3.attention.sliding_window_pattern": [True]}, "sliding_window_pattern"),
         ({"general.architecture": "gemma3n"}, "architecture 'gemma3n'"),
         ({"split.count": 3}, "one part of a split model"),
+        ({"split.count": 3, "general.architecture": "?"}, "one part of a split model"),  # the first has it
         ({"tokenizer.ggml.model": "gpt2"}, "tokenizer 'gpt2'"),
         ({"tokenizer.ggml.scores": None}, "tokenizer.ggml.scores"),
     ],

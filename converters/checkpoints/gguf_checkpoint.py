@@ -78,13 +78,13 @@ def open_gguf(path: Path) -> Checkpoint:
 
 
 def _architecture(file: GgufFile) -> Architecture:
+    if file.metadata.get("split.count") not in (None, 0, 1):  # gguf-split --merge leaves a 0
+        raise CheckpointError(f"{file.path}: is one part of a split model; join them with gguf-split --merge")
     name = file.metadata.get("general.architecture")
     if name not in (gemma3.FAMILY, gemma4.FAMILY):
         raise CheckpointError(
             f"{file.path}: architecture {name!r:.60} is not supported; gemma3 and gemma4 are"
         )
-    if file.metadata.get("split.count") not in (None, 0, 1):  # gguf-split --merge leaves a 0
-        raise CheckpointError(f"{file.path}: is one part of a split model; join them with gguf-split --merge")
     embedding = file.tensors.get(gguf_name("embedding"))
     if embedding is None or len(embedding.shape) != 2:
         raise CheckpointError(f"{file.path}: tensor {gguf_name('embedding')} is missing or no matrix")
