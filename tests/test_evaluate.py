@@ -15,11 +15,12 @@ import real_vocabulary
 from hypothesis import given
 from hypothesis import strategies as st
 
+from converters import evaluate
 from converters.checkpoints.opening import open_checkpoint
 from converters.convert import convert
 from converters.evaluate import Fidelity, Report, built_in_text, compare, cut, evaluate_bundles
 from converters.picture import picture
-from converters.reference_decoder import Floats
+from converters.reference_decoder import Floats, Linear, ReferenceDecoder, Stream
 from edge.bundles.bundle import read_manifest
 from edge.errors import BundleError, EdgeError
 
@@ -251,6 +252,31 @@ def test_a_coarser_bundle_measures_worse_and_the_shortest_context_cuts_the_chunk
     assert coarse.fidelity.top1_agreement < fine.fidelity.top1_agreement
     assert coarse.fidelity.rms_error > 2 * fine.fidelity.rms_error > 0
     assert coarse.fidelity.kl_divergence > fine.fidelity.kl_divergence > 0
+
+
+def test_a_long_text_is_run_a_few_chunks_at_a_time_with_the_same_result(
+    short_text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them at once are 36 KB of K and V a token with the 270M: 9 GB for a text of a megabyte."""
+    checkpoint, bundle = FIXTURES / "gemma4-one-kv-head", tmp_path / "bundle"
+    convert(open_checkpoint(checkpoint), bundle, "int8", context=64)
+    sizes: list[int] = []
+    begin = ReferenceDecoder.begin
+
+    def counted(decoder: ReferenceDecoder, sequences: Sequence[Sequence[int]], *rest: Linear) -> list[Stream]:
+        sizes.append(len(sequences))
+        return begin(decoder, sequences, *rest)
+
+    monkeypatch.setattr(ReferenceDecoder, "begin", counted)
+    reports = []
+    for together in (8192, 128):
+        monkeypatch.setattr(evaluate, "_TOGETHER", together)
+        (report,) = evaluate_bundles([bundle], checkpoint, short_text, tmp_path / "cache", threads=1)
+        reports.append((report.fidelity, report.layer_errors))
+    assert reports[0] == reports[1]
+    whole, *parts = sizes
+    assert sum(parts) == whole > 2
+    assert max(parts) == 2
 
 
 def test_a_bundle_of_another_model_is_refused_in_one_line(short_text: str, tmp_path: Path) -> None:
