@@ -12,8 +12,9 @@ import contextlib
 import os
 import secrets
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import version
@@ -108,9 +109,8 @@ def convert(
     plan = plan_that_keeps(recipe, arch, {name: format for name, (_, format) in stored.items()})
     with (
         _whole_or_nothing(target, budget or _size(checkpoint, plan, widths)) as scratch,
-        ThreadPoolExecutor(1) as pool,
+        _digests(checkpoint.source_files) as digests,
     ):
-        digests = pool.submit(_digests, checkpoint.source_files)
         work = _Work(_values_in(arch), report)
         notes: dict[str, object] = {}
         if budget is not None:
@@ -151,8 +151,20 @@ def _stored_codes(checkpoint: Checkpoint) -> dict[str, tuple[ExactCodes, Format]
     return found
 
 
-def _digests(files: tuple[Path, ...]) -> dict[str, str]:
-    return {path.name: file_digest(path) for path in files}
+@contextlib.contextmanager
+def _digests(files: tuple[Path, ...]) -> Iterator[Future[dict[str, str]]]:
+    """SHA-256 of files by name, computed beside the conversion; given up when that ends early."""
+    over = threading.Event()
+
+    def heed(_bytes: int) -> None:
+        if over.is_set():
+            raise CancelledError
+
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            yield pool.submit(lambda: {path.name: file_digest(path, heed) for path in files})
+        finally:
+            over.set()
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import bundles
@@ -71,6 +72,25 @@ def test_a_conversion_that_ends_early_leaves_nothing(failure: BaseException, tmp
     with pytest.raises((KeyboardInterrupt, EdgeError)):
         convert(open_checkpoint(GEMMA3), tmp_path / "bundle", "int8", 128, fail)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_conversion_that_ends_early_does_not_wait_for_the_digest_of_a_large_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow_digest(_path: Path, progress: Callable[[int], None] = lambda _bytes: None) -> str:
+        for _ in range(3000):
+            progress(1)
+            time.sleep(0.01)
+        return ""
+
+    def interrupt(_progress: Progress) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("converters.convert.file_digest", slow_digest)
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        convert(open_checkpoint(GEMMA3), tmp_path / "bundle", "int8", 128, interrupt)
+    assert time.monotonic() - started < 15
 
 
 def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
