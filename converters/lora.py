@@ -20,6 +20,7 @@ import numpy as np
 
 from converters.architectures.names import huggingface_name
 from converters.checkpoints.base import Checkpoint, LazyTensor
+from converters.checkpoints.chat import chat_info, folder_template
 from converters.checkpoints.safetensors_file import TensorEntry, read_safetensors
 from converters.checkpoints.stored import (
     Floats,
@@ -65,6 +66,7 @@ _REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
 def merge_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     """The checkpoint with the adapter in `folder` merged into its tensors as they are read.
 
+    An adapter that was trained on a base model may bring the chat template that it was trained with.
     Raises CheckpointError that names the file and the setting, module or tensor if the adapter is damaged, of
     a kind that can't be merged, or made for another model; also if the checkpoint holds packed integers.
     """
@@ -80,7 +82,10 @@ def merge_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
             )
         tensors[name] = _Merged(tensors[name], adapter, name)
     files = (*checkpoint.source_files, folder / _CONFIG, folder / _WEIGHTS)
-    return replace(checkpoint, tensors=tensors, source_files=files)
+    chat = chat_info(checkpoint.architecture.family, folder_template(folder))
+    if chat.prompt_format == "plain":  # it brings no template of the family
+        chat = checkpoint.chat
+    return replace(checkpoint, tensors=tensors, source_files=files, chat=chat)
 
 
 @dataclass(frozen=True)

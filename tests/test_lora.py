@@ -119,6 +119,19 @@ def test_modules_are_found_behind_every_prefix(first: str, tmp_path: Path) -> No
     assert merged.tensors["layers.1.up"].source_type == "BF16 with LoRA"
 
 
+def test_an_adapter_that_taught_a_base_model_to_chat_brings_its_template(tmp_path: Path) -> None:
+    """It is saved beside the adapter with the tokenizer; where it is another family's, the model's counts."""
+    checkpoint = open_checkpoint(FIXTURES / GEMMA3)
+    assert checkpoint.chat.prompt_format == "plain"
+    folder = write_adapter(tmp_path, {"model.layers.1.mlp.up_proj": factors_for(checkpoint, "layers.1.up")})
+    (folder / "chat_template.jinja").write_text("{{ '<start_of_turn>user' }}")
+    merged = merge_adapter(checkpoint, folder)
+    assert (merged.chat.prompt_format, merged.chat.stop_ids) == ("gemma3", (1, 106))
+    (folder / "chat_template.jinja").write_text("{{ '<|im_start|>user' }}")
+    assert merge_adapter(checkpoint, folder).chat == checkpoint.chat
+    assert merge_adapter(merged, folder).chat == merged.chat
+
+
 def test_towers_and_unused_keys_and_values_are_left_out(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(FIXTURES / GEMMA4)
     pair = factors_for(checkpoint, "layers.1.up")
