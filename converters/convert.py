@@ -107,8 +107,9 @@ def convert(
         raise EdgeError("--recipe auto and --budget need each other: give both, or another recipe alone")
     widths = widths or widths_of(arch)
     plan = plan_that_keeps(recipe, arch, {name: format for name, (_, format) in stored.items()})
+    most = _size(checkpoint, plan, widths)  # with a budget, of a bundle all in int8
     with (
-        _whole_or_nothing(target, budget or _size(checkpoint, plan, widths)) as scratch,
+        _whole_or_nothing(target, most if budget is None else min(budget, most)) as scratch,
         _digests(checkpoint.source_files) as digests,
     ):
         work = _Work(_values_in(arch), report)

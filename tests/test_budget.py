@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,16 @@ def test_a_bundle_fits_its_budget_and_the_manifest_says_what_was_chosen(name: st
         for first, last in re.findall(r"\b(\d+)(?:-(\d+))?(?=[,;]|$)", qkv)
     ]
     assert sorted(layer for run in named for layer in run) == list(range(layers))
+
+
+def test_a_budget_larger_than_the_model_asks_for_no_more_disk_than_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10**7, 0, 10**7))
+    found = convert(
+        open_checkpoint(FIXTURES / GEMMA3), tmp_path / "auto", "auto", 512, calibration=TEXT, budget=10**9
+    )
+    assert found.bytes < 10**6
 
 
 @pytest.mark.parametrize(
