@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from checkpoint_files import FIXTURES, GEMMA3, GEMMA4, NAMES
 from click.testing import CliRunner
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from converters.calibration.budget import Choice, damages, formats_of, spend
@@ -46,6 +46,7 @@ def damage(chosen: dict[str, Choice]) -> float:
 
 
 @given(choices=MATRICES, budget=st.integers(0, 30_000))
+@settings(deadline=None)
 def test_no_more_is_spent_than_there_is_and_no_step_that_fits_is_left(
     choices: dict[str, list[Choice]], budget: int
 ) -> None:
