@@ -35,6 +35,7 @@ class ScriptedBroker:
         self.versions: list[int] = []
         self.asked: list[Any] = []  # properties of each CONNECT of MQTT 5
         self.published: list[Published] = []
+        self.pings = 0
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._connections: list[socket.socket] = []
         self._thread = threading.Thread(target=self._serve, daemon=True)
@@ -54,6 +55,10 @@ class ScriptedBroker:
 
     def acknowledge(self, published: Published) -> None:
         self._connections[published.connection].sendall(b"\x40\x02" + published.identifier.to_bytes(2, "big"))
+
+    def say(self, packet: bytes) -> None:
+        """Send a packet over the last connection."""
+        self._connections[-1].sendall(packet)
 
     def drop(self) -> None:
         """End the connection."""
@@ -94,6 +99,7 @@ class ScriptedBroker:
                 answer = body[:2] + (b"\x00" if five else b"") + b"\x01" * topics
                 connection.sendall(bytes([0x90, len(answer)]) + answer)
             elif kind == PINGREQ:
+                self.pings += 1
                 connection.sendall(b"\xd0\x00")
             elif kind == PUBLISH and first[0] & 0x06:
                 end = 2 + int.from_bytes(body[:2], "big")

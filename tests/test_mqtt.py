@@ -25,7 +25,7 @@ from edge.requests.engine import Engine
 from edge.requests.journal import Journal
 from edge.requests.journaling import JournaledEngine
 from edge.transports.mqtt import MqttTransport
-from edge.transports.mqtt_messages import Outgoing
+from edge.transports.mqtt_messages import Outgoing, Received
 
 REPLY = "edge/v1/pump/reply/sensor"
 REQUEST = "edge/v1/pump/request"
@@ -217,6 +217,35 @@ def test_a_request_without_a_response_topic_is_dropped_and_does_not_come_back(
     assert node.speller.asked == ["b"]
 
 
+@pytest.mark.parametrize("name", ["\x01", "\x7f", "\x85", "\ufffe", "\ufdd0", "/" * 220])
+def test_a_topic_that_the_broker_would_end_the_connection_for_is_not_written_to(
+    node: Node, sensor: Sensor, name: str
+) -> None:
+    sensor.ask(request("a", reply_to=f"edge/v1/pump/reply/{name}"))
+    sensor.ask(request("b"), ResponseTopic=REPLY)
+    assert sensor.final().id == "b"
+    assert node.speller.asked == ["b"]
+
+
+def test_a_request_may_have_every_property_and_character_of_mqtt(
+    node: Node, connect: Connect, mosquitto: Mosquitto
+) -> None:
+    topic = f"{REPLY}/\ufeff" + "/" * 90
+    sensor = connect(mosquitto, topic)
+    sensor.ask(
+        request("a", stream=False),
+        ResponseTopic=topic,
+        CorrelationData=b"\x00" * 200,
+        MessageExpiryInterval=60,
+        PayloadFormatIndicator=1,
+        ContentType="\ufeffapplication/json",
+        UserProperty=[("made with", "\ufeffa text editor"), ("", "")],
+    )
+    answer = sensor.messages.get(timeout=WAIT_S)
+    assert (answer.topic, json.loads(answer.payload)["text"]) == (topic, "cba fed ")
+    assert vars(answer.properties)["CorrelationData"] == b"\x00" * 200
+
+
 def test_a_retained_request_is_ignored(mosquitto: Mosquitto, sensor: Sensor) -> None:
     sensor.client.publish(
         REQUEST, request("old"), qos=1, retain=True, properties=_properties({"ResponseTopic": REPLY})
@@ -310,6 +339,20 @@ def test_properties_are_packed_as_paho_does(correlation: bytes | None, response_
     expected: Any = _properties(named)
     assert read.json() == expected.json()
     assert len(message.properties().pack()) == len(expected.pack())
+
+
+@pytest.mark.parametrize("first", [0x30, 0x31, 0x32, 0x3B])
+@pytest.mark.parametrize("size", [0, 1, 200, 20_000])
+def test_a_message_is_read_with_its_properties(first: int, size: int) -> None:
+    named = {"TopicAlias": 7, "SubscriptionIdentifier": 300, "UserProperty": ("a", "b" * size)}
+    named |= {"ResponseTopic": REPLY, "CorrelationData": b"c" * size, "MessageExpiryInterval": 70_000}
+    properties: Any = _properties(named)
+    qos = first & 0x06
+    packet = b"\x00\x01t" + (b"\x01\x02" if qos else b"") + properties.pack() + b"d" * size
+    assert Received.read(first, packet, five=True, generation=3) == Received(
+        *("t", b"d" * size, bool(first & 1), bool(first & 8), REPLY, b"c" * size, 70_000),
+        token=(3, 258) if qos else None,
+    )
 
 
 def test_status_is_retained_and_the_last_will_says_offline(mosquitto: Mosquitto, connect: Connect) -> None:

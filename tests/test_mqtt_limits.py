@@ -218,3 +218,30 @@ def test_a_broker_without_mqtt_5_is_spoken_to_in_3_1_1(scripted: Scripted, conne
     broker.drop()
     wait_for(lambda: broker.versions == [5, 4, 4])
     assert client.connection.refused is None
+
+
+def test_a_broker_hears_from_us_as_often_as_it_asks_for(scripted: Scripted, connect: Connect) -> None:
+    broker = scripted(ServerKeepAlive=1)  # ours is 30 s
+    connect(broker)
+    wait_for(lambda: broker.pings >= 2)
+    assert broker.connections == 1
+
+
+@pytest.mark.parametrize(
+    ("packet", "said"),
+    [
+        (b"\xe0\x01\x8e", "another client took over this session; give each node its own name."),
+        (b"\xe0\x02\x8e\x00", "another client took over this session; give each node its own name."),
+        (b"\xe0\x01\x87", "the connection was lost (Not authorized)"),
+        (b"\xe0\x09\x9d\x07\x1c\x00\x04else", "the connection was lost (Server moved)"),
+        (b"\xe0\x00", "the connection was lost (Normal disconnection)"),
+    ],
+)
+def test_why_the_broker_ends_the_connection_is_said(
+    scripted: Scripted, connect: Connect, packet: bytes, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    broker = scripted()
+    client = connect(broker)
+    broker.say(packet)
+    wait_for(lambda: not client.listener.online)
+    assert said in caplog.text

@@ -21,9 +21,12 @@ MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_TOOLS = 64
 MAX_CHOICES = 1024
+MAX_TOPIC_BYTES, MAX_TOPIC_LEVELS = 512, 100  # mosquitto knows 200 levels, EMQX 128
 
 _ID = re.compile(r"[!-~]{1,64}")
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_NO_CHARACTERS = "".join(chr(plane << 16 | low) for plane in range(17) for low in (0xFFFE, 0xFFFF))
+_NOT_IN_TOPICS = re.compile(f"[+#\0-\x1f\x7f-\x9f\ufdd0-\ufdef{_NO_CHARACTERS}]")
 
 
 @dataclass(frozen=True)
@@ -54,10 +57,18 @@ def request_id(path: str, value: Any) -> str:
 
 
 def response_topic(path: str, value: Any) -> str:
-    """Accept an MQTT topic name (MQTT 5, 4.7): no wildcards, no NUL."""
+    """Accept an MQTT topic name (MQTT 5, 4.7) that no broker ends the connection for.
+
+    Some do so for control characters, for what Unicode says are no characters (1.5.4) and for many levels;
+    the answer would then be sent again and again, over each new connection.
+    """
     topic = text(path, value)
-    if not 1 <= len(topic.encode()) <= 512 or any(c in topic for c in "+#\0"):
-        raise FieldError(f"{path} is not a topic; allowed: 1 to 512 bytes without +, # and NUL")
+    if not 1 <= len(topic.encode()) <= MAX_TOPIC_BYTES or _NOT_IN_TOPICS.search(topic):
+        raise FieldError(
+            f"{path} is not a topic; allowed: 1 to {MAX_TOPIC_BYTES} bytes without +, # and control codes"
+        )
+    if topic.count("/") >= MAX_TOPIC_LEVELS:
+        raise FieldError(f"{path} has {topic.count('/') + 1} levels; allowed: at most {MAX_TOPIC_LEVELS}")
     return topic
 
 

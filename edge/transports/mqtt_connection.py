@@ -7,8 +7,8 @@ backoff from whatever happens; other threads only `post` work to it. Nothing in 
 Acknowledgements are manual. A delivery's token names its connection, because a packet identifier means
 nothing on the next one (MQTT 5, 4.4): the broker delivers again what was not acknowledged.
 
-The broker's Receive Maximum and Maximum Packet Size, which paho never reads, are honoured, and ours are
-announced. MQTT 5 is spoken, and 3.1.1 with a broker that refuses version 5.
+The broker's Receive Maximum, Maximum Packet Size and Server Keep Alive, which paho never reads, are honoured,
+and our own limits announced. MQTT 5 is spoken, and 3.1.1 with a broker that refuses version 5.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from paho.mqtt.client import Client, ConnectFlags, DisconnectFlags, MQTTMessage, MQTTv5, MQTTv311
-from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
+from paho.mqtt.client import Client, ConnectFlags, DisconnectFlags, MQTTv5, MQTTv311
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
@@ -161,9 +161,10 @@ class MqttConnection:
         """Whether a delivery can be acknowledged: there is one, and it came over this connection."""
         return token is not None and token[0] == self._generation and self.connected
 
-    def _make_client(self) -> Client:
+    def _make_client(self) -> _Client:
         broker, will, clean = self._broker, self._will, self._session_expiry_s == 0
-        client = _BufferedClient(
+        client = _Client(
+            self._on_message,
             CallbackAPIVersion.VERSION2,
             self._client_id,
             clean_session=clean if self._version == MQTTv311 else None,
@@ -187,7 +188,6 @@ class MqttConnection:
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
         client.on_subscribe = self._on_subscribe
-        client.on_message = self._on_message
         client.on_publish = self._on_publish
         if self._version == MQTTv311:
             client.connect_async(broker.host, broker.port, broker.keepalive_s)
@@ -335,6 +335,7 @@ class MqttConnection:
             if not self._ever_connected:
                 self.refused = self.problem
             return
+        self._client.keep_alive(getattr(properties, "ServerKeepAlive", 0))
         self._window = min(MAX_INFLIGHT, getattr(properties, "ReceiveMaximum", MAX_INFLIGHT))
         if len(self._inflight) > self._window:  # paho is about to send all of them again, whatever is allowed
             self._rejected = self._renew = True
@@ -385,8 +386,8 @@ class MqttConnection:
         else:
             self._listener.subscribed()
 
-    def _on_message(self, _client: Client, _data: Any, message: MQTTMessage) -> None:
-        received = Received.of(message, self._generation)
+    def _on_message(self, first: int, packet: bytes) -> None:
+        received = Received.read(first, packet, self._version == MQTTv5, self._generation)
         try:
             self._listener.received(received)
         except Exception:
@@ -400,12 +401,35 @@ class MqttConnection:
             self._listener.published(self._inflight.pop(mid)[0], str(reason) if reason.is_failure else None)
 
 
-class _BufferedClient(Client):
-    """paho's client, made to read and write in bulk: its own ways cost half of a request's time."""
+class _Client(Client):
+    """paho's client, made to read and write in bulk: its own ways cost half of a request's time.
+
+    A PUBLISH is not read by it: `on_packet` gets its first byte, and what follows its length.
+    """
+
+    def __init__(self, on_packet: Callable[[int, bytes], None], *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._on_packet = on_packet
+
+    def keep_alive(self, most_s: int) -> None:
+        """Let the broker hear something every `most_s` seconds at least, if not 0 (MQTT 5, 3.2.2.3.14)."""
+        self._keepalive = min(self._keepalive, most_s or self._keepalive)
 
     def _create_socket(self) -> Any:
         sock: Any = super()._create_socket()
         return BufferedSocket(sock)
+
+    def _handle_publish(self) -> MQTTErrorCode:
+        packet: Any = self._in_packet
+        self._on_packet(packet["command"], bytes(packet["packet"]))
+        return MQTTErrorCode.MQTT_ERR_SUCCESS
+
+    def _handle_disconnect(self) -> None:
+        """Have the reason read also where no properties follow it, as most brokers send it."""
+        packet: Any = self._in_packet
+        if packet["remaining_length"] in (1, 2):
+            packet["remaining_length"] = 3
+        super()._handle_disconnect()
 
 
 def _tune(_client: Client, _data: Any, sock: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from paho.mqtt.client import MQTTMessage
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
@@ -14,7 +13,10 @@ CONTENT_TYPE = "application/json"
 # format indicator, content type (MQTT 5, 3.3); each further property has three bytes beside its value.
 HEADER_BYTES = 5 + 2 + 2 + 4 + 2 + 3 + len(CONTENT_TYPE)
 
-RESPONSE_TOPIC, CORRELATION_DATA = 0x08, 0x09  # identifiers of properties (MQTT 5, 2.2.2.2)
+# Identifiers of a PUBLISH's properties (MQTT 5, 2.2.2.2), and what their values are.
+EXPIRY, RESPONSE_TOPIC, CORRELATION_DATA, SUBSCRIPTION = 0x02, 0x08, 0x09, 0x0B
+_BYTES = {0x01: 1, EXPIRY: 4, 0x23: 2}  # so many
+_STRINGS = {0x03: 1, RESPONSE_TOPIC: 1, CORRELATION_DATA: 1, 0x26: 2}  # so many, each with its length
 
 Token = tuple[int, int]
 _Properties: Any = Properties  # paho leaves its constructor untyped
@@ -57,19 +59,61 @@ class Received:
     token: Token | None
 
     @classmethod
-    def of(cls, message: MQTTMessage, generation: int) -> Received:
-        """Take what paho has received over connection number `generation`."""
-        properties = message.properties
+    def read(cls, first: int, packet: bytes, five: bool, generation: int) -> Received:
+        """Read a PUBLISH that came over connection number `generation`.
+
+        `first` is its first byte, `packet` what follows its length; `five`: it is one of MQTT 5. Raises
+        LookupError if it has properties that no PUBLISH has.
+        """
+        end = 2 + int.from_bytes(packet[:2], "big")
+        topic = packet[2:end].decode(errors="replace")
+        token = (generation, int.from_bytes(packet[end : end + 2], "big")) if first & 0x06 else None
+        end += 2 if token else 0
+        properties, end = _properties(packet, end) if five else ({}, end)
+        reply, expiry = properties.get(RESPONSE_TOPIC), properties.get(EXPIRY)
         return cls(
-            topic=message.topic,
-            payload=bytes(message.payload),
-            retained=message.retain,
-            repeated=message.dup,
-            response_topic=getattr(properties, "ResponseTopic", None),
-            correlation=getattr(properties, "CorrelationData", None),
-            expiry_s=getattr(properties, "MessageExpiryInterval", None),
-            token=(generation, message.mid) if message.qos else None,
+            topic=topic,
+            payload=packet[end:],
+            retained=bool(first & 0x01),
+            repeated=bool(first & 0x08),
+            response_topic=None if reply is None else reply.decode(errors="replace"),
+            correlation=properties.get(CORRELATION_DATA),
+            expiry_s=None if expiry is None else int.from_bytes(expiry, "big"),
+            token=token,
         )
+
+
+def _properties(packet: bytes, at: int) -> tuple[dict[int, bytes], int]:
+    """Read the properties that begin at a place in a PUBLISH; also says where they end.
+
+    paho does not take U+FEFF in any of them, which MQTT 5 allows (1.5.4.3).
+    """
+    found: dict[int, bytes] = {}
+    length, at = _number(packet, at)
+    end = at + length
+    while at < end:
+        identifier = packet[at]
+        start, at = at + 1, at + 1
+        if identifier in _BYTES:
+            at += _BYTES[identifier]
+        elif identifier == SUBSCRIPTION:
+            at = _number(packet, at)[1]
+        else:
+            for _ in range(_STRINGS[identifier]):
+                start = at + 2
+                at = start + int.from_bytes(packet[at:start], "big")
+        found[identifier] = packet[start:at]
+    return found, end
+
+
+def _number(packet: bytes, at: int) -> tuple[int, int]:
+    """Read a Variable Byte Integer (MQTT 5, 1.5.5); also says where it ends."""
+    value = shift = 0
+    while True:
+        value |= (packet[at] & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if packet[at - 1] < 0x80:
+            return value, at
 
 
 @dataclass(frozen=True)
