@@ -36,6 +36,7 @@ class ScriptedBroker:
         self.asked: list[Any] = []  # properties of each CONNECT of MQTT 5
         self.published: list[Published] = []
         self.pings = 0
+        self.granted = 1  # to who subscribes: a quality of service, or a reason not to
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._connections: list[socket.socket] = []
         self._thread = threading.Thread(target=self._serve, daemon=True)
@@ -96,7 +97,7 @@ class ScriptedBroker:
             elif kind == SUBSCRIBE & 0xF0:
                 five = self.versions[-1] == 5
                 topics = self._topics(body, five)
-                answer = body[:2] + (b"\x00" if five else b"") + b"\x01" * topics
+                answer = body[:2] + (b"\x00" if five else b"") + bytes([self.granted]) * topics
                 connection.sendall(bytes([0x90, len(answer)]) + answer)
             elif kind == PINGREQ:
                 self.pings += 1

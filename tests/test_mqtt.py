@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 from counterparts import WAIT_S, Mosquitto, free_port, wait_for
+from paho.mqtt import publish
 from paho.mqtt.client import Client, MQTTMessage, MQTTv5, MQTTv311
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from speller import Speller
 
+from edge.client.links import MqttLink
 from edge.config import Broker, MqttConfig
 from edge.errors import TransportError
 from edge.protocol.messages import MAX_REQUEST_BYTES, Answer, Failure, Final, Partial, Request, parse_answer
@@ -269,6 +271,25 @@ def test_a_request_asked_again_gets_its_answer_again(node: Node, sensor: Sensor)
         sensor.ask(request("a", stream=False), ResponseTopic=REPLY)
         assert sensor.final().text == "cba fed "
     assert node.speller.asked == ["a"]
+
+
+def test_another_request_of_an_id_that_has_no_answer_yet_is_told_so(node: Node, sensor: Sensor) -> None:
+    node.speller.gate.clear()
+    sensor.ask(request("a", "first", stream=False), ResponseTopic=REPLY)
+    node.speller.wait_until_held()
+    sensor.ask(request("a", "second", stream=False), ResponseTopic=REPLY, CorrelationData=b"2")
+    message = sensor.messages.get(timeout=WAIT_S)
+    refusal = parse_answer(bytes(message.payload))
+    assert isinstance(refusal, Failure)
+    assert (refusal.id, refusal.code, refusal.retry_after_ms) == ("a", "busy", 1000)
+    assert vars(message.properties)["CorrelationData"] == b"2"
+    sensor.ask(request("a", "first", stream=False, deadline_ms=60_000), ResponseTopic=REPLY)
+    node.speller.gate.set()
+    assert sensor.final().text == "tsrif "
+    sensor.ask(request("a", "second", stream=False), ResponseTopic=REPLY)
+    assert sensor.final().text == "dnoces "
+    wait_for(lambda: node.transport.unconfirmed == 0)
+    assert sensor.messages.empty()
 
 
 def test_a_full_queue_answers_busy_at_once(node: Node, sensor: Sensor) -> None:
@@ -549,3 +570,34 @@ def test_a_final_too_large_for_the_broker_becomes_a_typed_error(
     sensor.ask(request("a", "x" * 1800, stream=False), ResponseTopic=REPLY)
     assert sensor.failure().code == "too_long"
     node.stop()
+
+
+@pytest.fixture
+def ask_as(mosquitto: Mosquitto) -> Iterator[Callable[..., MqttLink]]:
+    """Make links as edge-ask does."""
+    links = []
+
+    def make(broker: Mosquitto, username: str | None = None) -> MqttLink:
+        links.append(MqttLink(Broker(port=broker.port, username=username), "pump"))
+        return links[-1]
+
+    yield make
+    for link in links:
+        link.close()
+
+
+def test_a_user_of_any_name_is_answered(
+    node: Node, mosquitto: Mosquitto, ask_as: Callable[..., MqttLink]
+) -> None:
+    link = ask_as(mosquitto, "me+you/#")
+    assert [answer.id for answer in link.ask(Request("a", "abc", stream=False), WAIT_S)] == ["a"]
+
+
+def test_who_asks_without_a_right_to_is_told_so(
+    start_mosquitto: Callable[..., Mosquitto], tmp_path: Path, ask_as: Callable[..., MqttLink]
+) -> None:
+    (tmp_path / "acl").write_text("topic read #\ntopic write edge/v1/pump/status\n")
+    broker = start_mosquitto("allow_anonymous true", f"acl_file {tmp_path / 'acl'}")
+    publish.single("edge/v1/pump/status", '{"state":"online"}', 1, True, port=broker.port)
+    with pytest.raises(TransportError, match=": it does not take what is published: Not authorized"):
+        list(ask_as(broker).ask(Request("a", "abc"), WAIT_S))

@@ -245,3 +245,20 @@ def test_why_the_broker_ends_the_connection_is_said(
     broker.say(packet)
     wait_for(lambda: not client.listener.online)
     assert said in caplog.text
+
+
+def test_a_subscription_that_was_refused_is_tried_again(
+    scripted: Scripted, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mqtt_connection, "RESUBSCRIBE_S", 0.1)
+    broker = scripted()
+    broker.granted = 0x87
+    client = Client(broker)
+    client.connection.start()
+    wait_for(lambda: client.connection.problem)
+    assert "it refuses a subscription: Not authorized; check its access list. Trying again." in caplog.text
+    broker.granted = 1
+    wait_for(lambda: client.listener.online)
+    assert client.connection.problem is None
+    assert broker.connections == 1
+    client.connection.stop(WAIT_S)

@@ -21,7 +21,8 @@ from edge.transports.serial_port import SerialPort
 CONNECT_S = 10.0  # for a broker or a port to be there
 STATUS_S = 2.0  # for the retained status of a node to arrive
 OTHERS_S = 0.3  # after the first one's, for those of other nodes
-LOST_S = 30.0  # for a lost broker or node to come back
+LOST_S = 30.0  # for a lost broker, node or port to come back
+REMIND_S = 10.0  # between two times that a serial line is asked, in case the answer was lost
 ACK_S = (0.4, 0.8, 1.6, 3.2, 3.2)  # for an acknowledgement on a serial line, try by try, as EZSP's ASH has it
 MAX_LINE_BYTES = 1024 * 1024  # of an answer
 
@@ -34,6 +35,7 @@ class MqttLink:
         self._broker, self._node = broker, node
         self._events: queue.Queue[str | Received] = queue.Queue()
         self._reply = ""
+        self._refused: str | None = None
         self._connection = MqttConnection(
             broker, f"edge-ask-{uuid.uuid4().hex[:12]}", self, session_expiry_s=0
         )
@@ -47,6 +49,7 @@ class MqttLink:
         until = until_s(patience_s)
         node = self._find_node()
         user = self._broker.username or "anonymous"  # so that a broker's access list can keep users apart
+        user = user.translate({ord("+"): "_", ord("#"): "_"})  # which no topic has
         self._reply = f"edge/v1/{node}/reply/{user}/{uuid.uuid4().hex[:12]}"
         self._connection.post(lambda: self._connection.subscribe(self._reply))
         topic, payload = f"edge/v1/{node}/request", replace(request, reply_to=self._reply).to_json()
@@ -77,6 +80,10 @@ class MqttLink:
 
     def _give_up(self, node: str, there: bool, silent_s: float) -> None:
         """Raise TransportError if the broker refuses, or it or the node has been away for too long."""
+        if self._refused:
+            raise TransportError(
+                f"broker {self._broker.address}: it does not take what is published: {self._refused}"
+            )
         problem = self._connection.problem
         if problem and (self._connection.connected or silent_s > LOST_S):
             raise TransportError(problem)
@@ -149,7 +156,8 @@ class MqttLink:
         self._connection.acknowledge(message.token)
 
     def published(self, number: int, refused: str | None) -> None:
-        """Do nothing: an answer is the sign that it has arrived."""
+        """Note a refusal; that a request has arrived is known from its answer."""
+        self._refused = refused or self._refused
 
     def tick(self) -> None:
         """Do nothing."""
@@ -181,17 +189,31 @@ class SerialLink:
             time.sleep(0.01)
 
     def ask(self, request: Request, patience_s: float | None = None) -> Iterator[Answer]:
-        """Send `request` until it is acknowledged, and yield what is answered."""
+        """Send `request` until it is acknowledged, and yield what is answered.
+
+        It is sent again now and then, since the answer may have been lost: the daemon acknowledges that.
+        """
         until = until_s(patience_s)
         self._send_until_acknowledged(request)
+        sent = heard = time.monotonic()
         while True:
             line = next_event(self._lines, until)
-            if isinstance(line, Damaged) or _kind(line) == "hello":
-                self._port.send(request.to_json())  # what was lost may have been the answer
-            elif (answer := _answer(line, request.id)) is not None:
+            now = time.monotonic()
+            heard = heard if line is None else now
+            self._give_up(now - heard)
+            if isinstance(line, Damaged) or _kind(line) == "hello" or now - sent > REMIND_S:
+                self._port.send(request.to_json())
+                sent = now
+            if (answer := _answer(line, request.id)) is not None:
                 yield answer
                 if not isinstance(answer, Partial):
                     return
+
+    def _give_up(self, silent_s: float) -> None:
+        """Raise TransportError if the daemon or the port has been away for too long."""
+        if silent_s > LOST_S:
+            said = f"nothing has come for {silent_s:.0f} s; is edge-daemon there?"
+            raise TransportError(self._port.problem or f"port {self._port.name}: {said}")
 
     def cancel(self, request_id: str) -> None:
         """Send a cancellation."""

@@ -88,13 +88,22 @@ class JournaledEngine:
                     return False
                 sink(parse_answer(answer))
             case Conflict():
-                said = f"id {request.id} is that of another request, which has no answer yet"
-                sink(Failure(request.id, "busy", said, CONFLICT_MS))
+                sink(Failure(request.id, "busy", _conflict(request.id), CONFLICT_MS))
             case Poisoned(starts):
                 self._keeping(key, sink)(_poisoned(request.id, starts))
             case Accepted():
                 self._work(client, request, sink)
         return True
+
+    def repeats(self, client: str, request: Request) -> bool:
+        """Whether this request is known, as one that is being worked on or has its answer.
+
+        Raises RequestError("busy") if its id is that of another one, which has no answer yet.
+        """
+        verdict = self._journal.find(_key(client, request.id), _raw(request))
+        if isinstance(verdict, Conflict):
+            raise RequestError("busy", _conflict(request.id), CONFLICT_MS)
+        return verdict is not None
 
     def sync(self) -> None:
         """Wait until all that was submitted is on the disk."""
@@ -193,6 +202,10 @@ def _raw(request: Request) -> bytes:
 
 def _deadline(request: Request) -> float | None:
     return None if request.deadline_ms is None else time.time() + request.deadline_ms / 1000
+
+
+def _conflict(request_id: str) -> str:
+    return f"id {request_id} is that of another request, which has no answer yet"
 
 
 def _poisoned(request_id: str, starts: int) -> Failure:

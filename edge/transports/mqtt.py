@@ -50,11 +50,17 @@ HEALTH_CHANGED_S, HEALTH_SAME_S = 1.0, 60.0  # health is published at most, and 
 
 @dataclass(eq=False)
 class _Delivery:
-    """A request on its way: where its answers go, and what to acknowledge then."""
+    """A request on its way: where its answers go, what to acknowledge then, and a hash of what was asked."""
 
     reply: str
     correlation: bytes | None
     token: Token | None = None
+    content: int | None = None
+
+    @classmethod
+    def of(cls, message: Received, reply: str) -> _Delivery:
+        """Make that of a message whose answers go to `reply`."""
+        return cls(reply, message.correlation, message.token, hash(message.payload))
 
     def message(self, answer: Answer, qos: int = 1) -> Outgoing:
         return Outgoing(self.reply, answer.to_json(), qos, correlation=self.correlation)
@@ -225,8 +231,9 @@ class MqttTransport:
                 said = f"the answer takes {size} bytes, the broker at most {most}; ask for fewer tokens"
                 self._send(key, delivery, Failure(answer.id, "too_long", said), keep=True)
                 return
-        del self._deliveries[key]
-        self._engine.delivered(_client(delivery.reply), key[1])
+        if self._deliveries.get(key) is delivery:  # else its id has been given to another request
+            del self._deliveries[key]
+            self._engine.delivered(_client(delivery.reply), key[1])
         self._finish(key, delivery)
 
     def _finish(self, key: tuple[str, str], delivery: _Delivery) -> None:
@@ -252,25 +259,27 @@ class MqttTransport:
             return
         request: Request | None = None
         refusal: Failure | None = None
+        repeat = False
         try:
             request = parse_request(message.payload)
             name, reply_to = request.id, request.reply_to
+            repeat = self._is_repeat(message, request)
         except RequestError as error:
             salvaged, reply_to = salvage(message.payload)
-            refusal = Failure(salvaged, error.code, str(error))
+            refusal = Failure(salvaged, error.code, str(error), error.retry_after_ms)
             name = _refused_name(message)
         reply = message.response_topic or reply_to
         if not self._may_answer(reply):
             self._drop(message, reply)
             return
         key = (reply, name)
-        if key in self._deliveries:
+        if repeat or (refusal is not None and key in self._deliveries):
             self._repeat(self._deliveries[key], message.token)
             return
         if message.repeated and key in self._answered:
             self.connection.acknowledge(message.token)
             return
-        delivery = self._deliveries[key] = _Delivery(reply, message.correlation, message.token)
+        delivery = self._deliveries[key] = _Delivery.of(message, reply)
         if refusal is not None:
             self._send(key, delivery, refusal, keep=False)
         elif request is not None:
@@ -288,9 +297,17 @@ class MqttTransport:
             return False
         refusal = self._engine.refusal(_client(reply), name)
         if refusal is not None:
-            delivery = self._deliveries[key] = _Delivery(reply, message.correlation, message.token)
+            delivery = self._deliveries[key] = _Delivery.of(message, reply)
             self._send(key, delivery, refusal, keep=False)
         return refusal is not None
+
+    def _is_repeat(self, message: Received, request: Request) -> bool:
+        """Whether a request is on its way already. Raises RequestError if another one of its id is."""
+        reply = message.response_topic or request.reply_to or ""
+        first = self._deliveries.get((reply, request.id))
+        if first is None:
+            return False
+        return first.content == hash(message.payload) or self._engine.repeats(_client(reply), request)
 
     def _repeat(self, delivery: _Delivery, token: Token | None) -> None:
         """Acknowledge a repeat now, so that it holds up nobody, unless the first one can't be any more."""
@@ -349,7 +366,9 @@ class MqttTransport:
             self.connection.publish(delivery.message(answer, qos=0))
         elif not self._confirmed(delivery.message(answer), partial(self._sent, key, delivery, answer), keep):
             log.error("%s: too many messages wait for the broker; a refusal is dropped", self._base)
-            del self._deliveries[key]  # it is not acknowledged, so that the broker delivers it once more
+            self._deliveries.pop(
+                key, None
+            )  # it is not acknowledged, so that the broker delivers it once more
 
     def _tell(self, message: Outgoing) -> None:
         self.connection.publish(message)

@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 TICK_S = 1.0  # the thread shows that it lives at least this often
 CONNACK_S = 10.0  # a broker that has not answered CONNECT by then is given up
 FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.5, 10.0
+RESUBSCRIBE_S = 10.0  # after the broker has refused a subscription
 DEAD_MS = 15_000  # what was sent and not acknowledged by TCP for so long ends the connection
 RECEIVE_BYTES = 64 * 1024  # what the system holds for us: more would only be older when it is read
 READ_S = 0.05  # what comes without end is read for so long before answers go out
@@ -85,6 +86,7 @@ class MqttConnection:
         self._generation = 0
         self._ever_connected = self._stopping = self._rejected = self._renew = False
         self._connecting_since = self._stop_by = 0.0
+        self._subscribe_at = float("inf")  # once more, after a refusal
         self._backoff_s = FIRST_BACKOFF_S
         self._outbox: deque[Callable[[], None]] = deque()
         self._version: MQTTProtocolVersion = MQTTv5
@@ -229,6 +231,7 @@ class MqttConnection:
             self._client.loop_misc()
             if self.connected:
                 self._listener.tick()
+                self._subscribe_again()
                 self._send_waiting()
             elif time.monotonic() - self._connecting_since > CONNACK_S:
                 self._trouble("no answer to CONNECT", "is it an MQTT broker?")
@@ -260,6 +263,12 @@ class MqttConnection:
                 self._client.loop_read()
         if writable and self._client.socket() is not None:
             self._client.loop_write()
+
+    def _subscribe_again(self) -> None:
+        """Try again what the broker has refused, when it is time: its access list may have been mended."""
+        if time.monotonic() >= self._subscribe_at:
+            self._subscribe_at = float("inf")
+            self._listener.connected()
 
     def _flush(self) -> None:
         """Write what paho has handed over; a connection that has ended is noticed when it is read."""
@@ -344,7 +353,7 @@ class MqttConnection:
         self._generation += 1
         self.connected = self._ever_connected = True
         self.problem = None
-        self._backoff_s = FIRST_BACKOFF_S
+        self._backoff_s, self._subscribe_at = FIRST_BACKOFF_S, float("inf")
         self.max_packet_bytes = getattr(properties, "MaximumPacketSize", NO_LIMIT_BYTES)
         log.info(
             "broker %s: connected, session %s",
@@ -383,7 +392,9 @@ class MqttConnection:
         refusals = {str(reason) for reason in reasons if reason.is_failure}
         if refusals:
             self._trouble(f"it refuses a subscription: {', '.join(refusals)}", "check its access list.")
+            self._subscribe_at = time.monotonic() + RESUBSCRIBE_S
         else:
+            self.problem = None
             self._listener.subscribed()
 
     def _on_message(self, first: int, packet: bytes) -> None:
