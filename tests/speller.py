@@ -34,8 +34,9 @@ class Speller:
             if (stopped := interrupted()) is not None:
                 reason = stopped
                 break
-            text += word[::-1] + " "
-            yield Delta(word[::-1] + " ", "")
+            said = ("x" * 20_000 if word == "MUCH" else word[::-1]) + " "
+            text += said
+            yield Delta(said, "")
         count = len(text.split())
         yield Completion(text, reason, Usage(1, 0, 0, count), Timings(0.0, 1.0, 1.0, 1.0), None, ())
 

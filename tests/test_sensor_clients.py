@@ -188,6 +188,13 @@ def test_a_refusal_is_told_by_its_code(
     assert ask(line.sensor_port, "LONG", "a") == ["error too_long", "text a "]
 
 
+def test_an_answer_that_is_too_long_for_a_client_is_said_to_be(
+    line: Line, start_node: Callable[[Line], Node], ask: Callable[..., list[str]]
+) -> None:
+    start_node(line)
+    assert ask(line.sensor_port, "MUCH", "a") == ["error too_long", "text a "]
+
+
 @pytest.mark.slow
 def test_nobody_at_the_other_end_is_noticed(line: Line, ask: Callable[..., list[str]]) -> None:
     assert ask(line.sensor_port, "hello") == ["error unavailable"]

@@ -16,9 +16,12 @@ import serial
 from counterparts import WAIT_S, PtyPair, wait_for
 from speller import Speller
 
+from edge.client import links
+from edge.client.links import SerialLink
 from edge.config import SerialConfig
+from edge.errors import TransportError
 from edge.protocol.framing import Damaged, FrameDecoder, encode
-from edge.protocol.messages import Request
+from edge.protocol.messages import Answer, Final, Request, Timings, Usage
 from edge.requests.engine import Engine
 from edge.requests.journal import Journal
 from edge.requests.journaling import JournaledEngine
@@ -59,6 +62,12 @@ class Board:
                 assert not isinstance(item, Damaged), item
                 self._heard.append(json.loads(item))
         raise AssertionError(f"no {kinds} came")
+
+    def request(self) -> None:
+        """Wait for the next request."""
+        until = time.monotonic() + WAIT_S
+        while not any("prompt" in str(item) for item in list(self._decoder.feed(self.read()))):
+            assert time.monotonic() < until
 
     def close(self) -> None:
         os.close(self._file)
@@ -157,6 +166,20 @@ def test_a_malformed_or_oversized_request_is_a_typed_error(
     error = board.hear("error")
     assert (error["id"], error["code"]) == (name, "bad_request")
     assert said in error["message"]
+
+
+def test_what_the_daemon_has_sent_itself_is_not_answered_where_the_line_echoes(
+    node: Node, board: Board
+) -> None:
+    said = [board.hear("hello")]
+    board.say(request("7"))
+    said += [board.hear(kind) for kind in ("ack", "partial", "final")]
+    others = [{"type": "error", "id": None}, {"type": "nak", "reason": "crc"}, {"type": "message"}]
+    for frame in said + others:
+        board.say(json.dumps(frame))
+    board.say(request("8"))
+    heard = board.hear("ack", "nak", "error", "hello")
+    assert heard == {"type": "ack", "id": "8"}
 
 
 def test_a_request_is_cancelled_by_a_frame(node: Node, board: Board) -> None:
@@ -330,3 +353,37 @@ def test_nobody_waits_for_a_port_that_takes_nothing(ptys: PtyPair) -> None:
         assert not sender.is_alive()
     assert node.transport.port._waiting_bytes <= MAX_WAITING_BYTES
     node.stop(timeout_s=0)
+
+
+@pytest.fixture
+def link(ptys: PtyPair, board: Board) -> Iterator[SerialLink]:
+    """The near end as edge-ask has it."""
+    link = SerialLink(SerialConfig(str(ptys.near), 115_200, "none", lenient=False))
+    yield link
+    link.close()
+
+
+def test_edge_ask_asks_again_when_the_answer_was_lost_without_a_trace(
+    link: SerialLink, board: Board, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(links, "REMIND_S", 0.1)
+    answers: list[Answer] = []
+    threading.Thread(target=lambda: answers.extend(link.ask(Request("7", "x"), WAIT_S))).start()
+    final = Final("7", "y", "stop", Usage(1, 0, 0, 1), Timings(0.0, 0.0, 0.0, 0.0))
+    for data in (encode(final.to_json())[:-1], b"\n" + encode(final.to_json())):
+        board.request()
+        board.say('{"type":"ack","id":"7"}')
+        board.write(data)
+    wait_for(lambda: answers)
+    assert answers == [final]
+
+
+def test_edge_ask_waits_for_no_daemon_that_has_gone(
+    link: SerialLink, board: Board, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(links, "REMIND_S", 0.1)
+    monkeypatch.setattr(links, "LOST_S", 1.0)
+    answers = link.ask(Request("7", "x"))
+    threading.Timer(0.2, partial(board.say, '{"type":"ack","id":"7"}')).start()
+    with pytest.raises(TransportError, match=r"port .*near: nothing has come for 1 s; is edge-daemon there"):
+        next(answers)

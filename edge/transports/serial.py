@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 PROTOCOL = 1
 MAX_LINE_BYTES = 16 * 1024  # of a request; answers are as long as they are
 NOISE = ("crc", "no_crc")  # damage that another try may not have
+OWN = ("ack", "nak", "partial", "final", "error", "message")  # what only a daemon says
 
 
 class SerialTransport:
@@ -83,6 +84,8 @@ class SerialTransport:
             data = loads(text, MAX_LINE_BYTES)
             if "type" not in data:
                 return False
+            if data["type"] in OWN or (data["type"] == "hello" and "protocol" in data):
+                return True  # the line echoes; to answer would go on for ever
             kind = one_of("cancel", "hello", "reading")("type", data["type"])
             if kind == "hello":
                 self._greet()

@@ -21,6 +21,7 @@ LAST_WAIT_MS = 3200
 REPEAT_MS = 100  # after a spoilt line
 REMIND_MS = 10000  # an acknowledged request is repeated so often, in case its answer was lost
 MAX_LINE_BYTES = 16384
+HEAD_BYTES = 128  # of a longer line; they tell whose it is
 
 if hasattr(time, "ticks_ms"):  # MicroPython: milliseconds that wrap around
     _now, _since, _pause = time.ticks_ms, time.ticks_diff, time.sleep_ms
@@ -97,14 +98,16 @@ class EdgeClient:
             data = data[written or 0 :]
 
     def _receive(self):
-        """Return the next whole message, or None; notes damaged lines."""
+        """Return the next message, or the head of one that is too long, or None; notes damaged lines."""
         if not self._lines:
             self._line += self._stream.read(256) or b""
             pieces = self._line.split(b"\n")
-            self._line = pieces.pop()[:MAX_LINE_BYTES]
+            self._line = pieces.pop()[: MAX_LINE_BYTES + 1]
             self._lines = [piece.strip() for piece in pieces]
         while self._lines:
             line = self._lines.pop(0)
+            if len(line) > MAX_LINE_BYTES:
+                return {"type": "head", "head": line[:HEAD_BYTES]}
             message = decode(line)
             if message is not None:
                 return message
@@ -149,6 +152,8 @@ class _Exchange:
             self.repeat()
         elif kind == "hello" and self._acknowledged:  # the daemon was restarted, or the cable came out
             self._acknowledged, self._tries, self._wait = False, 0, 0
+        elif kind == "head" and b'"final"' in message["head"] and self.name.encode() in message["head"]:
+            raise EdgeError("too_long", "the answer is too long for a line; ask for fewer tokens")
         elif message.get("id") == self.name or (kind == "error" and message.get("id") is None):
             if kind == "error":
                 raise EdgeError(message["code"], message["message"])
