@@ -36,6 +36,8 @@ class ScriptedBroker:
         self.asked: list[Any] = []  # properties of each CONNECT of MQTT 5
         self.published: list[Published] = []
         self.pings = 0
+        self.acknowledges = False  # by itself, but for what is forbidden
+        self.forbidden = ""  # a topic that it ends the connection for
         self.granted = 1  # to who subscribes: a quality of service, or a reason not to
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._connections: list[socket.socket] = []
@@ -106,9 +108,15 @@ class ScriptedBroker:
                 end = 2 + int.from_bytes(body[:2], "big")
                 identifier = int.from_bytes(body[end : end + 2], "big")
                 topic = body[2:end].decode()
+                if topic == self.forbidden:
+                    connection.sendall(b"\xe0\x01\x87")
+                    connection.shutdown(socket.SHUT_RDWR)
+                    return
                 self.published.append(
                     Published(number, identifier, bool(first[0] & 8), topic, body[end + 2 :])
                 )
+                if self.acknowledges:
+                    self.acknowledge(self.published[-1])
 
     def _connack(self, body: bytes) -> bytes:
         self.versions.append(body[6])

@@ -262,3 +262,20 @@ def test_a_subscription_that_was_refused_is_tried_again(
     assert client.connection.problem is None
     assert broker.connections == 1
     client.connection.stop(WAIT_S)
+
+
+def test_messages_that_the_broker_ends_the_connection_for_are_given_up_and_the_others_arrive(
+    scripted: Scripted, connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
+    broker = scripted()
+    client = connect(broker)
+    broker.acknowledges, broker.forbidden = True, "edge/v1/pump/reply/no"
+    topics = [TOPIC, broker.forbidden, TOPIC, broker.forbidden, TOPIC, TOPIC]
+    numbers = client.post(*(Outgoing(topic, str(at)) for at, topic in enumerate(topics)))
+    wait_until_told(client, len(topics))
+    refused = "it ended the connection: Not authorized"
+    said = [client.listener.done[number or 0] for number in numbers]
+    assert said == [None, refused, None, refused, None, None]
+    assert "the connection was lost (Not authorized)" in caplog.text
+    client.publish("more")
+    wait_until_told(client, len(topics) + 1)

@@ -8,7 +8,9 @@ Acknowledgements are manual. A delivery's token names its connection, because a 
 nothing on the next one (MQTT 5, 4.4): the broker delivers again what was not acknowledged.
 
 The broker's Receive Maximum, Maximum Packet Size and Server Keep Alive, which paho never reads, are honoured,
-and our own limits announced. MQTT 5 is spoken, and 3.1.1 with a broker that refuses version 5.
+and our own limits announced. A message that it ends the connection for, and would again each time that it
+is sent, is found by sending one at a time, and given up. MQTT 5 is spoken, and 3.1.1 with a broker that
+refuses version 5.
 """
 
 from __future__ import annotations
@@ -51,6 +53,9 @@ MAX_INFLIGHT = 20  # QoS 1 messages without an acknowledgement, if the broker ta
 MAX_QUEUED = 1024  # QoS 1 messages that wait for the broker
 NO_LIMIT_BYTES = 2**28  # of a packet, by MQTT's own encoding
 UNSUPPORTED_VERSION, SESSION_TAKEN_OVER = 0x84, 0x8E
+# Reasons to end the connection that lie in a message: malformed, not authorized, name of the topic, size,
+# format of the payload, retained, quality of service (MQTT 5, 3.14.2.1).
+BLAMED = (0x81, 0x87, 0x90, 0x95, 0x99, 0x9A, 0x9B)
 
 
 class MqttConnection:
@@ -82,6 +87,8 @@ class MqttConnection:
         self._count = 0
         self._waiting: deque[tuple[int, Outgoing]] = deque()
         self._inflight: dict[int, tuple[int, Outgoing]] = {}  # by paho's message id
+        self._suspects = 0  # of those that wait, the first so many; they go out one at a time
+        self._subscribed = False  # the subscriptions, over this connection
         self._listener = listener
         self._generation = 0
         self._ever_connected = self._stopping = self._rejected = self._renew = False
@@ -129,7 +136,7 @@ class MqttConnection:
         `keep` it is not: then it is the caller who bounds them.
         """
         if message.qos == 0:
-            if self.connected and message.packet_bytes <= self.max_packet_bytes:
+            if self.connected and not self._suspects and message.packet_bytes <= self.max_packet_bytes:
                 self._hand_over(message)
             return None
         if len(self._waiting) >= MAX_QUEUED and not keep:
@@ -279,9 +286,12 @@ class MqttConnection:
 
     def _send_waiting(self) -> None:
         """Hand over as many messages as the broker takes without an acknowledgement (its Receive Maximum)."""
-        while self._waiting and len(self._inflight) < self._window:
+        if self._suspects and not self._subscribed:
+            return  # were the connection to end now, it would be for the subscriptions
+        while self._waiting and len(self._inflight) < (1 if self._suspects else self._window):
             number, message = self._waiting.popleft()
             if message.packet_bytes > self.max_packet_bytes:
+                self._suspects = max(0, self._suspects - 1)
                 refusal = f"its packet has {message.packet_bytes} bytes, {self.max_packet_bytes} are allowed"
                 self._listener.published(number, refusal)
             else:
@@ -352,6 +362,7 @@ class MqttConnection:
             return
         self._generation += 1
         self.connected = self._ever_connected = True
+        self._subscribed = False
         self.problem = None
         self._backoff_s, self._subscribe_at = FIRST_BACKOFF_S, float("inf")
         self.max_packet_bytes = getattr(properties, "MaximumPacketSize", NO_LIMIT_BYTES)
@@ -366,13 +377,15 @@ class MqttConnection:
         self,
         _client: Client,
         _data: Any,
-        _flags: DisconnectFlags,
+        flags: DisconnectFlags,
         reason: ReasonCode,
         _properties: Properties | None,
     ) -> None:
         if self.connected:
             self.connected = False
             self._listener.disconnected()
+            if flags.is_disconnect_packet_from_server and reason.value in BLAMED:
+                self._suspect(str(reason))
         if self._stopping or self._rejected:
             return
         if reason.value == SESSION_TAKEN_OVER:
@@ -380,6 +393,18 @@ class MqttConnection:
             self._trouble("another client took over this session", "give each node its own name.")
         else:
             self._trouble(f"the connection was lost ({reason})", "look at the broker's log if it stays away.")
+
+    def _suspect(self, reason: str) -> None:
+        """Send what was on its way one at a time from now on; give it up if it was the only one already."""
+        if self._suspects:
+            for number, message in self._inflight.values():
+                log.error("broker %s: a message to %r is given up", self._broker.address, message.topic)
+                self._listener.published(number, f"it ended the connection: {reason}")
+            self._suspects -= len(self._inflight)
+            self._inflight.clear()
+        else:
+            self._suspects = len(self._inflight)
+        self._renew = True  # or paho would send all of them at once
 
     def _on_subscribe(
         self,
@@ -389,6 +414,7 @@ class MqttConnection:
         reasons: list[ReasonCode],
         _properties: Properties | None,
     ) -> None:
+        self._subscribed = True
         refusals = {str(reason) for reason in reasons if reason.is_failure}
         if refusals:
             self._trouble(f"it refuses a subscription: {', '.join(refusals)}", "check its access list.")
@@ -409,6 +435,7 @@ class MqttConnection:
         self, _client: Client, _data: Any, mid: int, reason: ReasonCode, _properties: Properties | None
     ) -> None:
         if mid in self._inflight:
+            self._suspects = max(0, self._suspects - 1)
             self._listener.published(self._inflight.pop(mid)[0], str(reason) if reason.is_failure else None)
 
 
