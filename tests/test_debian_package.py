@@ -141,3 +141,11 @@ def test_every_vendored_package_brings_its_metadata(tree: Path) -> None:
     library = tree / "usr/lib/edge-gemma"
     names = {path.name.partition("-")[0] for path in library.glob("*.dist-info")}
     assert {"numpy", "ai_edge_litert", "paho_mqtt", "pyserial", "edge_gemma"} <= names
+
+
+def test_every_vendored_package_has_its_licence_with_it_or_in_the_copyright_file(tree: Path) -> None:
+    copyright_ = (tree / "usr/share/doc/edge-gemma/copyright").read_text()
+    for folder in (tree / "usr/lib/edge-gemma").glob("*.dist-info"):
+        name = folder.name.partition("-")[0]
+        brought = [path for path in folder.rglob("*") if re.match(r"(?i)licen[cs]e|copying", path.name)]
+        assert brought or f" {name} " in copyright_ or name == "edge_gemma", name
