@@ -41,8 +41,10 @@ prepare_broker() {
     mosquitto_passwd -b /etc/mosquitto/edge-passwords $user secret-$user || return
   done
   mkdir -p /var/lib/mosquitto /run/mosquitto
-  chown -R mosquitto /var/lib/mosquitto /var/log/mosquitto /etc/mosquitto/certificates /etc/mosquitto/edge-passwords
   cp $share/edge-gemma.conf /etc/mosquitto/conf.d/ && cp $share/edge-gemma.acl /etc/mosquitto/ || return
+  cd /etc/mosquitto || return
+  chown -R mosquitto: /var/lib/mosquitto /var/log/mosquitto certificates edge-passwords edge-gemma.acl
+  chmod 600 edge-passwords edge-gemma.acl || return
   printf secret-alice > /root/alice
   systemctl restart mosquitto
 }
