@@ -377,6 +377,7 @@ def test_one_reading_serves_every_route_that_wants_it() -> None:
         ("readings = 10", "readings = 0", "route[0].window.readings is 0"),
         ("readings = 10", "redings = 0", "route[0].window has the unknown key 'redings'"),
         ("readings = 10", "readings = 9999", "route[0].max_sensors is 64 with a window of 9999"),
+        ('when = "last > `-15`"', 'when = "last\\u0085"', r"Unknown token \x85:; numbers"),
         ('when = "last > `-15`"', 'when = "last > -15"', "route[0].trigger.when is not JMESPath"),
         ('when = "last > `-15`"\n', "", "route[0].trigger never fires"),
         ('when = "last > `-15`"', "silence_s = 9", "route[0].trigger.clear has nothing to end"),

@@ -109,3 +109,9 @@ def _check_text(text: str) -> None:
 def printable(text: str, limit: int = 40) -> str:
     """Quote `text` as ASCII, cut to `limit` characters, so that it can't disturb a log or a terminal."""
     return ascii(text if len(text) <= limit else text[:limit] + "...")
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says at first, in printable ASCII; its type if it says nothing."""
+    said = str(error).split("\n", 1)[0]
+    return ascii(said)[1:-1] if said else type(error).__name__

@@ -40,7 +40,7 @@ from edge.errors import ConfigError
 from edge.protocol import checks, strict_json
 from edge.protocol.checks import FieldError
 from edge.protocol.request_fields import CHECKS, MAX_REQUEST_BYTES
-from edge.protocol.strict_json import StrictJsonError, printable
+from edge.protocol.strict_json import StrictJsonError, first_line, printable
 from edge.protocol.topic_filter import TopicFilter
 from edge.routes.notes import Limit
 
@@ -251,9 +251,8 @@ def _expression(path: str, value: Any) -> ParsedResult | None:
     try:
         return jmespath.compile(checks.text(path, value))
     except (JMESPathError, RecursionError) as error:
-        reason = str(error).splitlines()[0]
         raise FieldError(
-            f"{path} is not JMESPath: {reason}; numbers stand in backticks, texts in single quotes"
+            f"{path} is not JMESPath: {first_line(error)}; numbers stand in backticks, texts in single quotes"
         ) from None
 
 

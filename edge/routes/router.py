@@ -23,7 +23,7 @@ from jmespath.visitor import TreeInterpreter
 
 from edge.protocol import strict_json
 from edge.protocol.messages import Failure, Final, Message, Request
-from edge.protocol.strict_json import StrictJsonError, printable
+from edge.protocol.strict_json import StrictJsonError, first_line, printable
 from edge.routes.config import MAX_TOPIC_BYTES, Route
 from edge.routes.notes import Limit, notes, number
 from edge.routes.statistics import Statistics, Window
@@ -241,7 +241,7 @@ class Router:
                 sensor.alarmed = sensor.alarmed_before = False
                 yield from self._event(route, sensor, "cleared", now)
         except JMESPathError as error:
-            yield Ignored(route.name, sensor.topic, f"trigger: {str(error).splitlines()[0]}")
+            yield Ignored(route.name, sensor.topic, f"trigger: {first_line(error)}")
 
     def _due(self, route: Route, sensor: _Sensor, now: float) -> Iterator[Outcome]:
         trigger = route.trigger
@@ -362,7 +362,7 @@ def _read(expression: ParsedResult | None, payload: bytes) -> tuple[float, Any]:
             content = strict_json.loads(payload, MAX_PAYLOAD_BYTES)
             value = _search(expression, content)
         except (StrictJsonError, JMESPathError) as error:
-            raise _UnusableError(str(error).splitlines()[0]) from None
+            raise _UnusableError(first_line(error)) from None
     if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
         raise _UnusableError(f"value is {strict_json.kind_of(value)}, not a finite number")
     return float(value), content

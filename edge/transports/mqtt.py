@@ -366,9 +366,8 @@ class MqttTransport:
             self.connection.publish(delivery.message(answer, qos=0))
         elif not self._confirmed(delivery.message(answer), partial(self._sent, key, delivery, answer), keep):
             log.error("%s: too many messages wait for the broker; a refusal is dropped", self._base)
-            self._deliveries.pop(
-                key, None
-            )  # it is not acknowledged, so that the broker delivers it once more
+            # It is not acknowledged, so that the broker delivers it once more.
+            self._deliveries.pop(key, None)
 
     def _tell(self, message: Outgoing) -> None:
         self.connection.publish(message)
