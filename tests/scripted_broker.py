@@ -30,12 +30,13 @@ class Published:
 class ScriptedBroker:
     """Serves one client at a time. `limits` are properties of its CONNACK; it acknowledges when told to."""
 
-    def __init__(self, knows_5: bool = True, **limits: int) -> None:
+    def __init__(self, knows_5: bool = True, **limits: Any) -> None:
         self.limits, self.knows_5 = limits, knows_5
         self.versions: list[int] = []
         self.asked: list[Any] = []  # properties of each CONNECT of MQTT 5
         self.published: list[Published] = []
         self.pings = 0
+        self.refuses = 0  # connections, for a reason
         self.acknowledges = False  # by itself, but for what is forbidden
         self.forbidden = ""  # a topic that it ends the connection for
         self.granted = 1  # to who subscribes: a quality of service, or a reason not to
@@ -130,7 +131,8 @@ class ScriptedBroker:
         properties = PROPERTIES(PacketTypes.CONNACK)
         for name, value in self.limits.items():
             setattr(properties, name, value)
-        packed: bytes = bytes([len(self.asked) > 1, 0]) + properties.pack()
+        packed: bytes = bytes([len(self.asked) > 1 and not self.refuses, self.refuses])
+        packed += properties.pack()
         return bytes([0x20, len(packed)]) + packed
 
     @staticmethod

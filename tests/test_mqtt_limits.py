@@ -279,3 +279,40 @@ def test_messages_that_the_broker_ends_the_connection_for_are_given_up_and_the_o
     assert "the connection was lost (Not authorized)" in caplog.text
     client.publish("more")
     wait_until_told(client, len(topics) + 1)
+
+
+@pytest.mark.parametrize("reason", [0x88, 0x89, 0x97, 0x9F])
+def test_a_broker_that_has_no_room_yet_is_waited_for(
+    scripted: Scripted, reason: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    broker = scripted()
+    broker.refuses = reason
+    client = Client(broker)
+    client.connection.start()
+    wait_for(lambda: client.connection.problem)
+    assert "it may be starting, or have too many clients. Trying again." in caplog.text
+    broker.refuses = 0
+    wait_for(lambda: client.listener.online)
+    assert (client.connection.refused, client.connection.problem) == (None, None)
+    client.connection.stop(WAIT_S)
+
+
+@pytest.mark.parametrize(
+    ("reason", "limits", "said"),
+    [
+        (0x85, {}, "Client identifier not valid; it must let in a client that is named edge-pump."),
+        (0x87, {}, "Not authorized; check user name, password and its access list."),
+        (0x9A, {}, "Retain not supported; it must take retained messages, and QoS 1."),
+        (0x9D, {"ServerReference": "other:1883"}, "Server moved; it names another broker: 'other:1883'."),
+    ],
+)
+def test_what_a_broker_refuses_a_node_for_is_said(
+    scripted: Scripted, reason: int, limits: dict[str, Any], said: str
+) -> None:
+    broker = scripted(**limits)
+    broker.refuses = reason
+    client = Client(broker)
+    client.connection.start()
+    wait_for(lambda: client.connection.refused)
+    assert str(client.connection.refused).endswith(said)
+    client.connection.stop(WAIT_S)

@@ -35,6 +35,7 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from edge.config import Broker
 from edge.errors import TransportError
+from edge.protocol.strict_json import printable
 from edge.transports.buffered_socket import BufferedSocket
 from edge.transports.mqtt_messages import Listener, Outgoing, Received, Token, connect_properties
 
@@ -52,16 +53,20 @@ RECEIVE_MAXIMUM = 2048  # unacknowledged messages that the broker may send us: t
 MAX_INFLIGHT = 20  # QoS 1 messages without an acknowledgement, if the broker takes so many
 MAX_QUEUED = 1024  # QoS 1 messages that wait for the broker
 NO_LIMIT_BYTES = 2**28  # of a packet, by MQTT's own encoding
-UNSUPPORTED_VERSION, SESSION_TAKEN_OVER = 0x84, 0x8E
+# Reason codes (MQTT 5, 2.4); the last are that it is not available, busy, or has reached a limit.
+UNSUPPORTED_VERSION, CLIENT_ID_INVALID, SESSION_TAKEN_OVER = 0x84, 0x85, 0x8E
+RETAIN_UNSUPPORTED, QOS_UNSUPPORTED = 0x9A, 0x9B
+NO_ROOM = (0x88, 0x89, 0x97, 0x9F)
 # Reasons to end the connection that lie in a message: malformed, not authorized, name of the topic, size,
 # format of the payload, retained, quality of service (MQTT 5, 3.14.2.1).
-BLAMED = (0x81, 0x87, 0x90, 0x95, 0x99, 0x9A, 0x9B)
+BLAMED = (0x81, 0x87, 0x90, 0x95, 0x99, RETAIN_UNSUPPORTED, QOS_UNSUPPORTED)
 
 
 class MqttConnection:
     """Keeps a connection to one broker. `progress` grows while its thread lives.
 
-    `refused` is the broker's reason if it has refused the very first connection, as for a wrong password.
+    `refused` is the broker's reason if it has refused the very first connection, as for a wrong password, and
+    not only for now.
     """
 
     def __init__(
@@ -348,10 +353,8 @@ class MqttConnection:
             return
         if reason.is_failure:
             self._rejected = True
-            self._trouble(
-                f"it refuses the connection: {reason}", "check user name, password and its access list."
-            )
-            if not self._ever_connected:
+            self._trouble(f"it refuses the connection: {reason}", self._advice(reason, properties))
+            if not self._ever_connected and reason.value not in NO_ROOM:
                 self.refused = self.problem
             return
         self._client.keep_alive(getattr(properties, "ServerKeepAlive", 0))
@@ -372,6 +375,19 @@ class MqttConnection:
             "resumed" if flags.session_present else "new",
         )
         self._listener.connected()
+
+    def _advice(self, reason: ReasonCode, properties: Properties | None) -> str:
+        """Say what to do about a refusal."""
+        elsewhere = getattr(properties, "ServerReference", None)
+        if elsewhere is not None:
+            return f"it names another broker: {printable(elsewhere, 200)}."
+        if reason.value in NO_ROOM:
+            return "it may be starting, or have too many clients."
+        if reason.value in (RETAIN_UNSUPPORTED, QOS_UNSUPPORTED):
+            return "it must take retained messages, and QoS 1."
+        if reason.value == CLIENT_ID_INVALID:
+            return f"it must let in a client that is named {self._client_id}."
+        return "check user name, password and its access list."
 
     def _on_disconnect(
         self,
