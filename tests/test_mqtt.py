@@ -448,6 +448,18 @@ def test_a_lost_connection_does_not_make_the_broker_ask_twice(
     assert node.speller.asked == ["a", "b"]
 
 
+def test_two_nodes_of_one_name_take_the_session_from_each_other_ever_more_rarely(
+    mosquitto: Mosquitto, caplog: pytest.LogCaptureFixture
+) -> None:
+    nodes = [Node.start(mosquitto.broker) for _ in range(2)]
+    time.sleep(5)
+    lost = [record.getMessage() for record in caplog.records if "was lost" in record.getMessage()]
+    assert 2 <= len(lost) <= 7, lost  # after 0.5, 1, 2, ... s each
+    assert "has another node the same name?" in lost[-1]
+    for node in nodes:
+        node.stop()
+
+
 def cut_connection(node: Node) -> None:
     """Shut the transport's socket as a network would."""
     buffered: Any = node.transport.connection._client.socket()

@@ -97,7 +97,7 @@ class MqttConnection:
         self._listener = listener
         self._generation = 0
         self._ever_connected = self._stopping = self._rejected = self._renew = False
-        self._connecting_since = self._stop_by = 0.0
+        self._connecting_since = self._connected_at = self._stop_by = 0.0
         self._subscribe_at = float("inf")  # once more, after a refusal
         self._backoff_s = FIRST_BACKOFF_S
         self._outbox: deque[Callable[[], None]] = deque()
@@ -367,7 +367,7 @@ class MqttConnection:
         self.connected = self._ever_connected = True
         self._subscribed = False
         self.problem = None
-        self._backoff_s, self._subscribe_at = FIRST_BACKOFF_S, float("inf")
+        self._connected_at, self._subscribe_at = time.monotonic(), float("inf")
         self.max_packet_bytes = getattr(properties, "MaximumPacketSize", NO_LIMIT_BYTES)
         log.info(
             "broker %s: connected, session %s",
@@ -397,8 +397,11 @@ class MqttConnection:
         reason: ReasonCode,
         _properties: Properties | None,
     ) -> None:
+        lasted = time.monotonic() - self._connected_at > LAST_BACKOFF_S
         if self.connected:
             self.connected = False
+            if lasted:  # else two nodes of one name may be taking the session from each other
+                self._backoff_s = FIRST_BACKOFF_S
             self._listener.disconnected()
             if flags.is_disconnect_packet_from_server and reason.value in BLAMED:
                 self._suspect(str(reason))
@@ -408,7 +411,9 @@ class MqttConnection:
             self._backoff_s = LAST_BACKOFF_S
             self._trouble("another client took over this session", "give each node its own name.")
         else:
-            self._trouble(f"the connection was lost ({reason})", "look at the broker's log if it stays away.")
+            often = "look at the broker's log; if it happens often, has another node the same name?"
+            rare = "look at the broker's log if it stays away."
+            self._trouble(f"the connection was lost ({reason})", rare if lasted else often)
 
     def _suspect(self, reason: str) -> None:
         """Send what was on its way one at a time from now on; give it up if it was the only one already."""
@@ -420,6 +425,7 @@ class MqttConnection:
             self._inflight.clear()
         else:
             self._suspects = len(self._inflight)
+        self._backoff_s = FIRST_BACKOFF_S
         self._renew = True  # or paho would send all of them at once
 
     def _on_subscribe(
