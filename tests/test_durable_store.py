@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -60,8 +62,8 @@ def test_a_file_of_an_earlier_version_keeps_its_records(path: Path) -> None:
     old = journal_module.SCHEMA.replace("    cuts      INTEGER NOT NULL DEFAULT 0,", "")
     assert "cuts " not in old
     store = durable_store.DurableStore(path, "entries", old, lambda _: None)
-    insert = "INSERT INTO entries (key, source, digest, request) VALUES (?, '', x'00', ?)"
-    store.run(lambda database: database.execute(insert, ("a", REQUEST)))
+    insert = "INSERT INTO entries (key, source, digest, request) VALUES (?, '', ?, ?)"
+    store.run(lambda database: database.execute(insert, ("a", journal_module._digest(REQUEST), REQUEST)))
     store.close()
     for _ in range(2):
         journal = Journal(path)
@@ -97,6 +99,52 @@ def test_damage_while_running_keeps_what_can_be_read(path: Path) -> None:
     assert journal.find("new", REQUEST) == InProgress()
     assert journal.problem is None
     assert path.with_name("journal.sqlite.damaged").exists()
+    journal.close()
+
+
+def page_of(path: Path, name: str) -> int:
+    """Byte offset of the first page of a table or an index."""
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        query = "SELECT rootpage FROM sqlite_master WHERE name = ?"
+        return 4096 * (int(database.execute(query, (name,)).fetchone()[0]) - 1)
+
+
+def overwrite(path: Path, at: int, content: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(content)
+
+
+def test_damage_found_at_the_start_keeps_what_can_be_read(path: Path) -> None:
+    journal = Journal(path)
+    for number in range(10):
+        journal.accept(str(number), REQUEST, "mqtt")
+    journal.answered("3", b"answer")
+    journal.close()
+    overwrite(path, page_of(path, "sqlite_autoindex_entries_1"), os.urandom(4096))  # the rows are whole
+    journal = Journal(path)
+    journal.accept("new", REQUEST, "mqtt")
+    assert [entry.key for entry in journal.unfinished()] == list("012456789")
+    assert [entry.answer for entry in journal.unpublished()] == [b"answer"]
+    assert path.with_name("journal.sqlite.damaged").exists()
+    journal.close()
+
+
+def test_damage_after_a_crash_keeps_what_is_in_the_log_beside_the_file(path: Path, tmp_path: Path) -> None:
+    journal = Journal(path)
+    for number in range(100):
+        journal.accept(f"early{number:03}", REQUEST, "mqtt")
+    journal.close()
+    journal = Journal(path)
+    journal.accept("late", REQUEST, "mqtt")  # in the write-ahead log only
+    hurt = crash(path, tmp_path / "hurt")
+    journal.close()
+    hurt.write_bytes(hurt.read_bytes().replace(b"early000", b"\xffarly000"))  # no UTF-8
+    journal = Journal(hurt)
+    journal.accept("new", REQUEST, "mqtt")
+    found = [entry.key for entry in journal.unfinished()]
+    assert found == [*(f"early{number:03}" for number in range(1, 100)), "late"]
+    assert hurt.with_name("journal.sqlite.damaged").exists()
     journal.close()
 
 

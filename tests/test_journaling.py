@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,16 @@ import pytest
 from counterparts import WAIT_S, wait_for
 from speller import Speller
 
-from edge.protocol.messages import Answer, Failure, Final, Partial, Request, parse_answer
+from edge.protocol.messages import (
+    Answer,
+    Failure,
+    Final,
+    Partial,
+    Request,
+    Timings,
+    Usage,
+    parse_answer,
+)
 from edge.requests.engine import Engine, Sink
 from edge.requests.journal import Journal, Limits
 from edge.requests.journaling import JournaledEngine
@@ -276,3 +286,72 @@ def test_what_came_from_a_port_that_is_gone_is_dropped(path: Path) -> None:
     wait_for(lambda: second.engine.progress)
     assert second.speller.asked == []
     second.stop()
+
+
+def damage(path: Path, whole: bytes, broken: bytes) -> None:
+    """Change bytes in the file that sqlite has no checksum of, as a worn card does."""
+    content = path.read_bytes()
+    assert whole in content
+    path.write_bytes(content.replace(whole, broken))
+
+
+def test_a_record_that_the_disk_has_damaged_is_an_error_to_its_asker_and_no_end_of_the_daemon(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal = Journal(path)
+    for name in ("good", "asked", "told"):
+        request = Request(name, f"abc {name}", stream=False)
+        journal.accept(f"mqtt:a {name}", replace(request, deadline_ms=None).to_json().encode(), "note")
+    answer = Final("told", "abc", "stop", Usage(1, 1, 1, 0), Timings(1, 1, 1, 1))
+    journal.answered("mqtt:a told", answer.to_json().encode())
+    journal.close()
+    damage(path, b'"text":"abc"', b'"text":\xff\xff\xff\xff\xff')
+    damage(path, b"abc asked", b"abc axked")
+    for _ in range(2):
+        run = Run(path).start()
+        heard = {answer.id: answer for answer in (run.last(), run.last())}
+        heard |= {} if len(heard) > 2 else {answer.id: answer for answer in [run.last()]}
+        run.stop()
+        assert isinstance(heard["good"], Final)
+        assert {code(heard["asked"]), code(heard["told"])} == {"internal"}
+    assert "request asked: the disk has damaged the journal's copy of the request" in caplog.text
+    assert "request told: the disk has damaged the journal's copy of the answer" in caplog.text
+
+
+def test_a_note_that_no_origin_understands_does_not_keep_the_daemon_from_starting(path: Path) -> None:
+    journal = Journal(path)
+    journal.accept("mqtt:a a", A.to_json().encode(), "note")
+    journal.close()
+
+    class Forgetful(Run):
+        def sink(self, client: str, request_id: str, note: str) -> Sink:
+            raise ValueError(f"{note} is of another version")
+
+    second = Forgetful(path).start()
+    assert second.journal.unfinished() == []
+    second.ask(replace(A, id="b"))
+    assert isinstance(second.last(), Final)
+    second.stop()
+
+
+def test_any_damage_to_the_file_lets_the_daemon_take_up_what_there_is(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "whole")
+    final = Final("b", "abc", "stop", Usage(1, 1, 1, 0), Timings(1, 1, 1, 1)).to_json().encode()
+    for name in "abcd":
+        journal.accept(f"mqtt:a {name}", replace(A, id=name).to_json().encode(), "note", 4e9)
+    journal.answered("mqtt:a b", final)
+    journal.close()
+    whole = (tmp_path / "whole").read_bytes()
+    used = [at for at, byte in enumerate(whole) if byte]
+    for seed in range(100):
+        chance, content = random.Random(seed), bytearray(whole)
+        for _ in range(chance.randint(1, 3)):
+            content[chance.choice(used)] ^= chance.randint(1, 255)
+        path = tmp_path / str(seed) / "journal.sqlite"
+        path.parent.mkdir()
+        path.write_bytes(content)
+        run = Run(path).start()
+        run.ask(replace(A, id="new"))
+        while run.last().id != "new":
+            pass
+        run.stop()

@@ -7,6 +7,7 @@ with all it holds, when that works again. Only one process can hold the file.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sqlite3
@@ -26,6 +27,8 @@ CACHE_KIB = 256  # of anonymous memory; sqlite's own choice is 2 MB, which a jou
 RETRY_S = 60.0  # between two tries to return to the disk
 UNFIT = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CONSTRAINT)  # records that do not fit into a table
 DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+FAILED = (sqlite3.DatabaseError, UnicodeDecodeError)  # the latter for what a damaged file makes sqlite say
+ASIDE = ".damaged"
 
 
 class DurableStore:
@@ -62,7 +65,7 @@ class DurableStore:
                 self._move_to_disk()
             try:
                 return self._transaction(work, durable)
-            except sqlite3.DatabaseError as error:
+            except FAILED as error:
                 if self._path is None or self.problem:
                     raise
                 self._leave_disk(error)
@@ -77,7 +80,7 @@ class DurableStore:
             if self._path is not None and self.problem is None:
                 self.syncs += 1
                 try:
-                    sync_file(self._path.with_name(self._path.name + "-wal"))
+                    sync_file(_beside(self._path, "-wal"))
                 except OSError as error:
                     self._report(error)
                     self._go_to_memory()
@@ -107,8 +110,8 @@ class DurableStore:
             self._unsynced = not durable  # an fsync is one of the whole log
         return result
 
-    def _leave_disk(self, error: sqlite3.DatabaseError) -> None:
-        if error.sqlite_errorcode & 0xFF not in DAMAGE:
+    def _leave_disk(self, error: Exception) -> None:
+        if _code(error) not in DAMAGE:
             self._report(error)
         elif self._move_aside(error) and self._move_to_disk():
             return
@@ -125,7 +128,7 @@ class DurableStore:
             return False
         try:
             self._take_over(disk)
-        except sqlite3.DatabaseError as error:
+        except FAILED as error:
             self._report(error)
             disk.close()
             return False
@@ -135,31 +138,37 @@ class DurableStore:
 
     def _take_over(self, new: sqlite3.Connection) -> None:
         """Replace the database by `new`, with all rows that can be read; raises if `new` can't be written."""
-        names, rows = self._readable_rows()
-        new.execute("BEGIN")
-        if self._rows_are_all:  # otherwise the file may hold what this process has never seen
-            new.execute(f"DELETE FROM {self._table}")
-        if rows:
-            values = ", ".join("?" * len(names))
-            new.executemany(
-                f"INSERT OR REPLACE INTO {self._table} ({', '.join(names)}) VALUES ({values})", rows
-            )
-        new.execute("COMMIT")
+        self._copy_rows(self._database, new, replacing=self._rows_are_all)
         self._database.close()
         self._database, self._synchronous = new, False
         self._opened(new)
 
-    def _readable_rows(self) -> tuple[list[str], list[tuple[object, ...]]]:
+    def _copy_rows(self, old: sqlite3.Connection, new: sqlite3.Connection, replacing: bool) -> None:
+        """Copy all rows that can be read and do not break the table's rules, which only damage makes."""
+        names, rows = self._readable_rows(old)
+        values = ", ".join("?" * len(names))
+        insert = f"INSERT OR REPLACE INTO {self._table} ({', '.join(names)}) VALUES ({values})"
+        new.execute("BEGIN")
+        if replacing:  # otherwise the file may hold what this process has never seen
+            new.execute(f"DELETE FROM {self._table}")
+        for row in rows:
+            try:
+                new.execute(insert, row)
+            except sqlite3.IntegrityError as error:
+                log.error("%s: a damaged record is left out: %s", self._path, error)
+        new.execute("COMMIT")
+
+    def _readable_rows(self, database: sqlite3.Connection) -> tuple[list[str], list[tuple[object, ...]]]:
         """Names and values of all columns but the first; from both ends, as a damaged page ends a scan."""
         names: list[str] = []
         rows: dict[int, tuple[object, ...]] = {}
         for order in ("ASC", "DESC"):
             try:
-                found = self._database.execute(f"SELECT * FROM {self._table} ORDER BY 1 {order}")
+                found = database.execute(f"SELECT * FROM {self._table} ORDER BY 1 {order}")
                 names = [column[0] for column in found.description[1:]]
                 rows.update((row[0], row[1:]) for row in found)
                 break
-            except sqlite3.DatabaseError as error:
+            except FAILED as error:
                 log.error("%s: %d records could be saved before: %s", self._path, len(rows), error)
         return names, [rows[number] for number in sorted(rows)]
 
@@ -167,18 +176,22 @@ class DurableStore:
         """Open the file, a new one if it is damaged; None, and `problem` set, if there can be no file."""
         if self._path is None:
             return None
+        damaged = False
         for _ in range(2):
             try:
                 database = self._open_file(self._path)
+                if damaged:
+                    self._salvage(database)
                 self.problem = None
                 return database
-            except sqlite3.DatabaseError as error:
-                code = error.sqlite_errorcode & 0xFF
+            except FAILED as error:
+                code = _code(error)
                 if code == sqlite3.SQLITE_BUSY:
                     raise EdgeError(
                         f"{self._path}: another process holds it; stop that, or use another state directory"
                     ) from None
                 if code in DAMAGE and self._move_aside(error):
+                    damaged = True
                     continue
                 self._report(error)
             except OSError as error:
@@ -196,11 +209,13 @@ class DurableStore:
             database.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
             database.execute("PRAGMA synchronous = NORMAL")
             self._create(database)
-            verdict = database.execute("PRAGMA quick_check(1)").fetchone()[0]
+            verdict = database.execute("PRAGMA integrity_check(1)").fetchone()[0]
             if verdict != "ok":
                 damage = sqlite3.DatabaseError(str(verdict).replace("\n", " "))
                 damage.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
                 raise damage
+            for _ in database.execute(f"SELECT * FROM {self._table}"):
+                pass  # raises for text that is not UTF-8, which sqlite does not look at
         except BaseException:
             database.close()
             raise
@@ -222,7 +237,7 @@ class DurableStore:
                 self._convert(database)
             except sqlite3.DatabaseError as error:
                 database.execute("ROLLBACK")
-                if error.sqlite_errorcode & 0xFF not in UNFIT:
+                if _code(error) not in UNFIT:
                     raise
                 foreign = sqlite3.DatabaseError("it is of another version")
                 foreign.sqlite_errorcode = sqlite3.SQLITE_NOTADB
@@ -240,14 +255,30 @@ class DurableStore:
         database.execute(f"INSERT INTO {table} ({both}) SELECT {both} FROM another_version")
         database.execute("DROP TABLE another_version")
 
-    def _move_aside(self, error: sqlite3.DatabaseError) -> bool:
+    def _salvage(self, new: sqlite3.Connection) -> None:
+        """Bring what can still be read of the file that was moved aside into the one begun in its place."""
         assert self._path is not None
-        aside = self._path.with_name(self._path.name + ".damaged")
+        try:
+            with contextlib.closing(sqlite3.connect(_beside(self._path, ASIDE), isolation_level=None)) as old:
+                self._copy_rows(old, new, replacing=False)
+        except FAILED as error:  # no table, or one of another kind
+            log.error("%s: no record could be saved: %s", self._path, error)
+            if new.in_transaction:
+                new.execute("ROLLBACK")
+
+    def _move_aside(self, error: Exception) -> bool:
+        assert self._path is not None
+        aside = _beside(self._path, ASIDE)
         log.error("%s is damaged (%s): moved to %s, a new one is begun", self._path, error, aside.name)
         try:
-            self._path.replace(aside)
             for suffix in ("-wal", "-shm", "-journal"):
-                self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
+                _beside(aside, suffix).unlink(missing_ok=True)
+            self._path.replace(aside)
+            log_file = _beside(self._path, "-wal")  # has the latest records
+            if log_file.exists():
+                log_file.replace(_beside(aside, "-wal"))
+            for suffix in ("-shm", "-journal"):
+                _beside(self._path, suffix).unlink(missing_ok=True)
         except OSError as failure:
             log.error("%s could not be moved: %s", self._path, failure)
             return False
@@ -258,3 +289,13 @@ class DurableStore:
         if problem != self.problem:
             log.error("%s", problem)
         self.problem = problem
+
+
+def _code(error: Exception) -> int:
+    """The error's primary code; Python gives none for text that it can't decode, which is damage."""
+    code: int = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)
+    return code & 0xFF
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)

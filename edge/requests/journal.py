@@ -38,7 +38,7 @@ SCHEMA = """CREATE TABLE entries (
     published INTEGER NOT NULL DEFAULT 0,
     request   BLOB,                        -- until it is answered
     answer    BLOB
-)"""
+) STRICT"""
 CRASHES = f"starts - min(cuts, {MAX_CUTS})"
 SIZE = f"length(key) + length(source) + ifnull(length(request), length(answer)) + {OVERHEAD_BYTES}"
 
@@ -93,11 +93,11 @@ Verdict = Accepted | InProgress | Answered | Poisoned | Conflict
 class Unfinished:
     """A request of a former run without an answer. `deadline`: seconds since the epoch, or None.
 
-    `starts` counts those that the daemon did not survive.
+    `request` is None if the disk has damaged it. `starts` counts those that the daemon did not survive.
     """
 
     key: str
-    request: bytes
+    request: bytes | None
     source: str
     deadline: float | None
     starts: int
@@ -247,10 +247,10 @@ class Journal:
 
         def work(database: sqlite3.Connection) -> list[Unfinished]:
             rows = database.execute(
-                f"SELECT key, request, source, deadline, {CRASHES} FROM entries WHERE answer IS NULL"
-                " ORDER BY number"
+                f"SELECT digest, key, request, source, deadline, {CRASHES} FROM entries"
+                " WHERE answer IS NULL ORDER BY number"
             )
-            left = [Unfinished(*row) for row in rows if row[0] not in self._alive]
+            left = [_unfinished(*row) for row in rows if row[1] not in self._alive]
             self._alive.update({entry.key: False for entry in left})
             return left
 
@@ -337,6 +337,11 @@ def _note_boot(database: sqlite3.Connection, boot: int) -> None:
         database.execute("UPDATE entries SET cuts = cuts + 1 WHERE answer IS NULL AND starts > cuts")
     if before != boot:
         database.execute(f"PRAGMA user_version = {boot}")
+
+
+def _unfinished(digest: bytes, key: str, request: bytes | None, *others: Any) -> Unfinished:
+    whole = request is not None and _digest(request) == digest
+    return Unfinished(key, request if whole else None, *others)
 
 
 def _digest(request: bytes) -> bytes:

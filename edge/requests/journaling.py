@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
-from edge.errors import RequestError
+from edge.errors import RequestError, TransportError
 from edge.protocol.messages import Answer, Failure, Partial, Request, parse_answer, parse_request
 from edge.requests.engine import REFUSALS, Engine, Sink
 from edge.requests.journal import Accepted, Answered, Conflict, Journal, Poisoned, Unfinished
@@ -25,6 +25,7 @@ from edge.requests.journal import Accepted, Answered, Conflict, Journal, Poisone
 log = logging.getLogger(__name__)
 
 CONFLICT_MS = 1000  # to wait before an id that is in use is tried again
+LONGEST_S = 86_400  # of a deadline, also if the clock was set back
 
 
 class Origin(Protocol):
@@ -86,7 +87,7 @@ class JournaledEngine:
             case Answered(answer, published):
                 if redelivered and published:
                     return False
-                sink(parse_answer(answer))
+                sink(_kept(request.id, answer))
             case Conflict():
                 sink(Failure(request.id, "busy", _conflict(request.id), CONFLICT_MS))
             case Poisoned(starts):
@@ -125,13 +126,12 @@ class JournaledEngine:
         left = self._journal.unfinished()
         waiting = self._journal.unpublished()
         for entry in waiting:
-            client, name = _parts(entry.key)
-            origin = origin_of(client)
-            if origin is None:
-                log.warning("the answer to %s has nowhere to go: it is no longer configured", entry.key)
+            sink = _sink(origin_of, entry.key, entry.source)
+            if sink is None:
+                log.warning("the answer to %s has nowhere to go", entry.key)
                 self._journal.published(entry.key)
             else:
-                origin.sink(client, name, entry.source)(parse_answer(entry.answer))
+                sink(_kept(_parts(entry.key)[1], entry.answer))
         for unfinished in left:
             self._resume(unfinished, origin_of)
         if left or waiting:
@@ -139,12 +139,14 @@ class JournaledEngine:
 
     def _resume(self, entry: Unfinished, origin_of: Callable[[str], Origin | None]) -> None:
         client, name = _parts(entry.key)
-        origin = origin_of(client)
-        if origin is None:
-            log.warning("request %s is dropped: where it came from is no longer configured", entry.key)
+        sink = _sink(origin_of, entry.key, entry.source)
+        if sink is None:
+            log.warning("request %s is dropped: its answer has nowhere to go", entry.key)
             self._journal.forget(entry.key)
             return
-        sink = origin.sink(client, name, entry.source)
+        if entry.request is None:
+            self._keeping(entry.key, sink)(_damaged(name, "request"))
+            return
         if entry.poisoned:
             log.error("request %s: the daemon has not survived it %d times", entry.key, entry.starts)
             self._keeping(entry.key, sink)(_poisoned(name, entry.starts))
@@ -155,7 +157,7 @@ class JournaledEngine:
             self._keeping(entry.key, sink)(Failure(name, error.code, str(error)))
             return
         if entry.deadline is not None:
-            left_ms = round((entry.deadline - time.time()) * 1000)
+            left_ms = round(min(entry.deadline - time.time(), LONGEST_S) * 1000)
             if left_ms <= 0:
                 said = "its deadline passed while the daemon was away"
                 self._keeping(entry.key, sink)(Failure(name, "expired", said))
@@ -206,6 +208,35 @@ def _deadline(request: Request) -> float | None:
 
 def _conflict(request_id: str) -> str:
     return f"id {request_id} is that of another request, which has no answer yet"
+
+
+def _sink(origin_of: Callable[[str], Origin | None], key: str, note: str) -> Sink | None:
+    """Find where an answer of an earlier run goes; None if that is not known any more, which the log says."""
+    client, name = _parts(key)
+    origin = origin_of(client)
+    if origin is None:
+        log.warning("%s: where it came from is no longer configured", key)
+        return None
+    try:
+        return origin.sink(client, name, note)
+    except Exception:  # one record must not keep the daemon from starting
+        log.exception("%s: the note on where it came from is damaged, or of another version", key)
+        return None
+
+
+def _kept(name: str, answer: bytes) -> Answer:
+    """Read an answer that the journal has kept; if the disk has damaged it, that is the answer."""
+    try:
+        found = parse_answer(answer)
+    except TransportError:
+        found = None
+    return found if found is not None and found.id == name else _damaged(name, "answer")
+
+
+def _damaged(name: str, what: str) -> Failure:
+    log.error("request %s: the disk has damaged the journal's copy of the %s", name, what)
+    said = f"the disk has damaged the {what} since it was written; ask again under another id"
+    return Failure(name, "internal", said)
 
 
 def _poisoned(request_id: str, starts: int) -> Failure:
