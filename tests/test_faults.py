@@ -5,6 +5,7 @@ import ctypes
 import json
 import os
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -240,6 +241,46 @@ def test_a_daemon_whose_decoder_hangs_is_restarted_by_the_watchdog_and_answers(
     assert isinstance(answer, Final), answer
     assert answer.usage.generated > 1000
     assert daemon.stop() == 0
+
+
+def lives(daemon: DaemonProcess, seconds: float) -> bool:
+    """Whether the daemon says for so long, and in time, that it lives."""
+    heard = start = time.monotonic()
+    while time.monotonic() - start < seconds:
+        if daemon.next_notice() == "WATCHDOG=1":
+            heard = time.monotonic()
+        if time.monotonic() - heard > WATCHDOG_S:
+            return False
+    return True
+
+
+def test_a_broker_that_is_silent_in_a_tls_handshake_is_no_reason_for_the_watchdog(
+    tmp_path: Path, bundle: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        config = f"[mqtt]\nport = {silent.getsockname()[1]}\ntls = true\nkeepalive_s = 60\n"
+        daemon = DaemonProcess(tmp_path, bundle, config, WATCHDOG_USEC=str(int(WATCHDOG_S * 1e6)))
+        daemon.start()
+        assert lives(daemon, 1.5 * WATCHDOG_S)
+        assert daemon.stop() == 0
+        daemon.close()
+
+
+@pytest.mark.slow
+def test_name_servers_that_do_not_answer_are_no_reason_for_the_watchdog(tmp_path: Path, bundle: Path) -> None:
+    names = tmp_path / "resolv.conf"
+    names.write_text("nameserver 127.0.9.1\nsearch lan\n")
+    route = '[[route]]\nname = "r"\ntopics = ["t"]\nevent_topic = "e"\n[route.trigger]\nsilence_s = 600\n'
+    config = f'[mqtt]\nhost = "broker.lan"\n{route}'
+    daemon = DaemonProcess(tmp_path, bundle, config, WATCHDOG_USEC=str(int(WATCHDOG_S * 1e6)))
+    daemon.within = ("unshare", "-m", "sh", "-c", f'mount --bind {names} /etc/resolv.conf && exec "$@"', "sh")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
+        silent.bind(("127.0.9.1", 53))
+        daemon.start()
+        assert lives(daemon, 30)  # a look-up takes 20 s
+        assert daemon.stop() == 0
+    assert "broker.lan:1883: can't be reached: " in daemon.log.read_text()
+    daemon.close()
 
 
 class Disk:

@@ -26,6 +26,7 @@ from edge.protocol.messages import MAX_REQUEST_BYTES, Answer, Failure, Final, Pa
 from edge.requests.engine import Engine
 from edge.requests.journal import Journal
 from edge.requests.journaling import JournaledEngine
+from edge.transports import mqtt_connection
 from edge.transports.mqtt import MqttTransport
 from edge.transports.mqtt_messages import Outgoing, Received
 
@@ -570,6 +571,23 @@ def test_a_port_without_tls_is_said(mosquitto: Mosquitto) -> None:
     wait_for(lambda: node.transport.connection.problem)
     assert f"broker 127.0.0.1:{mosquitto.port}: " in str(node.transport.connection.problem)
     node.stop()
+
+
+@handshake_fails
+def test_a_broker_that_is_silent_in_the_handshake_is_given_up_and_its_thread_is_not_hung(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(mqtt_connection, "HANDSHAKE_S", 1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        node = Node.start(Broker("127.0.0.1", silent.getsockname()[1], tls=True, keepalive_s=600))
+        connection = node.transport.connection
+        wait_for(lambda: connection.progress > 0)
+        before = connection.progress
+        wait_for(lambda: connection.progress > before)
+        assert connection.problem is None
+        wait_for(lambda: connection.problem)
+        assert "timed out" in str(connection.problem)
+        node.stop()
 
 
 def test_a_final_too_large_for_the_broker_becomes_a_typed_error(

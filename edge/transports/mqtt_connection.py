@@ -43,6 +43,8 @@ log = logging.getLogger(__name__)
 
 TICK_S = 1.0  # the thread shows that it lives at least this often
 CONNACK_S = 10.0  # a broker that has not answered CONNECT by then is given up
+HANDSHAKE_S = 10  # one that is silent for so long in a TLS handshake too
+CONNECTING_S = 120.0  # it is not hung before that: a name that no name server answers for takes a minute
 FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.5, 10.0
 RESUBSCRIBE_S = 10.0  # after the broker has refused a subscription
 DEAD_MS = 15_000  # what was sent and not acknowledged by TCP for so long ends the connection
@@ -63,7 +65,7 @@ BLAMED = (0x81, 0x87, 0x90, 0x95, 0x99, RETAIN_UNSUPPORTED, QOS_UNSUPPORTED)
 
 
 class MqttConnection:
-    """Keeps a connection to one broker. `progress` grows while its thread lives.
+    """Keeps a connection to one broker.
 
     `refused` is the broker's reason if it has refused the very first connection, as for a wrong password, and
     not only for now.
@@ -81,7 +83,6 @@ class MqttConnection:
 
         Raises TransportError if a TLS file can't be used.
         """
-        self.progress = 0
         self.connected = False
         self.refused: str | None = None
         self.problem: str | None = None
@@ -89,7 +90,8 @@ class MqttConnection:
         self._client_id, self._session_expiry_s, self._will = client_id, session_expiry_s, will
         self.max_packet_bytes = NO_LIMIT_BYTES
         self._window = MAX_INFLIGHT
-        self._count = 0
+        self._steps = self._count = 0
+        self._connecting: float | None = None  # since when it waits for a name, the network or TLS
         self._waiting: deque[tuple[int, Outgoing]] = deque()
         self._inflight: dict[int, tuple[int, Outgoing]] = {}  # by paho's message id
         self._suspects = 0  # of those that wait, the first so many; they go out one at a time
@@ -118,6 +120,12 @@ class MqttConnection:
         self._stopping = True
         self.post(lambda: None)
         self._thread.join(timeout_s)
+
+    @property
+    def progress(self) -> float:
+        """Grows while the thread lives, also while it waits to be connected, for up to CONNECTING_S."""
+        since = self._connecting
+        return self._steps + (0 if since is None else min(time.monotonic() - since, CONNECTING_S))
 
     @property
     def alive(self) -> bool:
@@ -231,13 +239,16 @@ class MqttConnection:
         self._connecting_since = time.monotonic()
         if self._renew:
             self._start_over()
+        self._connecting = time.monotonic()
         try:
             self._client.reconnect()
         except OSError as error:
             self._trouble(*_diagnose(error))
             return
+        finally:
+            self._connecting = None
         while (sock := self._client.socket()) is not None:
-            self.progress += 1
+            self._steps += 1
             self._exchange(sock)
             self._work()
             self._client.loop_misc()
@@ -320,7 +331,7 @@ class MqttConnection:
         """Do posted work for `seconds`; what it publishes waits."""
         until = time.monotonic() + seconds
         while not self._stopping and (left := until - time.monotonic()) > 0:
-            self.progress += 1
+            self._steps += 1
             if select.select([self._wake_out], [], [], min(left, TICK_S))[0]:
                 self._wake_out.recv(4096)
             self._work()
@@ -490,6 +501,14 @@ class _Client(Client):
         if packet["remaining_length"] in (1, 2):
             packet["remaining_length"] = 3
         super()._handle_disconnect()
+
+    def _ssl_wrap_socket(self, tcp_sock: Any) -> Any:
+        """Let a handshake last no longer than HANDSHAKE_S without a word; paho waits for the keepalive."""
+        keepalive, self._keepalive = self._keepalive, min(self._keepalive, HANDSHAKE_S)
+        try:
+            return super()._ssl_wrap_socket(tcp_sock)
+        finally:
+            self._keepalive = keepalive
 
 
 def _tune(_client: Client, _data: Any, sock: Any) -> None:
