@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 THROTTLED_BITS = {  # of the firmware's get_throttled (Raspberry Pi documentation, vcgencmd)
@@ -91,13 +92,19 @@ class Board:
     @property
     def throttling(self) -> Throttling | None:
         """What the firmware of a Raspberry Pi reports; None on other boards."""
-        text = self.read("/sys/devices/platform/soc/soc:firmware/get_throttled")
+        text = None if self._throttled_file is None else self.read(self._throttled_file)
         if not text or not re.fullmatch(r"(0x)?[0-9a-fA-F]+", text):
             return None
         bits = int(text, 16)
         now = tuple(said for bit, said in THROTTLED_BITS.items() if bits >> bit & 1)
         before = tuple(said for bit, said in THROTTLED_BITS.items() if bits >> (bit + PAST_BITS) & 1)
         return Throttling(now, before)
+
+    @cached_property
+    def _throttled_file(self) -> str | None:
+        """Below soc, or soc@107c000000: the node's name on a Pi 5 since Linux 6.12."""
+        found = self._root.glob("sys/devices/platform/soc*/soc*:firmware/get_throttled")
+        return next((str(path.relative_to(self._root)) for path in found), None)
 
     def cgroup_limit(self, unit: str, name: str) -> int | None:
         """Bytes of memory.max or memory.high of a system service; None if there is no limit."""
@@ -112,7 +119,7 @@ class Board:
 
     def disk(self, path: Path) -> Disk | None:
         """Where `path`, or the nearest of its parents that exists, is stored."""
-        while not path.exists() and path != path.parent:
+        while not os.path.exists(path) and path != path.parent:  # false too where nobody may look
             path = path.parent
         try:
             stored, device = os.statvfs(path), path.stat().st_dev
@@ -147,6 +154,11 @@ class Board:
         """Devices and files that memory is swapped to."""
         lines = (self.read("/proc/swaps") or "").splitlines()[1:]
         return tuple(line.split()[0] for line in lines if line.split())
+
+    def swap_file_behind(self, swap: str) -> str | None:
+        """Where a zram device writes idle pages, e.g. /dev/loop0; None if they stay in memory."""
+        found = self.read(f"/sys/block/{Path(swap).name}/backing_dev")
+        return None if found in (None, "", "none") else found
 
     @property
     def consoles(self) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import uuid
 from contextlib import closing
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from edge.bundle_cli import bundle
-from edge.systemd import CONFIG
+from edge.systemd import CONFIG, DIRECTORIES
 
 if TYPE_CHECKING:
     from edge.client.link import Link
@@ -91,6 +92,8 @@ def doctor(path: Path, as_json: bool) -> None:
     from edge.config import load
     from edge.doctor import doctor as examining
 
+    if path.absolute() == Path(CONFIG):
+        os.environ.update({name: where for name, where in DIRECTORIES.items() if name not in os.environ})
     logging.getLogger("edge").addHandler(logging.NullHandler())  # the findings say it
     findings = examining.examine(load(path))
     click.echo((examining.as_json if as_json else examining.as_text)(findings))

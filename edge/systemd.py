@@ -11,6 +11,10 @@ from collections.abc import Callable, Mapping
 log = logging.getLogger(__name__)
 
 CONFIG = "/etc/edge-gemma/edge-daemon.toml"  # where the package's unit reads it
+DIRECTORIES = {  # what systemd tells the package's unit, and nobody else
+    "STATE_DIRECTORY": "/var/lib/edge-gemma",
+    "CACHE_DIRECTORY": "/var/cache/edge-gemma",
+}
 PAYLOADS = "edge.payloads"  # the logger of what people ask and are answered
 
 

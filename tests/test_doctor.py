@@ -10,8 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from counterparts import Mosquitto, PtyPair, free_port
 
+from edge import cli
 from edge.board import Board, Throttling
 from edge.bundles.architecture import Architecture, Layer, Rope
 from edge.bundles.bundle import FileEntry, Manifest, file_digest
@@ -156,8 +158,9 @@ def test_heat_and_voltage_are_told_apart(
     assert (finding.mend is None) if mend is None else (mend in str(finding.mend))
 
 
-def test_throttling_bits_are_the_firmware_s(tmp_path: Path) -> None:
-    path = tmp_path / "sys/devices/platform/soc/soc:firmware/get_throttled"
+@pytest.mark.parametrize("soc", ["soc", "soc@107c000000"])  # the latter: a Pi 5 since Linux 6.12
+def test_throttling_bits_are_the_firmware_s(tmp_path: Path, soc: str) -> None:
+    path = tmp_path / f"sys/devices/platform/{soc}/{soc}:firmware/get_throttled"
     path.parent.mkdir(parents=True)
     path.write_text("70002\n")
     assert Board(tmp_path).throttling == Throttling(
@@ -202,12 +205,21 @@ def test_limits_below_the_model_are_a_problem(
 
 
 @pytest.mark.parametrize(
-    ("swaps", "state"),
-    [("", "ok"), ("/dev/zram0 partition 1 0 100\n", "ok"), ("/var/swap file 1 0 -2\n", "warning")],
+    ("swaps", "behind", "state"),
+    [
+        ("", None, "ok"),
+        ("/dev/zram0 partition 1 0 100\n", None, "ok"),
+        ("/dev/zram0 partition 1 0 100\n", "none\n", "ok"),
+        ("/dev/zram0 partition 1 0 100\n", "/dev/loop0\n", "warning"),  # Raspberry Pi OS trixie
+        ("/var/swap file 1 0 -2\n", None, "warning"),
+    ],
 )
-def test_swap_on_the_card_is_a_warning(board: Callable[..., Board], swaps: str, state: str) -> None:
+def test_swap_on_the_card_is_a_warning(
+    board: Callable[..., Board], swaps: str, behind: str | None, state: str
+) -> None:
     text = "Filename Type Size Used Priority\n" + swaps
-    assert only(list(board_checks.check_swap(board(proc__swaps=text)))).state == state
+    swapping = board(proc__swaps=text, sys__block__zram0__backing_dev=behind)
+    assert only(list(board_checks.check_swap(swapping))).state == state
 
 
 def test_free_space_is_checked_where_the_daemon_writes(config: Callable[..., Config], tmp_path: Path) -> None:
@@ -315,6 +327,39 @@ def test_everything_is_examined_and_reported_in_both_forms(
     data = json.loads(as_json(findings))
     assert len(data["findings"]) == len(findings)
     assert data["problems"] == sum(finding.state == "problem" for finding in findings)
+
+
+def test_the_unit_s_directories_are_looked_at_and_not_those_of_who_asks(
+    config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = config().path
+    file.write_text('bundle = "bundle"\n[[serial]]\nport = "/dev/ttyNOWHERE"\n')
+    for name in ("STATE_DIRECTORY", "CACHE_DIRECTORY"):
+        monkeypatch.setenv(name, "restored when the test ends")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(cli, "CONFIG", str(file))
+    said = CliRunner().invoke(cli.daemon, ["doctor", "--config", str(file), "--json"]).stdout
+    disks = [each["said"] for each in json.loads(said)["findings"] if each["check"] == "disk"]
+    assert [text.partition(":")[0] for text in disks] == ["/var/lib/edge-gemma", "/var/cache/edge-gemma"]
+
+
+def test_who_may_not_look_is_told_so_and_not_that_the_bundle_is_missing(
+    config: Callable[..., Config],
+) -> None:
+    settings = config()
+    settings.bundle.chmod(0)
+    settings.cache_directory.mkdir(0)
+    us = os.geteuid()
+    if us == 0:
+        os.seteuid(65_534)
+    try:
+        bundle = only(list(link_checks.check_bundle(settings)))
+        disks = list(board_checks.check_disk(Board(), settings))
+    finally:
+        os.seteuid(us)
+        settings.bundle.chmod(0o700)
+    assert (bundle.state, bundle.mend) == ("unknown", "sudo edge-daemon doctor")
+    assert [finding.state for finding in disks] == ["ok", "ok"]
 
 
 def test_a_check_that_fails_hides_no_other(

@@ -155,7 +155,16 @@ def check_limits(board: Board, config: Config) -> Iterator[Finding]:
 def check_swap(board: Board) -> Iterator[Finding]:
     """Swap on a card wears it out, and is slower than anything else on the board."""
     on_disk = [name for name in board.swaps if not name.startswith("/dev/zram")]
-    if on_disk:
+    behind = [found for name in board.swaps if (found := board.swap_file_behind(name)) is not None]
+    if behind:
+        yield Finding(
+            "swap",
+            "warning",
+            f"idle memory is written to {', '.join(behind)} (as Raspberry Pi OS trixie has it: /var/swap)",
+            "sudo mkdir -p /etc/rpi/swap.conf.d && printf '[Main]\\nMechanism=zram\\n' | "
+            "sudo tee /etc/rpi/swap.conf.d/edge-gemma.conf && sudo reboot",
+        )
+    elif on_disk:
         yield Finding(
             "swap",
             "warning",
@@ -169,7 +178,10 @@ def check_swap(board: Board) -> Iterator[Finding]:
 def check_disk(board: Board, config: Config) -> Iterator[Finding]:
     """Free space, and on what, of the directories that the daemon writes."""
     manifest = _manifest(config)
-    packed = any(config.cache_directory.glob("*.xnnpack"))
+    try:
+        packed = any(config.cache_directory.glob("*.xnnpack"))
+    except PermissionError:
+        packed = True  # who may not look can't be told that they are missing
     weights = 0 if manifest is None or packed else manifest.files[DECODER].size
     wanted = {config.state_directory: MIN_FREE_BYTES, config.cache_directory: MIN_FREE_BYTES + weights}
     for directory, least in wanted.items():

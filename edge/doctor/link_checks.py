@@ -28,6 +28,13 @@ VERSION_WAIT_S = 2.0  # some brokers tell it to nobody
 def check_bundle(config: Config) -> Iterator[Finding]:
     """Whether every byte of the bundle is what the manifest says, and who has signed that."""
     try:
+        (config.bundle / MANIFEST).stat()
+    except PermissionError:
+        yield Finding("bundle", "unknown", f"{config.bundle}: only root may look", "sudo edge-daemon doctor")
+        return
+    except OSError:
+        pass  # said below
+    try:
         manifest = read_manifest(config.bundle)
         if config.bundle_key_file is not None:
             TrustedKeys(config.bundle_key_file).check(config.bundle)
