@@ -138,6 +138,14 @@ def test_sigterm_lets_running_and_waiting_requests_finish(make: Make, mosquitto:
     assert waiting.final().usage.generated == 4
 
 
+def test_systemd_is_asked_for_as_long_as_a_stop_may_take(make: Make, mosquitto: Mosquitto) -> None:
+    daemon = make(f"drain_s = 300\n{mqtt(mosquitto)}")  # the unit's TimeoutStopSec is 45
+    daemon.start()
+    assert daemon.stop() == 0
+    said = dict(line.split("=", 1) for line in daemon.notice("STOPPING=1").splitlines())
+    assert 300e6 < int(said["EXTEND_TIMEOUT_USEC"]) < 400e6
+
+
 def test_sigterm_does_not_wait_longer_than_it_is_told(make: Make, mosquitto: Mosquitto) -> None:
     daemon = make(f"drain_s = 0\n{mqtt(mosquitto)}")
     daemon.start()

@@ -260,10 +260,10 @@ def test_a_broker_that_is_silent_in_a_tls_handshake_is_no_reason_for_the_watchdo
     with socket.create_server(("127.0.0.1", 0)) as silent:
         config = f"[mqtt]\nport = {silent.getsockname()[1]}\ntls = true\nkeepalive_s = 60\n"
         daemon = DaemonProcess(tmp_path, bundle, config, WATCHDOG_USEC=str(int(WATCHDOG_S * 1e6)))
-        daemon.start()
-        assert lives(daemon, 1.5 * WATCHDOG_S)
-        assert daemon.stop() == 0
-        daemon.close()
+        with contextlib.closing(daemon):
+            daemon.start()
+            assert lives(daemon, 1.5 * WATCHDOG_S)
+            assert daemon.stop() == 0
 
 
 @pytest.mark.slow
@@ -274,13 +274,12 @@ def test_name_servers_that_do_not_answer_are_no_reason_for_the_watchdog(tmp_path
     config = f'[mqtt]\nhost = "broker.lan"\n{route}'
     daemon = DaemonProcess(tmp_path, bundle, config, WATCHDOG_USEC=str(int(WATCHDOG_S * 1e6)))
     daemon.within = ("unshare", "-m", "sh", "-c", f'mount --bind {names} /etc/resolv.conf && exec "$@"', "sh")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent, contextlib.closing(daemon):
         silent.bind(("127.0.9.1", 53))
         daemon.start()
         assert lives(daemon, 30)  # a look-up takes 20 s
         assert daemon.stop() == 0
     assert "broker.lan:1883: can't be reached: " in daemon.log.read_text()
-    daemon.close()
 
 
 class Disk:

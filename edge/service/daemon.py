@@ -18,7 +18,7 @@ from edge.board import Board
 from edge.config import Config
 from edge.errors import EdgeError, TransportError
 from edge.requests import route_runner
-from edge.requests.engine import Engine
+from edge.requests.engine import ABANDON_S, Engine
 from edge.requests.journal import Journal
 from edge.requests.journaling import JournaledEngine, Origin
 from edge.requests.route_runner import RouteRunner
@@ -145,7 +145,10 @@ class Daemon:
 
     def _drain(self) -> None:
         waiting = self._engine.waiting + self._engine.working
-        notify("STOPPING=1", f"STATUS=Stopping, {waiting} requests to answer")
+        closing_s = ABANDON_S + 3 * CLOSE_S * (1 + len(self._transports()))
+        limit_us = round((self._config.drain_s + closing_s) * 1e6)  # however short the unit's patience is
+        said = f"STATUS=Stopping, {waiting} requests to answer"
+        notify("STOPPING=1", f"EXTEND_TIMEOUT_USEC={limit_us}", said)
         self._keeper.close()
         done = threading.Event()
         drainer = threading.Thread(target=self._stop_parts, args=(done,), name="drain")
