@@ -13,6 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from edge.bundles.bundle import DECODER, read_manifest
+from edge.runtime import litert
 from edge.runtime.litert import CompiledModel, weight_cache_name
 from edge.runtime.signature import aligned_array
 
@@ -111,6 +112,25 @@ CompiledModel(Path(sys.argv[1]), "digest", Path({str(tmp_path)!r}), 1)
     for process in processes:
         _, errors = process.communicate()
         assert process.returncode == 0, errors
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".stamp", ".xnnpack"]
+
+
+def test_what_a_crash_left_of_packing_takes_no_room_from_the_next_start(tmp_path: Path) -> None:
+    packing = """
+import os, sys
+from pathlib import Path
+from edge.runtime.litert import CompiledModel
+os.replace = lambda *_: os._exit(9)
+CompiledModel(Path(sys.argv[1]), "digest", Path(sys.argv[2]), 1)
+"""
+    path = str(bundles.small_bundle(NAME, "int8") / DECODER)
+    assert subprocess.run([sys.executable, "-c", packing, path, str(tmp_path)], check=False).returncode == 9
+    (left,) = tmp_path.glob("*/building")
+    with litert._locked(left.parent):  # as long as it is being packed it stays
+        compile_model(tmp_path)
+        assert left.stat().st_size > 100_000
+    next(tmp_path.glob("*.stamp")).unlink()
+    compile_model(tmp_path)
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".stamp", ".xnnpack"]
 
 

@@ -24,7 +24,6 @@ import platform
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -40,7 +39,6 @@ log = logging.getLogger(__name__)
 
 _LIBRARIES = {"linux": "libLiteRt.so", "darwin": "libLiteRt.dylib", "win32": "libLiteRt.dll"}
 _CPU = 1
-_ABANDONED_S = 3600.0  # a file of weights that has not grown for so long is packed by nobody
 _OPTION_ACCELERATORS, _OPTION_LOG_SEVERITY, _ANY_INT, _ERRORS_ONLY = 24, 25, 2, 3
 
 
@@ -134,10 +132,29 @@ def forget_packed_weights(directory: Path, kept_models: Sequence[str]) -> None:
             with contextlib.suppress(OSError):
                 _stamp(path).unlink(missing_ok=True)
                 path.unlink()
+    _forget_abandoned(directory)
+
+
+def _forget_abandoned(directory: Path) -> None:
+    """Remove what a crash or a power cut left of packing: it may be as large as the model."""
     for building in directory.glob("*/building"):
-        with contextlib.suppress(OSError):
-            if time.time() - building.stat().st_mtime > _ABANDONED_S:
-                shutil.rmtree(building.parent)
+        with contextlib.suppress(OSError), _locked(building.parent):
+            shutil.rmtree(building.parent)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Hold a directory's lock, which is gone with its process. Raises OSError if another process has it."""
+    if sys.platform == "win32":
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+    import fcntl
+
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 class Library:
@@ -225,6 +242,7 @@ class CompiledModel:
             if _is_intact(cache):
                 with contextlib.suppress(RuntimeFailure):
                     return self._compile(cache)
+            _forget_abandoned(directory)
             self._require_room(directory)
             return self._build_cache(cache)
         except OSError as error:
@@ -245,8 +263,11 @@ class CompiledModel:
 
         What packed them keeps much of its memory (170 MB for a 270M), so it is thrown away.
         """
-        with tempfile.TemporaryDirectory(prefix=f"{cache.stem}.", dir=cache.parent) as scratch:
-            building = Path(scratch, "building")
+        with contextlib.ExitStack() as stack:
+            scratch = tempfile.TemporaryDirectory(prefix=f"{cache.stem}.", dir=cache.parent)
+            building = Path(stack.enter_context(scratch), "building")
+            with contextlib.suppress(OSError):  # without a lock another process may take it for abandoned
+                stack.enter_context(_locked(building.parent))
             packer = self._compile(building)
             self._lib.destroy("LiteRtDestroyCompiledModel", packer)
             if not building.is_file():
