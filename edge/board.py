@@ -72,6 +72,17 @@ class Board:
         found = re.search(rf"^{name}:\s+(\d+) kB", self.read("/proc/meminfo") or "", re.MULTILINE)
         return int(found[1]) * 1024 if found else None
 
+    def anonymous_memory(self, process: str) -> int | None:
+        """RssAnon of a process in bytes; `process` is its number, or self."""
+        status = self.read(f"/proc/{process}/status") or ""
+        found = re.search(r"^RssAnon:\s+(\d+) kB", status, re.MULTILINE)
+        return int(found[1]) * 1024 if found else None
+
+    def anonymous_memory_of_unit(self, unit: str) -> int:
+        """RssAnon of all processes of a system service together; 0 if there are none."""
+        processes = (self.read(f"/sys/fs/cgroup/system.slice/{unit}/cgroup.procs") or "").split()
+        return sum(self.anonymous_memory(process) or 0 for process in processes)
+
     @property
     def cpu_features(self) -> frozenset[str]:
         """The kernel's names of the processor's features: asimddp and i8mm on Arm, avx2 and so on on x86."""

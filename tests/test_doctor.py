@@ -186,6 +186,18 @@ def test_memory_is_compared_with_weights_cache_and_the_rest(
     assert said in finding.said
 
 
+def test_what_the_daemon_holds_itself_is_not_called_other_programs(
+    board: Callable[..., Board], config: Callable[..., Config]
+) -> None:
+    free = "MemTotal: 475000 kB\nMemAvailable: 225000 kB\n"  # a Zero 2 W on which it runs
+    without = board(proc__meminfo=free)
+    assert only(list(board_checks.check_memory(without, config(200_000_000)))).state == "warning"
+    procs = "sys__fs__cgroup__system.slice__edge-daemon.service__cgroup.procs"
+    status = "Name:\tedge-daemon\nRssAnon:\t  120000 kB\nRssFile:\t  200000 kB\n"
+    running = board(**{"proc__meminfo": free, procs: "811\n", "proc__811__status": status})
+    assert only(list(board_checks.check_memory(running, config(200_000_000)))).state == "ok"
+
+
 def test_a_disabled_memory_controller_comes_with_the_command_that_enables_it(
     board: Callable[..., Board], config: Callable[..., Config]
 ) -> None:

@@ -108,6 +108,8 @@ def check_memory(board: Board, config: Config) -> Iterator[Finding]:
     """Whether the model fits into memory; one that does not is read from the disk with every token."""
     manifest = _manifest(config)
     total, available = board.memory("MemTotal"), board.memory("MemAvailable")
+    if available is not None:  # what the daemon itself has is no reason why it should have too little
+        available += board.anonymous_memory_of_unit(UNIT)
     if total is None or manifest is None:
         yield Finding("memory", "unknown", "not compared: no bundle, or no /proc/meminfo")
         return

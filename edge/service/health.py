@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ from edge.board import Board
 from edge.requests.engine import Engine
 from edge.requests.journal import Journal
 
-MIB_KIB = 1024
+MIB = 1024 * 1024
 
 
 def health(engine: Engine, journal: Journal, board: Board) -> Mapping[str, Any]:
@@ -37,5 +36,5 @@ def health(engine: Engine, journal: Journal, board: Board) -> Mapping[str, Any]:
 
 
 def _anonymous_mib(board: Board) -> int | None:
-    found = re.search(r"^RssAnon:\s+(\d+) kB", board.read("/proc/self/status") or "", re.MULTILINE)
-    return round(int(found[1]) / MIB_KIB) if found else None
+    size = board.anonymous_memory("self")
+    return None if size is None else round(size / MIB)
