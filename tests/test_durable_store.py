@@ -148,6 +148,18 @@ def test_damage_after_a_crash_keeps_what_is_in_the_log_beside_the_file(path: Pat
     journal.close()
 
 
+def test_what_comes_after_the_close_is_an_error_and_no_damage(path: Path) -> None:
+    journal = Journal(path)
+    journal.accept("a", REQUEST, "mqtt")
+    journal.close()
+    with pytest.raises(sqlite3.ProgrammingError):
+        journal.answered("a", b"of a thread that a stop has not waited for")
+    assert not path.with_name("journal.sqlite.damaged").exists()
+    reopened = Journal(path)
+    assert [entry.key for entry in reopened.unfinished()] == ["a"]
+    reopened.close()
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_damage_to_the_files_still_gives_a_working_journal(data: st.DataObject) -> None:

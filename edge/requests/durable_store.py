@@ -65,6 +65,8 @@ class DurableStore:
                 self._move_to_disk()
             try:
                 return self._transaction(work, durable)
+            except sqlite3.ProgrammingError:  # it was closed
+                raise
             except FAILED as error:
                 if self._path is None or self.problem:
                     raise
