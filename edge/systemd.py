@@ -47,9 +47,9 @@ class Watchdog:
     `parts` gives each part's progress counter by its name.
     """
 
-    def __init__(self, parts: Mapping[str, Callable[[], int]]) -> None:
+    def __init__(self, parts: Mapping[str, Callable[[], float]]) -> None:
         self._parts = parts
-        self._seen: dict[str, int] = {}
+        self._seen: dict[str, float] = {}
         self._stuck: list[str] = []
 
     def check(self) -> bool:

@@ -371,6 +371,31 @@ def test_what_is_not_signed_by_a_known_key_is_refused(
         assert install(store, bundle, keys).name.startswith(installed)
 
 
+@needs_openssl
+@pytest.mark.parametrize("fault", ["unsigned", "another key"])
+def test_nothing_is_removed_to_make_room_for_what_is_not_signed(
+    store: BundleStore,
+    bundle: Path,
+    other: Path,
+    key: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    fault: str,
+) -> None:
+    for installed in (bundle, other):
+        store.activate(install(store, installed, None).name)
+    before = left_over(store)
+    manifest = json.loads((bundle / MANIFEST).read_text()) | {"context": 64}
+    (bundle / MANIFEST).write_text(json.dumps(manifest))
+    if fault == "another key":
+        sign(bundle, key("bad"))
+    full = shutil._ntuple_diskusage(0, 0, RESERVE_BYTES)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: full)
+    with pytest.raises(BundleError):
+        install(store, bundle, TrustedKeys(key("good").with_suffix(".pub")))
+    assert left_over(store) == before
+    assert store.previous in before
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

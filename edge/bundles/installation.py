@@ -59,7 +59,8 @@ def install(store: BundleStore, source: Path | BinaryIO, keys: TrustedKeys | Non
             store.clean()
             scratch = Path(tempfile.mkdtemp(prefix=".incoming.", dir=store.directory))
             try:
-                incoming = _Incoming(store, origin, scratch, keys)
+                texts_first = isinstance(source, Path) and source.is_dir()
+                incoming = _Incoming(store, origin, scratch, keys, texts_first)
                 with contextlib.closing(_items(source)) as items:
                     for name, size, stream in items:
                         if incoming.take(name, size, stream):
@@ -77,8 +78,12 @@ def install(store: BundleStore, source: Path | BinaryIO, keys: TrustedKeys | Non
 class _Incoming:
     """A bundle on its way in; its files may come in any order, the manifest first if the sender is kind."""
 
-    def __init__(self, store: BundleStore, origin: str, scratch: Path, keys: TrustedKeys | None) -> None:
+    def __init__(
+        self, store: BundleStore, origin: str, scratch: Path, keys: TrustedKeys | None, texts_first: bool
+    ) -> None:
+        """With `texts_first` manifest and signature, if there is one, come before all other files."""
         self._store, self._origin, self._scratch, self._keys = store, origin, scratch, keys
+        self._texts_first, self._reserved = texts_first, False
         self._texts: dict[str, bytes] = {}
         self._manifest: Manifest | None = None
         self._found: dict[str, FileEntry] = {}
@@ -94,6 +99,7 @@ class _Incoming:
             if len(self._texts) == 2 and self._there is None:
                 self._check_signature()
         elif self._manifest is None or name in self._manifest.files:
+            self._reserve()
             self._make_room(size)
             self._found[name] = self._copy(name, stream)
             self._compare(name)
@@ -107,6 +113,7 @@ class _Incoming:
         if self._there is not None:
             return Installed(self._there, False, size_of(manifest), self._signer)
         self._check_signature()
+        self._reserve()
         for name in manifest.files:
             self._compare(name)
         for name in self._found.keys() - manifest.files.keys():
@@ -130,9 +137,17 @@ class _Incoming:
         except BundleError as error:
             raise BundleError(f"{self._origin}: {MANIFEST} {error}") from None
         self._there = self._find()
-        if self._there is None:
-            packed = self._manifest.files[DECODER].size if DECODER in self._manifest.files else 0
-            self._make_room(size_of(self._manifest) + packed - sum(e.size for e in self._found.values()))
+        self._reserved = False
+
+    def _reserve(self) -> None:
+        """Make room for all that is to come, once there is a manifest; not for one that is not signed."""
+        if self._manifest is None or self._reserved:
+            return
+        if self._texts_first:
+            self._check_signature()
+        self._reserved = True
+        packed = self._manifest.files[DECODER].size if DECODER in self._manifest.files else 0
+        self._make_room(size_of(self._manifest) + packed - sum(e.size for e in self._found.values()))
 
     def _find(self) -> str | None:
         """Name the same bundle in the store, if it is whole and signed."""
