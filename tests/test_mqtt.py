@@ -28,7 +28,6 @@ from edge.requests.journal import Journal
 from edge.requests.journaling import JournaledEngine
 from edge.transports import mqtt_connection
 from edge.transports.mqtt import MqttTransport
-from edge.transports.mqtt_messages import Outgoing, Received
 
 REPLY = "edge/v1/pump/reply/sensor"
 REQUEST = "edge/v1/pump/request"
@@ -348,33 +347,6 @@ def test_a_full_queue_gives_known_answers_and_refuses_the_rest_by_its_id(node: N
     sensor.ask('{"id":"y y"}', ResponseTopic=REPLY)
     assert sensor.failure().code == "bad_request"
     node.speller.gate.set()
-
-
-@pytest.mark.parametrize("correlation", [None, b"", b"x" * 300])
-@pytest.mark.parametrize("response_topic", [None, REPLY])
-def test_properties_are_packed_as_paho_does(correlation: bytes | None, response_topic: str | None) -> None:
-    message = Outgoing("t", "{}", correlation=correlation, response_topic=response_topic)
-    named = {"PayloadFormatIndicator": 1, "ContentType": "application/json"}
-    named |= {} if correlation is None else {"CorrelationData": correlation}
-    named |= {} if response_topic is None else {"ResponseTopic": response_topic}
-    read, _ = PROPERTIES(PacketTypes.PUBLISH).unpack(message.properties().pack())
-    expected: Any = _properties(named)
-    assert read.json() == expected.json()
-    assert len(message.properties().pack()) == len(expected.pack())
-
-
-@pytest.mark.parametrize("first", [0x30, 0x31, 0x32, 0x3B])
-@pytest.mark.parametrize("size", [0, 1, 200, 20_000])
-def test_a_message_is_read_with_its_properties(first: int, size: int) -> None:
-    named = {"TopicAlias": 7, "SubscriptionIdentifier": 300, "UserProperty": ("a", "b" * size)}
-    named |= {"ResponseTopic": REPLY, "CorrelationData": b"c" * size, "MessageExpiryInterval": 70_000}
-    properties: Any = _properties(named)
-    qos = first & 0x06
-    packet = b"\x00\x01t" + (b"\x01\x02" if qos else b"") + properties.pack() + b"d" * size
-    assert Received.read(first, packet, five=True, generation=3) == Received(
-        *("t", b"d" * size, bool(first & 1), bool(first & 8), REPLY, b"c" * size, 70_000),
-        token=(3, 258) if qos else None,
-    )
 
 
 def test_status_is_retained_and_the_last_will_says_offline(mosquitto: Mosquitto, connect: Connect) -> None:
