@@ -26,7 +26,7 @@ from edge.protocol.messages import MAX_REQUEST_BYTES, Answer, Failure, Final, Pa
 from edge.requests.engine import Engine
 from edge.requests.journal import Journal
 from edge.requests.journaling import JournaledEngine
-from edge.transports import mqtt_connection
+from edge.transports import paho_client
 from edge.transports.mqtt import MqttTransport
 
 REPLY = "edge/v1/pump/reply/sensor"
@@ -549,7 +549,7 @@ def test_a_port_without_tls_is_said(mosquitto: Mosquitto) -> None:
 def test_a_broker_that_is_silent_in_the_handshake_is_given_up_and_its_thread_is_not_hung(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(mqtt_connection, "HANDSHAKE_S", 1)
+    monkeypatch.setattr(paho_client, "HANDSHAKE_S", 1)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         node = Node.start(Broker("127.0.0.1", silent.getsockname()[1], tls=True, keepalive_s=600))
         connection = node.transport.connection

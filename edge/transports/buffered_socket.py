@@ -51,10 +51,6 @@ class BufferedSocket:
         """As a socket's."""
         self._sock.setblocking(blocking)
 
-    def setsockopt(self, level: int, name: int, value: int) -> None:
-        """As a socket's."""
-        self._sock.setsockopt(level, name, value)
-
     def fileno(self) -> int:
         """As a socket's."""
         return self._sock.fileno()

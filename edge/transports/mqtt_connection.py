@@ -20,7 +20,6 @@ import logging
 import random
 import select
 import socket
-import ssl
 import threading
 import time
 from collections import deque
@@ -28,40 +27,37 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from paho.mqtt.client import Client, ConnectFlags, DisconnectFlags, MQTTv5, MQTTv311
-from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
+from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from edge.config import Broker
 from edge.errors import TransportError
-from edge.protocol.strict_json import printable
-from edge.transports.buffered_socket import BufferedSocket
 from edge.transports.mqtt_messages import Listener, Outgoing, Received, Token, connect_properties
+from edge.transports.mqtt_reasons import (
+    BLAMED,
+    NO_ROOM,
+    SESSION_TAKEN_OVER,
+    UNSUPPORTED_VERSION,
+    advice,
+    diagnose,
+)
+from edge.transports.paho_client import PahoClient
 
 log = logging.getLogger(__name__)
 
 TICK_S = 1.0  # the thread shows that it lives at least this often
 CONNACK_S = 10.0  # a broker that has not answered CONNECT by then is given up
-HANDSHAKE_S = 10  # one that is silent for so long in a TLS handshake too
 CONNECTING_S = 120.0  # it is not hung before that: a name that no name server answers for takes a minute
 FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.5, 10.0
 RESUBSCRIBE_S = 10.0  # after the broker has refused a subscription
-DEAD_MS = 15_000  # what was sent and not acknowledged by TCP for so long ends the connection
-RECEIVE_BYTES = 64 * 1024  # what the system holds for us: more would only be older when it is read
 READ_S = 0.05  # what comes without end is read for so long before answers go out
 MAX_PACKET_BYTES = 1024 * 1024  # what the broker may send us; a longer request is dropped by the broker
 RECEIVE_MAXIMUM = 2048  # unacknowledged messages that the broker may send us: twice the longest queue
 MAX_INFLIGHT = 20  # QoS 1 messages without an acknowledgement, if the broker takes so many
 MAX_QUEUED = 1024  # QoS 1 messages that wait for the broker
 NO_LIMIT_BYTES = 2**28  # of a packet, by MQTT's own encoding
-# Reason codes (MQTT 5, 2.4); the last are that it is not available, busy, or has reached a limit.
-UNSUPPORTED_VERSION, CLIENT_ID_INVALID, SESSION_TAKEN_OVER = 0x84, 0x85, 0x8E
-RETAIN_UNSUPPORTED, QOS_UNSUPPORTED = 0x9A, 0x9B
-NO_ROOM = (0x88, 0x89, 0x97, 0x9F)
-# Reasons to end the connection that lie in a message: malformed, not authorized, name of the topic, size,
-# format of the payload, retained, quality of service (MQTT 5, 3.14.2.1).
-BLAMED = (0x81, 0x87, 0x90, 0x95, 0x99, RETAIN_UNSUPPORTED, QOS_UNSUPPORTED)
 
 
 class MqttConnection:
@@ -99,7 +95,7 @@ class MqttConnection:
         self._listener = listener
         self._generation = 0
         self._ever_connected = self._stopping = self._rejected = self._renew = False
-        self._connecting_since = self._connected_at = self._stop_by = 0.0
+        self._connected_at = self._stop_by = 0.0
         self._subscribe_at = float("inf")  # once more, after a refusal
         self._backoff_s = FIRST_BACKOFF_S
         self._outbox: deque[Callable[[], None]] = deque()
@@ -183,9 +179,9 @@ class MqttConnection:
         """Whether a delivery can be acknowledged: there is one, and it came over this connection."""
         return token is not None and token[0] == self._generation and self.connected
 
-    def _make_client(self) -> _Client:
+    def _make_client(self) -> PahoClient:
         broker, will, clean = self._broker, self._will, self._session_expiry_s == 0
-        client = _Client(
+        client = PahoClient(
             self._on_message,
             CallbackAPIVersion.VERSION2,
             self._client_id,
@@ -206,7 +202,6 @@ class MqttConnection:
                 raise TransportError(f"broker {broker.address}: a TLS file can't be used: {error}") from None
         if will is not None:
             client.will_set(will.topic, will.payload, will.qos, will.retain)
-        client.on_socket_open = _tune
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
         client.on_subscribe = self._on_subscribe
@@ -236,17 +231,17 @@ class MqttConnection:
     def _serve(self) -> None:
         """Connect and stay until the connection ends."""
         self._rejected = False
-        self._connecting_since = time.monotonic()
         if self._renew:
             self._start_over()
         self._connecting = time.monotonic()
         try:
             self._client.reconnect()
         except OSError as error:
-            self._trouble(*_diagnose(error))
+            self._trouble(*diagnose(error))
             return
         finally:
             self._connecting = None
+        asked = time.monotonic()
         while (sock := self._client.socket()) is not None:
             self._steps += 1
             self._exchange(sock)
@@ -256,7 +251,7 @@ class MqttConnection:
                 self._listener.tick()
                 self._subscribe_again()
                 self._send_waiting()
-            elif time.monotonic() - self._connecting_since > CONNACK_S:
+            elif time.monotonic() - asked > CONNACK_S:
                 self._trouble("no answer to CONNECT", "is it an MQTT broker?")
                 return
             if self._stopping and (not self._unsent or time.monotonic() > self._stop_by):
@@ -364,7 +359,7 @@ class MqttConnection:
             return
         if reason.is_failure:
             self._rejected = True
-            self._trouble(f"it refuses the connection: {reason}", self._advice(reason, properties))
+            self._trouble(f"it refuses the connection: {reason}", advice(reason, properties, self._client_id))
             if not self._ever_connected and reason.value not in NO_ROOM:
                 self.refused = self.problem
             return
@@ -386,19 +381,6 @@ class MqttConnection:
             "resumed" if flags.session_present else "new",
         )
         self._listener.connected()
-
-    def _advice(self, reason: ReasonCode, properties: Properties | None) -> str:
-        """Say what to do about a refusal."""
-        elsewhere = getattr(properties, "ServerReference", None)
-        if elsewhere is not None:
-            return f"it names another broker: {printable(elsewhere, 200)}."
-        if reason.value in NO_ROOM:
-            return "it may be starting, or have too many clients."
-        if reason.value in (RETAIN_UNSUPPORTED, QOS_UNSUPPORTED):
-            return "it must take retained messages, and QoS 1."
-        if reason.value == CLIENT_ID_INVALID:
-            return f"it must let in a client that is named {self._client_id}."
-        return "check user name, password and its access list."
 
     def _on_disconnect(
         self,
@@ -470,64 +452,3 @@ class MqttConnection:
         if mid in self._inflight:
             self._suspects = max(0, self._suspects - 1)
             self._listener.published(self._inflight.pop(mid)[0], str(reason) if reason.is_failure else None)
-
-
-class _Client(Client):
-    """paho's client, made to read and write in bulk: its own ways cost half of a request's time.
-
-    A PUBLISH is not read by it: `on_packet` gets its first byte, and what follows its length.
-    """
-
-    def __init__(self, on_packet: Callable[[int, bytes], None], *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self._on_packet = on_packet
-
-    def keep_alive(self, most_s: int) -> None:
-        """Let the broker hear something every `most_s` seconds at least, if not 0 (MQTT 5, 3.2.2.3.14)."""
-        self._keepalive = min(self._keepalive, most_s or self._keepalive)
-
-    def _create_socket(self) -> Any:
-        sock: Any = super()._create_socket()
-        return BufferedSocket(sock)
-
-    def _handle_publish(self) -> MQTTErrorCode:
-        packet: Any = self._in_packet
-        self._on_packet(packet["command"], bytes(packet["packet"]))
-        return MQTTErrorCode.MQTT_ERR_SUCCESS
-
-    def _handle_disconnect(self) -> None:
-        """Have the reason read also where no properties follow it, as most brokers send it."""
-        packet: Any = self._in_packet
-        if packet["remaining_length"] in (1, 2):
-            packet["remaining_length"] = 3
-        super()._handle_disconnect()
-
-    def _ssl_wrap_socket(self, tcp_sock: Any) -> Any:
-        """Let a handshake last no longer than HANDSHAKE_S without a word; paho waits for the keepalive."""
-        keepalive, self._keepalive = self._keepalive, min(self._keepalive, HANDSHAKE_S)
-        try:
-            return super()._ssl_wrap_socket(tcp_sock)
-        finally:
-            self._keepalive = keepalive
-
-
-def _tune(_client: Client, _data: Any, sock: Any) -> None:
-    """Switch Nagle's algorithm off, which adds 40 ms to small packets; notice early that a peer is away.
-
-    Without the limit TCP sends again ever more rarely, so that a network that was away for a minute seems
-    to be away for two (tcp(7)).
-    """
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
-    if hasattr(socket, "TCP_USER_TIMEOUT"):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_MS)
-
-
-def _diagnose(error: OSError) -> tuple[str, str]:
-    """Say what is wrong, and what to do about it."""
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"its certificate is not trusted: {error.verify_message}", "set ca_file to its authority's."
-    if isinstance(error, ssl.SSLError):
-        return f"TLS failed: {error.reason}", "check that its port is the one with TLS, and the certificates."
-    said = error.strerror or str(error)
-    return f"can't be reached: {said}", "is it running, and are host and port right?"
