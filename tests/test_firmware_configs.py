@@ -379,6 +379,17 @@ def test_the_guide_s_certificate_is_for_the_host_that_its_node_connects_to(tmp_p
     assert "does NOT match" in run(*checked.args[:-1], "elsewhere.lan").stdout
 
 
+@pytest.mark.parametrize("arguments", [(), ("made",), ("made", "--client")])
+def test_certificates_for_nobody_are_not_made(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    made = run(
+        CONFIGS / "mosquitto" / "make-certificates",
+        *(tmp_path / each if each == "made" else each for each in arguments),
+    )
+    assert (made.returncode, made.stdout) == (2, "")
+    assert made.stderr.startswith("make-certificates DIRECTORY NAME...")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_node_on_the_board_can_read_the_authority_s_certificate_and_no_key(tmp_path: Path) -> None:
     made = run(CONFIGS / "mosquitto" / "make-certificates", tmp_path / "made", "localhost", umask=0o077)
     assert made.returncode == 0, made.stderr
