@@ -73,7 +73,7 @@ def main() -> None:
     `edge-convert convert --help` for the options of a conversion; the word `convert` may be left out.
     """
     signal.signal(signal.SIGTERM, _interrupt)
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as it is under nohup
+    if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
         signal.signal(signal.SIGHUP, _interrupt)  # the terminal was closed: leave nothing, as with Ctrl-C
 
 
