@@ -405,19 +405,35 @@ def test_a_memory_that_can_not_be_read_is_begun_anew(
     assert known["silent_since"] <= time.time()
 
 
-def test_a_memory_that_can_not_be_written_stops_nothing(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_memory_that_can_not_be_written_stops_nothing_and_is_written_when_it_can_be(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said = queue.Queue[str]()
-    runner = silent_runner(said, tmp_path / "nowhere" / "sensors.json")
+    said, memory = queue.Queue[str](), tmp_path / "nowhere" / "sensors.json"
+    monkeypatch.setattr(route_runner, "KEEP_S", 0)
+    runner = silent_runner(said, memory)
     runner.start()
     runner.reading("sensors/left/temperature", b"-20")
     assert said.get(timeout=WAIT_S) == "silence"
+    for _ in range(2):
+        known = runner._known
+        wait_for(lambda known=known: runner._known is not known)  # type: ignore[misc]
+        runner.keep()
+    assert caplog.text.count("sensors.json: No such file or directory; until that is mended") == 1
+    memory.parent.mkdir()
+
+    def kept() -> bool:
+        runner.keep()
+        return memory.exists()
+
+    wait_for(kept)
     runner.stop(WAIT_S)
-    assert "sensors.json" in caplog.text
+    assert b"silent_since" in memory.read_bytes()
 
 
-def test_an_alarm_does_not_wait_for_a_disk_that_takes_no_question(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("room", [1000, 0])
+def test_an_alarm_does_not_wait_for_a_disk_that_takes_no_question(
+    room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said, disk = queue.Queue[str](), threading.Event()
     journaled = JournaledEngine(Engine(Speller(), queue_length=1), Journal(None))
     take = journaled.submit
@@ -429,6 +445,8 @@ def test_an_alarm_does_not_wait_for_a_disk_that_takes_no_question(monkeypatch: p
         return take(client, request, sink, note)
 
     monkeypatch.setattr(journaled, "submit", submit)
+    monkeypatch.setattr(route_runner, "MAX_QUESTIONS", room)
+    monkeypatch.setattr(route_runner, "LATER_MS", 200)
     routes = parse_routes(tomllib.loads(ROUTE)["route"])
     runner = RouteRunner(routes, True, journaled, lambda topic, _payload, _delivered: said.put(topic))
     runner.start()
@@ -436,6 +454,9 @@ def test_an_alarm_does_not_wait_for_a_disk_that_takes_no_question(monkeypatch: p
         runner.reading(f"sensors/{sensor}/temperature", b"-10")
         assert said.get(timeout=WAIT_S / 3) == f"alarms/{sensor}"
     assert runner.alive
+    assert runner._questions.qsize() <= room
     disk.set()
+    monkeypatch.undo()
+    monkeypatch.setattr(journaled, "submit", submit)
+    wait_for(lambda: len(asked) == 2)  # those that there was no room for are asked later
     runner.stop(WAIT_S)
-    assert len(asked) == 2

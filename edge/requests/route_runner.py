@@ -38,6 +38,7 @@ TICK_S = 1.0  # the thread shows that it lives at least this often
 MAX_WAITING = 1000  # readings that wait for the thread
 MAX_OF_TOPIC = 100  # of these, on one topic, so that one sensor does not keep the others out
 DROPPED_S = 60.0  # between two lines in the log about readings that are dropped
+MAX_QUESTIONS = 1000  # that wait for the disk
 LATER_MS = 5000  # to wait before a question that was refused is asked again
 MAX_NOTE_BYTES = 16 * 1024
 KEEP_S = 60.0  # between two looks at what is to be kept, for the SD card's sake
@@ -85,7 +86,8 @@ class RouteRunner:
         self._ignored: set[tuple[str, str]] = set()
         self._stopping = False
         self._memory = memory
-        self._known = self._kept = self._remembered()
+        self._known = self._looked_at = self._kept = self._remembered()
+        self._unwritable = ""
         self._looked = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="routes", daemon=True)
         self._questions: queue.SimpleQueue[Question | None] = queue.SimpleQueue()
@@ -113,13 +115,21 @@ class RouteRunner:
         To be called now and then, in a thread that may wait for the disk.
         """
         known = self._known
-        if self._memory is None or known == self._kept:
+        if self._memory is None or known is self._looked_at:
             return
-        self._kept = known
+        self._looked_at = known
+        if known == self._kept:
+            return
         try:
             write_atomically(self._memory, dumps({"sensors": [asdict(each) for each in known]}).encode())
-        except OSError as error:
-            log.warning("%s: %s; what routes know is lost with this run", self._memory, error)
+            self._kept, self._unwritable = known, ""
+        except OSError as error:  # tried again with what is known a minute later
+            why = error.strerror or str(error)
+            if why != self._unwritable:
+                log.warning(
+                    "%s: %s; until that is mended what routes know ends with this run", self._memory, why
+                )
+            self._unwritable = why
 
     def listen(self, on: bool) -> None:
         """Say that readings can come, or can't, from any thread; while they can't, no sensor is silent."""
@@ -209,8 +219,10 @@ class RouteRunner:
                 self._publish(outcome.topic, outcome.payload, None)
             elif isinstance(outcome, Ignored):
                 self._ignore(outcome)
-            else:
+            elif self._questions.qsize() < MAX_QUESTIONS:
                 self._questions.put(outcome)
+            else:  # the disk takes none
+                self._router.postpone(outcome, time.monotonic() + LATER_MS / 1000)
 
     def _ask(self) -> None:
         """Hand questions to the engine, which may wait for the disk."""
