@@ -50,11 +50,6 @@ class Client:
         self.connection = MqttConnection(broker.broker, "edge-pump", self.listener, session_expiry_s)
         self.listener.subscriptions = lambda: self.connection.subscribe("a", "b")
 
-    def start(self) -> "Client":
-        self.connection.start()
-        wait_for(lambda: self.listener.online)
-        return self
-
     def publish(self, *payloads: str, keep: bool = False) -> list[int | None]:
         """Publish as a listener would, in the connection's thread, and return the numbers."""
         numbers = self.post(*(Outgoing(TOPIC, payload) for payload in payloads), keep=keep)
@@ -83,18 +78,32 @@ def scripted() -> Iterator[Callable[..., ScriptedBroker]]:
 
 
 @pytest.fixture
-def connect() -> Iterator[Callable[[ScriptedBroker], Client]]:
+def begin() -> Iterator[Callable[[ScriptedBroker], Client]]:
+    """Starts a client, which need not come to be online."""
     clients: list[Client] = []
 
     def make(broker: ScriptedBroker) -> Client:
         clients.append(Client(broker))
-        return clients[-1].start()
+        clients[-1].connection.start()
+        return clients[-1]
 
     yield make
     for client in clients:
         client.connection.stop(0.1)
         client.connection._thread.join(WAIT_S)
         assert not client.connection.alive
+
+
+@pytest.fixture
+def connect(begin: "Connect") -> "Connect":
+    """Starts a client and waits until it is online."""
+
+    def make(broker: ScriptedBroker) -> Client:
+        client = begin(broker)
+        wait_for(lambda: client.listener.online)
+        return client
+
+    return make
 
 
 Scripted = Callable[..., ScriptedBroker]
@@ -199,7 +208,7 @@ def test_what_is_published_before_the_broker_is_there_waits_for_it(scripted: Scr
     broker = scripted()
     client = Client(broker)
     client.post(Outgoing(TOPIC, "early"))
-    client.start()
+    client.connection.start()
     (sent,) = wait_until_published(broker, 1, 0, TOPIC)
     broker.acknowledge(sent)
     wait_for(lambda: client.listener.done)
@@ -248,20 +257,18 @@ def test_why_the_broker_ends_the_connection_is_said(
 
 
 def test_a_subscription_that_was_refused_is_tried_again(
-    scripted: Scripted, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    scripted: Scripted, begin: Connect, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mqtt_connection, "RESUBSCRIBE_S", 0.1)
     broker = scripted()
     broker.granted = 0x87
-    client = Client(broker)
-    client.connection.start()
+    client = begin(broker)
     wait_for(lambda: client.connection.problem)
     assert "it refuses a subscription: Not authorized; check its access list. Trying again." in caplog.text
     broker.granted = 1
     wait_for(lambda: client.listener.online)
     assert client.connection.problem is None
     assert broker.connections == 1
-    client.connection.stop(WAIT_S)
 
 
 def test_messages_that_the_broker_ends_the_connection_for_are_given_up_and_the_others_arrive(
@@ -283,18 +290,16 @@ def test_messages_that_the_broker_ends_the_connection_for_are_given_up_and_the_o
 
 @pytest.mark.parametrize("reason", [0x88, 0x89, 0x97, 0x9F])
 def test_a_broker_that_has_no_room_yet_is_waited_for(
-    scripted: Scripted, reason: int, caplog: pytest.LogCaptureFixture
+    scripted: Scripted, begin: Connect, reason: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     broker = scripted()
     broker.refuses = reason
-    client = Client(broker)
-    client.connection.start()
+    client = begin(broker)
     wait_for(lambda: client.connection.problem)
     assert "it may be starting, or have too many clients. Trying again." in caplog.text
     broker.refuses = 0
     wait_for(lambda: client.listener.online)
     assert (client.connection.refused, client.connection.problem) == (None, None)
-    client.connection.stop(WAIT_S)
 
 
 @pytest.mark.parametrize(
@@ -307,12 +312,10 @@ def test_a_broker_that_has_no_room_yet_is_waited_for(
     ],
 )
 def test_what_a_broker_refuses_a_node_for_is_said(
-    scripted: Scripted, reason: int, limits: dict[str, Any], said: str
+    scripted: Scripted, begin: Connect, reason: int, limits: dict[str, Any], said: str
 ) -> None:
     broker = scripted(**limits)
     broker.refuses = reason
-    client = Client(broker)
-    client.connection.start()
+    client = begin(broker)
     wait_for(lambda: client.connection.refused)
     assert str(client.connection.refused).endswith(said)
-    client.connection.stop(WAIT_S)
