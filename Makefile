@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 # What runs on the device, and what it speaks.
-ARM64_TESTS := bundle litert decoder generation prefix_cache tokenizer sampling grammar messages framing config \
-               engine mqtt serial journal durable_store end_to_end
+ARM64_TESTS := bundles/test_bundle.py generation protocol requests runtime service/test_end_to_end.py test_config.py \
+               text/test_tokenizer.py transports/test_mqtt.py transports/test_serial.py
 
 .DEFAULT_GOAL := help
 .PHONY: help install system lint test test-all test-arm64 test-system fuzz soak deb demo bench bench-e2b bench-check adapter adapter-score clean
@@ -37,15 +37,15 @@ test-all: $(STAMP) system lint ## the slow tests too
 	$(BIN)/pytest -m ''
 
 test-arm64: $(STAMP) ## tests of bundle, runtime and protocols in an emulated aarch64 Python
-	$(BIN)/python -c 'import sys; sys.path.insert(0, "tests"); import checkpoint_files as c; c.real_model()'
-	scripts/test-arm64 -q $(addprefix tests/test_,$(addsuffix .py,$(ARM64_TESTS)))
+	$(BIN)/python -c 'from tests.support import checkpoint_files as c; c.real_model()'
+	scripts/test-arm64 -q $(addprefix tests/,$(ARM64_TESTS))
 
 fuzz: $(STAMP) ## fuzz all that reads bytes from strangers; SECONDS=60 for each reader
 	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install --quiet -e '.[fuzz]'
 	$(BIN)/python -m fuzz.run --seconds $(or $(SECONDS),60)
 
 soak: $(STAMP) system ## leave a daemon under light load for HOURS=24, and say what it holds and writes
-	@PYTHONPATH=. $(BIN)/python tests/soak.py --hours $(or $(HOURS),24) $(if $(JSON),--json)
+	@$(BIN)/python -m tests.support.soak --hours $(or $(HOURS),24) $(if $(JSON),--json)
 
 deb: $(STAMP) ## arm64 packages for Debian bookworm and trixie, in dist/
 	scripts/build-deb

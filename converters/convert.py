@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.calibration.budget import plan_within
 from converters.calibration.calibrate import calibrate
+from converters.calibration.mixed_precision import plan_within
 from converters.calibration.text import CalibrationText
 from converters.checkpoints.base import Checkpoint, ExactCodes
 from converters.decoder_graph import Widths, build, matrix_shapes, stacked_matrices, widths_of

@@ -22,7 +22,7 @@ from converters.architectures.names import huggingface_name
 from converters.checkpoints.base import Checkpoint, LazyTensor
 from converters.checkpoints.chat import chat_info, folder_template
 from converters.checkpoints.safetensors_file import TensorEntry, read_safetensors
-from converters.checkpoints.stored import (
+from converters.checkpoints.tensor_reader import (
     Floats,
     Stored,
     StoredTensor,

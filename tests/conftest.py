@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from counterparts import DaemonProcess, Mosquitto, PtyPair
+
+from tests.support.counterparts import DaemonProcess, Mosquitto, PtyPair
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ class Field:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Field]:
     """A running daemon, one for all tests of a module."""
-    import bundles  # here, so that tests without a model need no converter
+    from tests.support import bundles  # here, so that tests without a model need no converter
 
     directory = tmp_path_factory.mktemp("field")
     bundle = bundles.small_bundle("gemma4-two-kv-heads", "float32", context=2048)

@@ -4,12 +4,9 @@ import json
 from collections import Counter
 from pathlib import Path
 
-import bundles
 import click
 import numpy as np
 import pytest
-import real_vocabulary
-from checkpoint_files import FIXTURES, GEMMA4, write_gguf
 
 from benchmarks import gate, random_gguf, workload
 from benchmarks.results import MACHINE, Results, spread, table
@@ -20,6 +17,8 @@ from converters.reference_decoder import ReferenceDecoder
 from edge.bundles.bundle import read_manifest
 from edge.generation.grammar import GrammarCompiler
 from edge.protocol.messages import parse_request
+from tests.support import bundles, real_vocabulary
+from tests.support.checkpoint_files import FIXTURES, GEMMA4, write_gguf
 
 
 def test_workload_covers_every_domain_with_every_kind_of_answer() -> None:

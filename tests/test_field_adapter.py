@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import bundles
 import pytest
-from checkpoint_files import FIXTURES, GEMMA3, real_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,6 +24,8 @@ from converters.convert import convert
 from converters.lora import merge_adapter
 from edge.generation.generator import Generator
 from edge.text.tokenizer import Tokenizer
+from tests.support import bundles
+from tests.support.checkpoint_files import FIXTURES, GEMMA3, real_model
 
 SHIPPED = Path(adapters.field_270m.__file__).parent / "trained"
 

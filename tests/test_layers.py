@@ -21,7 +21,7 @@ ORDER = (
         "runtime",
         "generation",
     ),
-    *("routes", "config", "requests", "transports", "service", "doctor", "client", "bundle_cli", "cli"),
+    *("routes", "config", "requests", "transports", "service", "doctor", "client", "cli"),
 )
 
 

@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from scipy.linalg import blas
 
 from converters.calibration.activations import round_activations
-from converters.calibration.folding import NORMED, Folded, fold
-from converters.calibration.lattice import Objective, quantize_for
+from converters.calibration.gptq import Objective, quantize_for
+from converters.calibration.smoothing import NORMED, Folded, fold
 from converters.calibration.text import CalibrationText
 from converters.checkpoints.base import Checkpoint, LazyTensor
 from converters.quantization import Floats, Format, Quantized, pack, quantize, tensor_group, unpack

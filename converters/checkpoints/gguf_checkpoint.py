@@ -16,7 +16,7 @@ from converters.checkpoints.base import Checkpoint, ExactCodes, LazyTensor
 from converters.checkpoints.chat import chat_info, licence_notice
 from converters.checkpoints.gguf_file import GgufFile, TensorEntry, read_gguf
 from converters.checkpoints.q4_0 import GgufCodes
-from converters.checkpoints.stored import (
+from converters.checkpoints.tensor_reader import (
     Bytes,
     Floats,
     Stored,

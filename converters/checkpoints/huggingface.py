@@ -12,10 +12,16 @@ from converters.architectures.fields import Fields
 from converters.architectures.names import huggingface_name
 from converters.checkpoints.base import Checkpoint, LazyTensor
 from converters.checkpoints.chat import chat_info, folder_licence, folder_template
-from converters.checkpoints.packed import PackedTensor, is_packed, static_scales
+from converters.checkpoints.gemma_quant import PackedTensor, is_packed, static_scales
 from converters.checkpoints.q4_0 import GridTensor
 from converters.checkpoints.safetensors_file import TensorEntry, read_safetensors
-from converters.checkpoints.stored import Stored, StoredTensor, bfloat16_rows, float16_rows, float32_rows
+from converters.checkpoints.tensor_reader import (
+    Stored,
+    StoredTensor,
+    bfloat16_rows,
+    float16_rows,
+    float32_rows,
+)
 from converters.checkpoints.text_files import read_json
 from converters.tokenizer_model import from_sentencepiece, from_tokenizer_json, piece_count
 from edge.bundles.architecture import Architecture, tensor_shapes

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converters.checkpoints.base import CodeRows, ExactCodes
-from converters.checkpoints.stored import Floats, Stored, StoredTensor, bfloat16_rows, require_finite
+from converters.checkpoints.tensor_reader import Floats, Stored, StoredTensor, bfloat16_rows, require_finite
 
 GROUP = 32
 _LOW, _HIGH = -8, 7

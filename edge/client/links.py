@@ -14,9 +14,9 @@ from edge.errors import TransportError
 from edge.protocol.framing import Damaged
 from edge.protocol.messages import Answer, Partial, Request, parse_answer
 from edge.protocol.strict_json import StrictJsonError, dumps, loads
-from edge.transports.mqtt_connection import MqttConnection
-from edge.transports.mqtt_messages import Outgoing, Received
-from edge.transports.serial_port import SerialPort
+from edge.transports.mqtt.connection import MqttConnection
+from edge.transports.mqtt.messages import Outgoing, Received
+from edge.transports.serial.port import SerialPort
 
 CONNECT_S = 10.0  # for a broker or a port to be there
 STATUS_S = 2.0  # for the retained status of a node to arrive

@@ -11,8 +11,8 @@ from typing import Any, Self
 from edge.config import Broker
 from edge.errors import TransportError
 from edge.protocol.strict_json import StrictJsonError, loads, printable
-from edge.transports.mqtt_connection import MqttConnection
-from edge.transports.mqtt_messages import Received
+from edge.transports.mqtt.connection import MqttConnection
+from edge.transports.mqtt.messages import Received
 
 CONNECT_S = 10.0  # for the broker to answer
 QUIET_S = 0.5  # what is retained has come when nothing more comes for so long

@@ -17,8 +17,8 @@ from edge.bundles.store import BundleStore
 from edge.config import Broker, Config
 from edge.doctor.finding import Finding
 from edge.errors import BundleError, ConfigError, TransportError
-from edge.transports.mqtt_connection import MqttConnection
-from edge.transports.mqtt_messages import Received
+from edge.transports.mqtt.connection import MqttConnection
+from edge.transports.mqtt.messages import Received
 
 MB = 1024 * 1024
 BROKER_WAIT_S = 5.0

@@ -18,7 +18,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from numpy.typing import NDArray
 
 from edge.errors import BundleError, RequestError
-from edge.generation.closing import Closings, allowed_tokens
+from edge.generation.completion_search import Closings, allowed_tokens
 from edge.generation.grammar_source import grammar_source
 from edge.generation.sampling import Sampler, largest
 from edge.protocol.messages import Request

@@ -20,7 +20,7 @@ from typing import Any
 
 from edge.board import boot_id
 from edge.errors import RequestError
-from edge.requests.durable_store import DurableStore
+from edge.requests.sqlite_store import SqliteStore
 
 MAX_STARTS = 2  # a request that the daemon did not survive this often is not tried again
 MAX_CUTS = 3  # starts ended by the board itself that are not counted; more, and the request may be why
@@ -123,7 +123,7 @@ class Journal:
     `source` is the transport's own note on where the answer goes; the journal only keeps it. `clock` gives
     seconds since the epoch, `boot` names the board's present boot (None: as the kernel does). Raises
     EdgeError if another process holds the file; a damaged file or a failing disk raises nothing (see
-    `edge.requests.durable_store`).
+    `edge.requests.sqlite_store`).
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class Journal:
         self._owed = False  # whether something was accepted that `sync` is to bring to the disk
         self._looked = time.monotonic()
         self._entries = self._bytes = 0  # the latter never less than the truth
-        self._store = DurableStore(path, "entries", SCHEMA, self._measure)
+        self._store = SqliteStore(path, "entries", SCHEMA, self._measure)
         number = zlib.crc32((boot_id() if boot is None else boot).encode()) >> 1
         self._store.run(lambda database: _note_boot(database, number))
 

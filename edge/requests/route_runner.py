@@ -27,7 +27,7 @@ from edge.protocol.messages import Answer, Failure, Partial, Request
 from edge.protocol.strict_json import StrictJsonError, dumps, loads, printable
 from edge.protocol.topic_filter import disjoint
 from edge.requests.engine import REFUSALS, Sink
-from edge.requests.journaling import JournaledEngine
+from edge.requests.journaled_engine import JournaledEngine
 from edge.routes.config import Route
 from edge.routes.router import Event, Ignored, Known, Outcome, Question, Router, answer_payload
 

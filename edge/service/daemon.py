@@ -20,15 +20,15 @@ from edge.errors import EdgeError, TransportError
 from edge.requests import route_runner
 from edge.requests.engine import ABANDON_S, Engine
 from edge.requests.journal import Journal
-from edge.requests.journaling import JournaledEngine, Origin
+from edge.requests.journaled_engine import JournaledEngine, Origin
 from edge.requests.route_runner import RouteRunner
 from edge.service.bundle_keeper import keeper_of
 from edge.service.health import health
 from edge.service.metrics import MetricsFile
 from edge.systemd import Watchdog, notify, watchdog_s
-from edge.transports import mqtt
-from edge.transports.mqtt import MqttTransport
-from edge.transports.serial import SerialTransport
+from edge.transports.mqtt import transport as mqtt
+from edge.transports.mqtt.transport import MqttTransport
+from edge.transports.serial.transport import SerialTransport
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""The commands `edge-daemon` and `edge-ask`."""

@@ -1,0 +1,303 @@
+"""An sqlite file that goes on whatever becomes of its disk.
+
+A damaged file is moved aside (`NAME.damaged`, one is kept) and a new one begun with what could still be
+read. On a full or read-only disk the store goes on in memory, says so in `problem`, and returns to the disk,
+with all it holds, when that works again. Only one process can hold the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from edge.errors import EdgeError
+from edge.files import sync_file
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+CACHE_KIB = 256  # of anonymous memory; sqlite's own choice is 2 MB, which a journal fills within hours
+RETRY_S = 60.0  # between two tries to return to the disk
+UNFIT = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CONSTRAINT)  # records that do not fit into a table
+DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+FAILED = (sqlite3.DatabaseError, UnicodeDecodeError)  # the latter for what a damaged file makes sqlite say
+ASIDE = ".damaged"
+
+
+class SqliteStore:
+    """The single table `table` (made by `schema`) in the file `path`, or in memory only if `path` is None.
+
+    Its first column is the integer primary key, which only gives the order and may be numbered anew.
+
+    `writes` counts transactions that changed something, `syncs` those that waited for the disk (fsync).
+    `problem` is None, or one line on why the table is not on the disk. `opened` is called with the
+    connection whenever another database takes over. Raises EdgeError if another process holds the file.
+    """
+
+    def __init__(
+        self, path: Path | None, table: str, schema: str, opened: Callable[[sqlite3.Connection], None]
+    ) -> None:
+        self.writes = self.syncs = 0
+        self.problem: str | None = None
+        self._path, self._table, self._schema, self._opened = path, table, schema, opened
+        self._lock = threading.RLock()
+        self._tried = time.monotonic()
+        self._synchronous = self._unsynced = False
+        disk = self._open_disk()
+        self._rows_are_all = disk is not None
+        self._database = disk or self._open_memory()
+        self._opened(self._database)
+
+    def run(self, work: Callable[[sqlite3.Connection], T], durable: bool = False) -> T:
+        """Run `work` as one transaction; if the disk fails, run it once more on what takes its place.
+
+        With `durable` it is on the disk when this returns; otherwise it survives a crash of the process only.
+        """
+        with self._lock:
+            if self.problem and time.monotonic() - self._tried >= RETRY_S:
+                self._move_to_disk()
+            try:
+                return self._transaction(work, durable)
+            except sqlite3.ProgrammingError:  # it was closed
+                raise
+            except FAILED as error:
+                if self._path is None or self.problem:
+                    raise
+                self._leave_disk(error)
+                return self._transaction(work, durable)
+
+    def sync(self) -> None:
+        """Wait until all transactions are on the disk; if it fails, go on in memory."""
+        with self._lock:
+            if not self._unsynced:
+                return
+            self._unsynced = False
+            if self._path is not None and self.problem is None:
+                self.syncs += 1
+                try:
+                    sync_file(_beside(self._path, "-wal"))
+                except OSError as error:
+                    self._report(error)
+                    self._go_to_memory()
+
+    def close(self) -> None:
+        """Fold the write-ahead log back and close the file."""
+        with self._lock:
+            self._database.close()
+
+    def _transaction(self, work: Callable[[sqlite3.Connection], T], durable: bool) -> T:
+        database = self._database
+        if durable != self._synchronous:  # in WAL mode FULL is an fsync at each commit, NORMAL is none
+            database.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            self._synchronous = durable
+        before = database.total_changes
+        database.execute("BEGIN")
+        try:
+            result = work(database)
+            database.execute("COMMIT")
+        except BaseException:
+            if database.in_transaction:
+                database.execute("ROLLBACK")
+            raise
+        if database.total_changes != before:
+            self.writes += 1
+            self.syncs += durable
+            self._unsynced = not durable  # an fsync is one of the whole log
+        return result
+
+    def _leave_disk(self, error: Exception) -> None:
+        if _code(error) not in DAMAGE:
+            self._report(error)
+        elif self._move_aside(error) and self._move_to_disk():
+            return
+        self._go_to_memory()
+
+    def _go_to_memory(self) -> None:
+        self._take_over(self._open_memory())
+        self._rows_are_all = True
+
+    def _move_to_disk(self) -> bool:
+        self._tried = time.monotonic()
+        disk = self._open_disk()
+        if disk is None:
+            return False
+        try:
+            self._take_over(disk)
+        except FAILED as error:
+            self._report(error)
+            disk.close()
+            return False
+        self._rows_are_all = True
+        log.warning("%s is written again", self._path)
+        return True
+
+    def _take_over(self, new: sqlite3.Connection) -> None:
+        """Replace the database by `new`, with all rows that can be read; raises if `new` can't be written."""
+        self._copy_rows(self._database, new, replacing=self._rows_are_all)
+        self._database.close()
+        self._database, self._synchronous = new, False
+        self._opened(new)
+
+    def _copy_rows(self, old: sqlite3.Connection, new: sqlite3.Connection, replacing: bool) -> None:
+        """Copy all rows that can be read and do not break the table's rules, which only damage makes."""
+        names, rows = self._readable_rows(old)
+        values = ", ".join("?" * len(names))
+        insert = f"INSERT OR REPLACE INTO {self._table} ({', '.join(names)}) VALUES ({values})"
+        new.execute("BEGIN")
+        if replacing:  # otherwise the file may hold what this process has never seen
+            new.execute(f"DELETE FROM {self._table}")
+        for row in rows:
+            try:
+                new.execute(insert, row)
+            except sqlite3.IntegrityError as error:
+                log.error("%s: a damaged record is left out: %s", self._path, error)
+        new.execute("COMMIT")
+
+    def _readable_rows(self, database: sqlite3.Connection) -> tuple[list[str], list[tuple[object, ...]]]:
+        """Names and values of all columns but the first; from both ends, as a damaged page ends a scan."""
+        names: list[str] = []
+        rows: dict[int, tuple[object, ...]] = {}
+        for order in ("ASC", "DESC"):
+            try:
+                found = database.execute(f"SELECT * FROM {self._table} ORDER BY 1 {order}")
+                names = [column[0] for column in found.description[1:]]
+                rows.update((row[0], row[1:]) for row in found)
+                break
+            except FAILED as error:
+                log.error("%s: %d records could be saved before: %s", self._path, len(rows), error)
+        return names, [rows[number] for number in sorted(rows)]
+
+    def _open_disk(self) -> sqlite3.Connection | None:
+        """Open the file, a new one if it is damaged; None, and `problem` set, if there can be no file."""
+        if self._path is None:
+            return None
+        damaged = False
+        for _ in range(2):
+            try:
+                database = self._open_file(self._path)
+                if damaged:
+                    self._salvage(database)
+                self.problem = None
+                return database
+            except FAILED as error:
+                code = _code(error)
+                if code == sqlite3.SQLITE_BUSY:
+                    raise EdgeError(
+                        f"{self._path}: another process holds it; stop that, or use another state directory"
+                    ) from None
+                if code in DAMAGE and self._move_aside(error):
+                    damaged = True
+                    continue
+                self._report(error)
+            except OSError as error:
+                self._report(error)
+            return None
+        return None
+
+    def _open_file(self, path: Path) -> sqlite3.Connection:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        database = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+        try:
+            database.execute("PRAGMA locking_mode = EXCLUSIVE")
+            database.execute("PRAGMA journal_mode = WAL")
+            database.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
+            database.execute("PRAGMA synchronous = NORMAL")
+            self._create(database)
+            verdict = database.execute("PRAGMA integrity_check(1)").fetchone()[0]
+            if verdict != "ok":
+                damage = sqlite3.DatabaseError(str(verdict).replace("\n", " "))
+                damage.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+                raise damage
+            for _ in database.execute(f"SELECT * FROM {self._table}"):
+                pass  # raises for text that is not UTF-8, which sqlite does not look at
+        except BaseException:
+            database.close()
+            raise
+        return database
+
+    def _open_memory(self) -> sqlite3.Connection:
+        database = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+        self._create(database)
+        return database
+
+    def _create(self, database: sqlite3.Connection) -> None:
+        """Make the table, from another version's if need be; one that is too different counts as damage."""
+        database.execute("BEGIN IMMEDIATE")
+        found = database.execute("SELECT sql FROM sqlite_master WHERE name = ?", (self._table,)).fetchone()
+        if found is None:
+            database.execute(self._schema)
+        elif found[0] != self._schema:
+            try:
+                self._convert(database)
+            except sqlite3.DatabaseError as error:
+                database.execute("ROLLBACK")
+                if _code(error) not in UNFIT:
+                    raise
+                foreign = sqlite3.DatabaseError("it is of another version")
+                foreign.sqlite_errorcode = sqlite3.SQLITE_NOTADB
+                raise foreign from None
+        database.execute("COMMIT")
+
+    def _convert(self, database: sqlite3.Connection) -> None:
+        """Bring the records of another version into this one's table: the columns that both know."""
+        table = self._table
+        before = [row[1] for row in database.execute(f"PRAGMA table_info({table})")]
+        database.execute(f"ALTER TABLE {table} RENAME TO another_version")
+        database.execute(self._schema)
+        names = [row[1] for row in database.execute(f"PRAGMA table_info({table})") if row[1] in before]
+        both = ", ".join(names)
+        database.execute(f"INSERT INTO {table} ({both}) SELECT {both} FROM another_version")
+        database.execute("DROP TABLE another_version")
+
+    def _salvage(self, new: sqlite3.Connection) -> None:
+        """Bring what can still be read of the file that was moved aside into the one begun in its place."""
+        assert self._path is not None
+        try:
+            with contextlib.closing(sqlite3.connect(_beside(self._path, ASIDE), isolation_level=None)) as old:
+                self._copy_rows(old, new, replacing=False)
+        except FAILED as error:  # no table, or one of another kind
+            log.error("%s: no record could be saved: %s", self._path, error)
+            if new.in_transaction:
+                new.execute("ROLLBACK")
+
+    def _move_aside(self, error: Exception) -> bool:
+        assert self._path is not None
+        aside = _beside(self._path, ASIDE)
+        log.error("%s is damaged (%s): moved to %s, a new one is begun", self._path, error, aside.name)
+        try:
+            for suffix in ("-wal", "-shm", "-journal"):
+                _beside(aside, suffix).unlink(missing_ok=True)
+            self._path.replace(aside)
+            log_file = _beside(self._path, "-wal")  # has the latest records
+            if log_file.exists():
+                log_file.replace(_beside(aside, "-wal"))
+            for suffix in ("-shm", "-journal"):
+                _beside(self._path, suffix).unlink(missing_ok=True)
+        except OSError as failure:
+            log.error("%s could not be moved: %s", self._path, failure)
+            return False
+        return True
+
+    def _report(self, error: Exception) -> None:
+        problem = f"{self._path}: {error}; records are kept in memory only: free or mend the disk"
+        if problem != self.problem:
+            log.error("%s", problem)
+        self.problem = problem
+
+
+def _code(error: Exception) -> int:
+    """The error's primary code; Python gives none for text that it can't decode, which is damage."""
+    code: int = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)
+    return code & 0xFF
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)

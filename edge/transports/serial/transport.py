@@ -1,0 +1,130 @@
+"""Requests and answers over a serial port, one frame each (`edge.protocol.framing`).
+
+From the sensor: a request; `{"type": "cancel", "id": ...}`; `{"type": "hello"}`; and
+`{"type": "reading", "topic": ..., "payload": ...}` for the routes. To the sensor: `hello` with
+the protocol's version, when the port is opened and when it is asked for; `ack` with the id of a request that
+arrived whole; `nak` for a line that noise has spoilt, which is to be sent again; `partial`, `final`, `error`;
+`{"type": "message", "topic": ..., "payload": ...}`, what routes say where there is no broker.
+
+Who gets neither `ack` nor `nak` sends the request again with the same id: while it is being answered a repeat
+is acknowledged and changes nothing, later it gets the same answer again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from edge.config import SerialConfig
+from edge.errors import RequestError
+from edge.protocol.checks import FieldError, mapping, one_of
+from edge.protocol.framing import Damaged
+from edge.protocol.messages import Answer, Failure, Partial, parse_request, salvage
+from edge.protocol.request_fields import request_id, response_topic
+from edge.protocol.strict_json import StrictJsonError, dumps, loads
+from edge.requests.engine import Sink
+from edge.requests.journaled_engine import JournaledEngine
+from edge.requests.route_runner import RouteRunner
+from edge.transports.serial.port import SerialPort
+
+log = logging.getLogger(__name__)
+
+PROTOCOL = 1
+MAX_LINE_BYTES = 16 * 1024  # of a request; answers are as long as they are
+NOISE = ("crc", "no_crc")  # damage that another try may not have
+OWN = ("ack", "nak", "partial", "final", "error", "message")  # what only a daemon says
+
+
+class SerialTransport:
+    """Serves one node on one port."""
+
+    def __init__(
+        self, config: SerialConfig, node: str, engine: JournaledEngine, routes: RouteRunner | None = None
+    ) -> None:
+        self.client = f"serial:{config.port}"
+        self._engine = engine
+        self._routes = routes
+        self._hello = dumps({"type": "hello", "protocol": PROTOCOL, "node": node})
+        self.port = SerialPort(config, MAX_LINE_BYTES, self._greet, self._received)
+
+    def start(self) -> None:
+        """Start the port's thread."""
+        self.port.start()
+
+    def stop(self, timeout_s: float) -> None:
+        """Write the answers that wait and close the port."""
+        self.port.stop(timeout_s)
+
+    def sink(self, _client: str, _request_id: str, _note: str) -> Sink:
+        """Make a sink for a request of an earlier run."""
+        return self._answer
+
+    def publish(self, topic: str, payload: str, written: Callable[[], None] | None) -> None:
+        """Write what a route says as a frame, from any thread. `payload` is JSON."""
+        frame = f'{{"type":"message","topic":{dumps(topic)},"payload":{payload}}}'
+        self.port.send(frame, written=written or (lambda: None))
+
+    def _greet(self) -> None:
+        self.port.send(self._hello, droppable=True)
+
+    def _received(self, item: str | Damaged) -> None:
+        """Take a line, in the port's thread."""
+        if isinstance(item, Damaged) and item.reason in NOISE:
+            log.info("%s: %s", self.client, item)
+            self.port.send(dumps({"type": "nak", "reason": item.reason}))
+        elif isinstance(item, Damaged):
+            self._answer(Failure(None, "bad_request", str(item)))
+        elif not self._control(item):
+            self._request(item)
+
+    def _control(self, text: str) -> bool:
+        """Do what a frame with a `type` says; False if it has none, which makes it a request."""
+        try:
+            data = loads(text, MAX_LINE_BYTES)
+            if "type" not in data:
+                return False
+            if data["type"] in OWN or (data["type"] == "hello" and "protocol" in data):
+                return True  # the line echoes; to answer would go on for ever
+            kind = one_of("cancel", "hello", "reading")("type", data["type"])
+            if kind == "hello":
+                self._greet()
+            elif kind == "reading":
+                self._reading(mapping("reading", data, ("type", "topic", "payload"), ("topic", "payload")))
+            else:
+                mapping("cancel", data, ("type", "id"), ("id",))
+                self._engine.cancel(self.client, request_id("id", data["id"]))
+        except StrictJsonError:
+            return False
+        except FieldError as error:
+            self._answer(Failure(salvage(text)[0], "bad_request", str(error)))
+        return True
+
+    def _reading(self, data: Mapping[str, Any]) -> None:
+        topic = response_topic("reading.topic", data["topic"])
+        if self._routes is not None:
+            self._routes.reading(topic, dumps(data["payload"]).encode())
+
+    def _request(self, text: str) -> None:
+        try:
+            request = parse_request(text)
+        except RequestError as error:
+            self._answer(Failure(salvage(text)[0], error.code, str(error)))
+            return
+        self.port.send(dumps({"type": "ack", "id": request.id}))
+        try:
+            self._engine.submit(self.client, request, self._answer)
+        except Exception:
+            log.exception("request %s could not be taken on", request.id)
+            self._answer(Failure(request.id, "internal", "the daemon failed; its log says why"))
+
+    def _answer(self, answer: Answer) -> None:
+        """Send an answer, from any thread."""
+        if isinstance(answer, Partial):
+            self.port.send(answer.to_json(), droppable=True)
+        else:
+            self.port.send(answer.to_json(), written=lambda: self._delivered(answer.id))
+
+    def _delivered(self, request_id: str | None) -> None:
+        if request_id is not None:
+            self._engine.delivered(self.client, request_id)

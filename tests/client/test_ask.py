@@ -1,0 +1,228 @@
+"""edge-ask as a shell uses it: over MQTT, over a serial port and in process, with its exit codes."""
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from paho.mqtt import publish
+
+from edge.client.ask import _Text
+from edge.protocol.messages import Final, Partial, Timings, Usage
+from tests.conftest import Field
+from tests.support.counterparts import WAIT_S, Mosquitto, PtyPair, edge_command, free_port, wait_for
+
+LONG = ("--max-tokens", "2000")  # seconds of work
+
+
+def run(*arguments: str, text: str = "", timeout: float = WAIT_S) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("EDGE_")}
+    return subprocess.run(
+        edge_command("ask", *arguments),
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment,
+        check=False,
+    )
+
+
+@pytest.fixture(params=["mqtt", "serial", "bundle"])
+def way(request: pytest.FixtureRequest, served: Field) -> list[str]:
+    """Options for each way to the model."""
+    ways = {
+        "mqtt": ["--port", str(served.mosquitto.port)],
+        "serial": ["--serial", str(served.ptys.far)],
+        "bundle": ["--bundle", str(served.bundle)],
+    }
+    return ways[request.param]
+
+
+def test_the_same_question_gets_the_same_answer_on_every_way(way: list[str], served: Field) -> None:
+    in_process = run("--bundle", str(served.bundle), "--max-tokens", "8", "--json", "Pump?")
+    done = run(*way, "--max-tokens", "8", "--json", "Pump?")
+    assert done.returncode == 0, done.stderr
+    answer, expected = json.loads(done.stdout), json.loads(in_process.stdout)
+    assert answer["type"] == "final"
+    assert answer["usage"]["generated"] == 8
+    assert answer["text"] == expected["text"]
+
+
+def test_text_is_printed_and_a_prompt_is_read_from_stdin(way: list[str]) -> None:
+    given = run(*way, "--max-tokens", "8", "Pump?")
+    piped = run(*way, "--max-tokens", "8", text="Pump?")
+    assert given.stdout == piped.stdout
+    assert given.stdout.strip()
+    assert given.stderr.replace(LITERT, "") == ""
+
+
+LITERT = "INFO: Created TensorFlow Lite XNNPACK delegate for CPU.\n"
+
+
+def test_statistics_go_to_stderr(way: list[str]) -> None:
+    done = run(*way, "--max-tokens", "8", "--stats", "Pump?")
+    assert "8 generated at" in done.stderr
+    assert "generated" not in done.stdout
+
+
+def test_a_refused_request_has_an_exit_code_and_one_line(way: list[str]) -> None:
+    done = run(*way, "word " * 3000)
+    assert done.returncode == 8
+    assert done.stdout == ""
+    assert done.stderr.replace(LITERT, "").count("\n") == 1
+    assert "shorten" in done.stderr
+
+
+def test_a_timeout_has_an_exit_code_of_its_own(way: list[str]) -> None:
+    done = run(*way, *LONG, "--timeout", "0.3", "Pump?")
+    assert done.returncode == 10
+    assert "deadline" in done.stderr
+
+
+def test_ctrl_c_cancels_the_request(way: list[str]) -> None:
+    ours, theirs = pty.openpty()
+    command = edge_command("ask", *way, *LONG, "Pump?")
+    process = subprocess.Popen(command, stdout=theirs, stderr=subprocess.PIPE, text=True)
+    os.close(theirs)
+    os.read(ours, 1)  # the answer has begun
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=WAIT_S)
+    os.close(ours)
+    assert process.returncode == 130
+    assert said.endswith("Error: the answer is not complete: cancelled\n")
+
+
+def test_on_a_terminal_the_answer_streams_and_is_whole(way: list[str]) -> None:
+    plain = run(*way, "--max-tokens", "200", "Pump?")
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        edge_command("ask", *way, "--max-tokens", "200", "Pump?"), stdout=theirs, stderr=subprocess.DEVNULL
+    )
+    os.close(theirs)
+    shown = b""
+    pieces = 0
+    while True:
+        try:
+            piece = os.read(ours, 65536)
+        except OSError:  # Linux says so when the other end is closed
+            break
+        if not piece:
+            break
+        shown += piece
+        pieces += 1
+    assert process.wait(WAIT_S) == 0
+    os.close(ours)
+    assert shown.decode().replace("\r\n", "\n") == plain.stdout
+    assert pieces > 1
+
+
+def test_a_node_is_found_by_itself_or_named(served: Field) -> None:
+    port = str(served.mosquitto.port)
+    assert run("--port", port, "--node", "pump", "--max-tokens", "1", "x").returncode == 0
+    done = run("--port", port, "--node", "tank", "x")
+    assert done.returncode == 6
+    assert done.stderr == f"Error: node tank at broker 127.0.0.1:{port} is not known; online are pump\n"
+
+
+def test_status_says_how_the_nodes_are(served: Field) -> None:
+    port = str(served.mosquitto.port)
+    publish.single("edge/v1/tank/status", '{"state":"offline"}', qos=1, retain=True, port=int(port))
+    run("--port", port, "--node", "pump", "--max-tokens", "8", "x")
+    wait_for(lambda: served.mosquitto.retained("edge/v1/pump/health")["tokens_per_s"])
+    done = run("--port", port, "--status")
+    assert done.returncode == 0
+    pump, tank = done.stdout.splitlines()
+    assert pump.startswith("pump: online; gemma4 ")
+    assert re.search(r"; \d waiting, (idle|working); \d+ answered, ", pump)
+    assert " tokens/s; first token after " in pump
+    assert tank == "tank: offline"
+    done = run("--port", port, "--status", "--json", "--node", "pump")
+    found = json.loads(done.stdout)
+    assert (found["node"], found["state"], found["context"]) == ("pump", "online", 2048)
+    assert found["memory_mib"] > 10
+    assert run("--port", port, "--status", "--node", "tank").returncode == 1
+    done = run("--port", port, "--status", "--node", "well")
+    assert (done.returncode, done.stderr) == (6, f"Error: broker 127.0.0.1:{port}: it knows no node well\n")
+    publish.single("edge/v1/tank/status", None, qos=1, retain=True, port=int(port))
+
+
+def test_a_node_that_is_offline_is_named(mosquitto: Mosquitto) -> None:
+    topic = "edge/v1/tank/status"
+    publish.single(topic, '{"state":"offline"}', qos=1, retain=True, port=mosquitto.port)
+    done = run("--port", str(mosquitto.port), "--node", "tank", "x")
+    assert done.returncode == 6
+    assert "node tank at broker" in done.stderr
+    assert "is offline; none is online" in done.stderr
+    assert "which node" in run("--port", str(mosquitto.port), "x").stderr
+
+
+def test_a_broker_that_is_not_there_or_refuses_is_named(
+    start_mosquitto: Callable[..., Mosquitto], tmp_path: Path
+) -> None:
+    port = free_port()
+    done = run("--port", str(port), "x")
+    assert done.returncode == 6
+    assert done.stderr == (
+        f"Error: broker 127.0.0.1:{port}: can't be reached: Connection refused; "
+        "is it running, and are host and port right?\n"
+    )
+    (tmp_path / "passwords").touch(mode=0o600)
+    broker = start_mosquitto("allow_anonymous false", f"password_file {tmp_path / 'passwords'}")
+    (tmp_path / "secret").write_text("wrong\n")
+    secret = ("--username", "edge", "--password-file", str(tmp_path / "secret"))
+    done = run("--port", str(broker.port), *secret, "x")
+    assert done.returncode == 6
+    assert "refuses the connection: Not authorized" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--serial", "/dev/nothing", "x"], 6, "port /dev/nothing: it is not there; plug it in"),
+        (["--bundle", "/nowhere", "x"], 3, "/nowhere/manifest.json"),
+        (["--max-tokens", "0", "x"], 8, "max_tokens is 0; allowed: an integer from 1 to"),
+        (["--schema", "/nowhere/s.json", "x"], 2, "/nowhere/s.json: No such file or directory"),
+        (["--password-file", "/nowhere/p", "x"], 2, "/nowhere/p: No such file or directory"),
+        (["--serial", "/dev/nothing", "--bundle", "b", "x"], 2, "exclude each other"),
+        (["--status", "x"], 2, "without a question"),
+        (["--ca-file", "/nowhere/ca", "--tls", "x"], 6, "a TLS file can't be used"),
+    ],
+)
+def test_what_is_wrong_is_named_without_a_traceback(arguments: list[str], code: int, said: str) -> None:
+    done = run(*arguments)
+    assert done.returncode == code
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_serial_line_with_nobody_at_the_end_is_said(ptys: PtyPair) -> None:
+    done = run("--serial", str(ptys.far), "x")
+    assert done.returncode == 6
+    assert "no acknowledgement; is edge-daemon there, at the same baud rate?" in done.stderr
+
+
+def test_help_has_examples_and_exit_codes() -> None:
+    done = run("--help")
+    assert "edge-ask --serial /dev/ttyUSB0 --json" in done.stdout
+    assert "130 cancelled" in done.stdout
+
+
+def test_lost_parts_are_made_up_for_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
+    text = _Text(live=True)
+    text.partial(Partial("a", 0, "one "))
+    text.partial(Partial("a", 2, "three"))
+    text.last(Final("a", "one two three", "stop", Usage(1, 0, 0, 3), Timings(0, 0, 0, 0)))
+    assert capsys.readouterr().out == "one two three\n"
+
+
+def test_an_answer_cant_touch_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    text = _Text(live=True)
+    text.partial(Partial("a", 0, "a\x1b[2J\x9b1mb\tc\n"))
+    text.last(Final("a", "a\x1b[2J\x9b1mb\tc\nd", "stop", Usage(1, 0, 0, 3), Timings(0, 0, 0, 0)))
+    assert capsys.readouterr().out == "a[2J1mb\tc\nd\n"

@@ -1,0 +1,276 @@
+"""The engine: one answer per request whatever happens, in order, and nothing late."""
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge.protocol.messages import Answer, Failure, Final, Partial, Request
+from edge.requests.engine import Engine
+from tests.support.speller import WAIT_S, Speller
+
+
+@dataclass
+class Inbox:
+    """Collects the answers to one request."""
+
+    answers: list[Answer] = field(default_factory=list)
+    done: threading.Event = field(default_factory=threading.Event)
+
+    def __call__(self, answer: Answer) -> None:
+        self.answers.append(answer)
+        if not isinstance(answer, Partial):
+            self.done.set()
+
+    def last(self) -> Answer:
+        assert self.done.wait(WAIT_S)
+        assert [isinstance(answer, Partial) for answer in self.answers].index(False) == len(self.answers) - 1
+        return self.answers[-1]
+
+    def final(self) -> Final:
+        answer = self.last()
+        assert isinstance(answer, Final), answer
+        return answer
+
+    def failure(self) -> Failure:
+        answer = self.last()
+        assert isinstance(answer, Failure), answer
+        return answer
+
+
+@dataclass
+class Bench:
+    """An engine with a Speller, and a way to ask."""
+
+    speller: Speller
+    engine: Engine
+
+    def ask(self, name: str, prompt: str = "abc def", **fields: Any) -> Inbox:
+        inbox = Inbox()
+        self.engine.submit("test", Request(name, prompt, **fields), inbox)
+        return inbox
+
+    def hold(self, name: str = "held", **fields: Any) -> Inbox:
+        """Ask something that stays at the gate."""
+        self.speller.gate.clear()
+        inbox = self.ask(name, **fields)
+        self.speller.wait_until_held()
+        return inbox
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    speller = Speller()
+    engine = Engine(speller, queue_length=2, partial_interval_s=0)
+    engine.start()
+    yield Bench(speller, engine)
+    speller.gate.set()
+    engine.stop(WAIT_S)
+    assert not engine.alive
+
+
+def test_an_answer_comes_in_parts_and_then_whole(bench: Bench) -> None:
+    inbox = bench.ask("a", "abc def")
+    final = inbox.final()
+    assert (final.text, final.finish_reason, final.usage.generated) == ("cba fed ", "stop", 2)
+    assert inbox.answers[:-1] == [Partial("a", 0, "cba "), Partial("a", 1, "fed ")]
+
+
+def test_parts_are_not_sent_to_who_does_not_want_them(bench: Bench) -> None:
+    inbox = bench.ask("a", "abc def", stream=False)
+    assert inbox.final().text == "cba fed "
+    assert len(inbox.answers) == 1
+
+
+def test_parts_within_the_interval_are_sent_as_one() -> None:
+    engine = Engine(Speller(), queue_length=1, partial_interval_s=3600)
+    engine.start()
+    inbox = Inbox()
+    engine.submit("test", Request("a", "abc def ghi"), inbox)
+    assert inbox.final().text == "cba fed ihg "
+    assert inbox.answers[:-1] == [Partial("a", 0, "cba ")]
+    engine.stop(WAIT_S)
+
+
+def test_requests_are_answered_in_the_order_they_came(bench: Bench) -> None:
+    inboxes = [bench.hold("a"), bench.ask("b"), bench.ask("c")]
+    bench.speller.gate.set()
+    for inbox in inboxes:
+        inbox.final()
+    assert bench.speller.asked == ["a", "b", "c"]
+
+
+def test_a_full_queue_answers_busy_at_once_and_says_when_to_come_again(bench: Bench) -> None:
+    bench.hold()
+    waiting = [bench.ask("b"), bench.ask("c")]
+    failure = bench.ask("d").failure()
+    assert failure.code == "busy"
+    assert failure.retry_after_ms is not None
+    assert failure.retry_after_ms >= 100
+    assert bench.engine.waiting == 2
+    bench.speller.gate.set()
+    assert {inbox.final().finish_reason for inbox in waiting} == {"stop"}
+
+
+def test_the_last_place_is_kept_for_a_client_that_has_none_waiting() -> None:
+    engine = Engine(Speller(), queue_length=4)  # not started: all of them wait
+    answers: dict[str, list[Answer]] = {"flood": [], "other": []}
+    for client, name in [*(("flood", str(number)) for number in range(9)), ("other", "x"), ("other", "y")]:
+        engine.submit(client, Request(name, "abc"), answers[client].append)
+    assert [answer.id for answer in answers["flood"]] == list("345678")
+    assert [answer.id for answer in answers["other"]] == ["y"]
+    assert {getattr(answer, "code", "") for answer in answers["flood"]} == {"busy"}
+    assert engine.waiting == 4
+
+
+def test_a_repeat_of_a_request_on_its_way_is_not_answered_twice(bench: Bench) -> None:
+    first = bench.hold("a")
+    waiting = bench.ask("b")
+    repeats = [bench.ask("a"), bench.ask("b")]
+    bench.speller.gate.set()
+    first.final()
+    waiting.final()
+    assert bench.ask("c").final()
+    assert [repeat.answers for repeat in repeats] == [[], []]
+
+
+def test_two_clients_may_use_the_same_id(bench: Bench) -> None:
+    held, other = bench.hold("a"), Inbox()
+    bench.engine.submit("other", Request("a", "xyz"), other)
+    assert bench.engine.cancel("other", "a")
+    assert other.final().finish_reason == "cancelled"
+    bench.speller.gate.set()
+    assert held.final().finish_reason == "stop"
+
+
+def test_cancelling_stops_a_running_request_and_keeps_its_text(bench: Bench) -> None:
+    inbox = bench.hold("a")
+    assert bench.engine.cancel("test", "a")
+    assert inbox.final().finish_reason == "cancelled"
+    assert not bench.engine.cancel("test", "a")
+
+
+def test_cancelling_a_waiting_request_answers_it_while_another_runs(bench: Bench) -> None:
+    bench.hold()
+    waiting = bench.ask("b")
+    assert bench.engine.cancel("test", "b")
+    assert waiting.final().finish_reason == "cancelled"
+    assert bench.engine.waiting == 0
+    assert "b" not in bench.speller.asked
+
+
+def test_cancelling_what_is_not_there_does_nothing(bench: Bench) -> None:
+    assert not bench.engine.cancel("test", "nobody")
+    assert bench.ask("a").final()
+
+
+def test_a_deadline_stops_a_running_request(bench: Bench) -> None:
+    assert bench.hold("a", deadline_ms=500).final().finish_reason == "deadline"
+
+
+def test_a_deadline_that_passes_in_the_queue_is_answered_while_another_runs(bench: Bench) -> None:
+    bench.hold()
+    failure = bench.ask("b", deadline_ms=20).failure()
+    assert (failure.code, failure.message) == ("expired", "its deadline of 20 ms passed while it waited")
+    assert "b" not in bench.speller.asked
+
+
+@pytest.mark.parametrize(
+    ("prompt", "code", "said"),
+    [
+        ("abc CRASH", "internal", "the runtime failed; its log says why"),
+        ("LITERT", "internal", "Invoke failed on decoder.tflite"),
+        ("LONG", "too_long", "9 tokens, at most 8 fit"),
+    ],
+)
+def test_a_failing_request_is_answered_and_the_engine_lives_on(
+    bench: Bench, prompt: str, code: str, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.CRITICAL)
+    failure = bench.ask("a", prompt).failure()
+    assert (failure.code, failure.message) == (code, said)
+    assert bench.ask("b").final().text == "cba fed "
+
+
+def test_a_sink_that_raises_harms_nobody(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    def broken(answer: Answer) -> None:
+        raise OSError("no")
+
+    bench.engine.submit("test", Request("a", "abc"), broken)
+    assert bench.ask("b").final()
+    assert "could not be handed over" in caplog.text
+
+
+def test_stopping_answers_what_waits_and_refuses_what_comes(bench: Bench) -> None:
+    inboxes = [bench.hold("a"), bench.ask("b")]
+    stopper = threading.Thread(target=bench.engine.stop, args=(WAIT_S,))
+    stopper.start()
+    while (failure := bench.ask("late").answers) == []:
+        time.sleep(0.01)
+    assert isinstance(failure[0], Failure)
+    assert failure[0].code in ("unavailable", "busy")
+    bench.speller.gate.set()
+    stopper.join(WAIT_S)
+    assert [inbox.final().finish_reason for inbox in inboxes] == ["stop", "stop"]
+
+
+def test_stopping_does_not_wait_longer_than_it_is_told(bench: Bench) -> None:
+    inboxes = [bench.hold("a"), bench.ask("b")]
+    bench.engine.stop(0.05)
+    assert not bench.engine.alive
+    assert [inbox.failure().code for inbox in inboxes] == ["unavailable", "unavailable"]
+
+
+def test_progress_grows_with_every_step_and_stands_still_when_a_step_hangs(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = bench.engine.progress
+    bench.ask("a").final()
+    assert bench.engine.progress > before
+    hung = threading.Event()
+    monkeypatch.setattr(bench.speller, "step", lambda _word: hung.wait(WAIT_S))
+    bench.ask("b")
+    while not bench.engine.working:
+        time.sleep(0.001)
+    time.sleep(0.05)
+    stuck = bench.engine.progress
+    time.sleep(0.1)
+    assert bench.engine.progress == stuck
+    hung.set()
+
+
+asking = st.tuples(
+    st.sampled_from(["ask", "cancel"]),
+    st.integers(0, 5),
+    st.sampled_from(["a b c", "CRASH", "a LONG", "", "a"]),
+    st.sampled_from([None, 1, 10_000]),
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(asking, max_size=20))
+def test_every_accepted_request_gets_exactly_one_last_answer(
+    actions: list[tuple[str, int, str, int | None]],
+) -> None:
+    logging.disable(logging.CRITICAL)
+    engine = Engine(Speller(), queue_length=3, partial_interval_s=0)
+    engine.start()
+    answers: list[Answer] = []
+    asked = 0
+    for serial, (action, number, prompt, deadline) in enumerate(actions):
+        if action == "ask":
+            asked += 1
+            engine.submit("test", Request(f"{serial}", prompt, deadline_ms=deadline), answers.append)
+        else:
+            engine.cancel("test", f"{serial - number}")
+    engine.stop(WAIT_S)
+    logging.disable(logging.NOTSET)
+    last = [answer.id for answer in answers if not isinstance(answer, Partial)]
+    assert sorted(last, key=str) == sorted(set(last), key=str)
+    assert len(last) == asked == engine.answered + engine.failed

@@ -1,0 +1,357 @@
+"""The engine behind a journal: what is kept, what is repeated, and what another run takes up."""
+
+from __future__ import annotations
+
+import queue
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+
+from edge.protocol.messages import (
+    Answer,
+    Failure,
+    Final,
+    Partial,
+    Request,
+    Timings,
+    Usage,
+    parse_answer,
+)
+from edge.requests.engine import Engine, Sink
+from edge.requests.journal import Journal, Limits
+from edge.requests.journaled_engine import JournaledEngine
+from tests.support.counterparts import WAIT_S, wait_for
+from tests.support.speller import Speller
+
+A = Request("a", "abc def", stream=False)
+
+
+@dataclass
+class Run:
+    """One life of a daemon without transports; it is the Origin of all clients itself."""
+
+    path: Path | None
+    limits: Limits | None = None
+    speller: Speller = field(default_factory=Speller)
+    answers: queue.Queue[Answer] = field(default_factory=queue.Queue)
+    notes: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.engine = Engine(self.speller, queue_length=2, partial_interval_s=0)
+        self.journal = Journal(self.path, self.limits)
+        self.journaled = JournaledEngine(self.engine, self.journal)
+
+    def start(self, known: bool = True) -> Run:
+        self.journaled.resume(lambda _client: self if known else None)
+        self.engine.start()
+        return self
+
+    def sink(self, client: str, request_id: str, note: str) -> Sink:
+        self.notes.append((client, request_id, note))
+        return self.hear
+
+    def hear(self, answer: Answer) -> None:
+        """Take an answer as it is on the wire."""
+        self.answers.put(parse_answer(answer.to_json()))
+
+    def ask(self, request: Request = A, redelivered: bool = False) -> bool:
+        return self.journaled.submit("mqtt:a b", request, self.hear, "note", redelivered)
+
+    def last(self) -> Answer:
+        while isinstance(answer := self.answers.get(timeout=WAIT_S), Partial):
+            pass
+        return answer
+
+    def crash(self) -> None:
+        """End without a word to the journal, as SIGKILL does; its file is free then."""
+        self.journal._store.close()
+        self.journal = Journal(None)
+        self.journaled._journal = self.journal
+        self.stop()
+
+    def stop(self) -> None:
+        self.speller.gate.set()
+        self.engine.stop(WAIT_S)
+        self.journal.close()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "state" / "journal.sqlite"
+
+
+@pytest.fixture
+def run(path: Path) -> Iterator[Run]:
+    run = Run(path).start()
+    yield run
+    run.stop()
+
+
+def code(answer: Answer) -> str:
+    assert isinstance(answer, Failure), answer
+    return answer.code
+
+
+def test_a_repeat_gets_the_same_answer_without_any_work(run: Run) -> None:
+    run.ask()
+    first = run.last()
+    run.ask(replace(A, deadline_ms=5))
+    assert run.last() == first
+    assert run.speller.asked == ["a"]
+
+
+def test_a_redelivery_is_answered_unless_the_answer_has_arrived(run: Run) -> None:
+    run.ask()
+    first = run.last()
+    assert run.ask(redelivered=True)
+    assert run.last() == first
+    run.journaled.delivered("mqtt:a b", "a")
+    assert not run.ask(redelivered=True)
+    assert run.ask()
+    assert run.last() == first
+    assert run.answers.empty()
+
+
+def test_another_request_of_the_same_id_waits_for_the_first(run: Run) -> None:
+    run.speller.gate.clear()
+    run.ask()
+    run.speller.wait_until_held()
+    run.ask(Request("a", "other"))
+    assert code(run.last()) == "busy"
+    run.speller.gate.set()
+    assert isinstance(run.last(), Final)
+    run.ask(Request("a", "other"))
+    answer = run.last()
+    assert isinstance(answer, Final)
+    assert answer.text == "rehto "
+
+
+def test_busy_is_not_kept_and_costs_no_write(run: Run) -> None:
+    run.speller.gate.clear()
+    run.ask()
+    run.speller.wait_until_held()
+    for name in ("b", "c"):
+        run.ask(replace(A, id=name))
+    before = run.journal.writes
+    run.ask(replace(A, id="d"))
+    assert code(run.last()) == "busy"
+    assert run.journal.writes == before
+    run.speller.gate.set()
+    assert {run.last().id for _ in range(3)} == {"a", "b", "c"}
+    run.ask(replace(A, id="d"))
+    assert isinstance(run.last(), Final)
+
+
+def test_a_journal_full_of_unanswered_requests_is_busy(path: Path) -> None:
+    run = Run(path, Limits(entries=1)).start()
+    run.speller.gate.clear()
+    run.ask()
+    run.speller.wait_until_held()
+    run.ask(replace(A, id="b"))
+    assert code(run.last()) == "busy"
+    run.stop()
+
+
+def test_what_was_waiting_is_answered_by_the_next_run(path: Path) -> None:
+    first = Run(path).start()
+    first.speller.gate.clear()
+    first.ask()
+    first.speller.wait_until_held()
+    for name in ("b", "c"):
+        first.ask(replace(A, id=name, stream=True))
+    first.crash()
+    second = Run(path).start()
+    answers = [second.last() for _ in range(3)]
+    assert [answer.id for answer in answers] == ["a", "b", "c"]
+    assert all(isinstance(answer, Final) for answer in answers)
+    assert second.notes == [("mqtt:a b", name, "note") for name in ("a", "b", "c")]
+    assert second.answers.empty()
+    second.stop()
+
+
+def test_what_nobody_has_got_is_handed_out_again_until_it_is_delivered(path: Path) -> None:
+    first = Run(path).start()
+    first.ask()
+    answer = first.last()
+    first.crash()
+    second = Run(path).start()
+    assert second.last() == answer
+    second.journaled.delivered("mqtt:a b", "a")
+    second.crash()
+    third = Run(path).start()
+    third.ask(Request("b", "abc", stream=False))
+    assert third.last().id == "b"
+    assert (second.speller.asked, third.speller.asked) == ([], ["b"])
+    third.stop()
+
+
+def test_a_request_that_the_daemon_does_not_survive_is_tried_twice_and_then_refused(path: Path) -> None:
+    asked = []
+    for life in range(3):
+        run = Run(path)
+        run.speller.gate.clear()
+        run.start()
+        if life == 0:
+            run.ask()
+        if life < 2:
+            run.speller.wait_until_held()
+            run.crash()
+        asked += run.speller.asked
+    assert asked == ["a", "a"]
+    answer = run.last()
+    assert code(answer) == "internal"
+    run.ask()
+    assert run.last() == answer
+    run.stop()
+
+
+def test_what_a_stop_has_no_time_for_is_answered_by_the_next_run_and_counts_as_no_crash(path: Path) -> None:
+    for life in range(4):
+        run = Run(path)
+        run.speller.gate.clear()
+        run.start()
+        if life == 0:
+            for name in ("a", "b"):
+                run.ask(replace(A, id=name))
+        run.speller.wait_until_held()
+        run.engine.stop(0)
+        run.journal.close()
+        assert run.speller.asked == ["a"], life
+        assert run.answers.empty()
+    last = Run(path).start()
+    assert [(answer.id, type(answer)) for answer in (last.last(), last.last())] == [
+        ("a", Final),
+        ("b", Final),
+    ]
+    last.stop()
+
+
+def test_without_a_disk_what_a_stop_has_no_time_for_is_refused() -> None:
+    run = Run(None).start()
+    run.speller.gate.clear()
+    run.ask()
+    run.speller.wait_until_held()
+    run.engine.stop(0)
+    assert code(run.last()) == "unavailable"
+    run.journal.close()
+
+
+def test_a_crash_counts_only_for_the_request_that_was_worked_on(path: Path) -> None:
+    for life in range(2):
+        run = Run(path)
+        run.speller.gate.clear()
+        run.start()
+        if life == 0:
+            for name in ("a", "b"):
+                run.ask(replace(A, id=name))
+        run.speller.wait_until_held()
+        run.crash()
+    run = Run(path).start()
+    answers = {answer.id: answer for answer in (run.last(), run.last())}
+    assert code(answers["a"]) == "internal"
+    assert isinstance(answers["b"], Final)
+    run.stop()
+
+
+def test_a_deadline_that_passes_while_the_daemon_is_away_is_said(path: Path) -> None:
+    first = Run(path).start()
+    first.speller.gate.clear()
+    first.ask()
+    first.speller.wait_until_held()
+    first.ask(replace(A, id="soon", deadline_ms=50))
+    first.ask(replace(A, id="late", deadline_ms=60_000))
+    first.crash()
+    time.sleep(0.06)
+    second = Run(path).start()
+    answers = {answer.id: answer for answer in (second.last(), second.last(), second.last())}
+    assert code(answers["soon"]) == "expired"
+    assert isinstance(answers["late"], Final)
+    second.stop()
+
+
+def test_what_came_from_a_port_that_is_gone_is_dropped(path: Path) -> None:
+    first = Run(path).start()
+    first.ask(replace(A, id="answered"))
+    first.last()
+    first.speller.gate.clear()
+    first.ask()
+    first.speller.wait_until_held()
+    first.crash()
+    second = Run(path).start(known=False)
+    assert (second.journal.unfinished(), second.journal.unpublished()) == ([], [])
+    wait_for(lambda: second.engine.progress)
+    assert second.speller.asked == []
+    second.stop()
+
+
+def damage(path: Path, whole: bytes, broken: bytes) -> None:
+    """Change bytes in the file that sqlite has no checksum of, as a worn card does."""
+    content = path.read_bytes()
+    assert whole in content
+    path.write_bytes(content.replace(whole, broken))
+
+
+def test_a_record_that_the_disk_has_damaged_is_an_error_to_its_asker_and_no_end_of_the_daemon(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal = Journal(path)
+    for name in ("good", "asked", "told"):
+        request = Request(name, f"abc {name}", stream=False)
+        journal.accept(f"mqtt:a {name}", replace(request, deadline_ms=None).to_json().encode(), "note")
+    answer = Final("told", "abc", "stop", Usage(1, 1, 1, 0), Timings(1, 1, 1, 1))
+    journal.answered("mqtt:a told", answer.to_json().encode())
+    journal.close()
+    damage(path, b'"text":"abc"', b'"text":\xff\xff\xff\xff\xff')
+    damage(path, b"abc asked", b"abc axked")
+    for _ in range(2):
+        run = Run(path).start()
+        heard = {answer.id: answer for answer in (run.last(), run.last())}
+        heard |= {} if len(heard) > 2 else {answer.id: answer for answer in [run.last()]}
+        run.stop()
+        assert isinstance(heard["good"], Final)
+        assert {code(heard["asked"]), code(heard["told"])} == {"internal"}
+    assert "request asked: the disk has damaged the journal's copy of the request" in caplog.text
+    assert "request told: the disk has damaged the journal's copy of the answer" in caplog.text
+
+
+def test_a_note_that_no_origin_understands_does_not_keep_the_daemon_from_starting(path: Path) -> None:
+    journal = Journal(path)
+    journal.accept("mqtt:a a", A.to_json().encode(), "note")
+    journal.close()
+
+    class Forgetful(Run):
+        def sink(self, client: str, request_id: str, note: str) -> Sink:
+            raise ValueError(f"{note} is of another version")
+
+    second = Forgetful(path).start()
+    assert second.journal.unfinished() == []
+    second.ask(replace(A, id="b"))
+    assert isinstance(second.last(), Final)
+    second.stop()
+
+
+def test_any_damage_to_the_file_lets_the_daemon_take_up_what_there_is(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "whole")
+    final = Final("b", "abc", "stop", Usage(1, 1, 1, 0), Timings(1, 1, 1, 1)).to_json().encode()
+    for name in "abcd":
+        journal.accept(f"mqtt:a {name}", replace(A, id=name).to_json().encode(), "note", 4e9)
+    journal.answered("mqtt:a b", final)
+    journal.close()
+    whole = (tmp_path / "whole").read_bytes()
+    used = [at for at, byte in enumerate(whole) if byte]
+    for seed in range(100):
+        chance, content = random.Random(seed), bytearray(whole)
+        for _ in range(chance.randint(1, 3)):
+            content[chance.choice(used)] ^= chance.randint(1, 255)
+        path = tmp_path / str(seed) / "journal.sqlite"
+        path.parent.mkdir()
+        path.write_bytes(content)
+        run = Run(path).start()
+        run.ask(replace(A, id="new"))
+        while run.last().id != "new":
+            pass
+        run.stop()

@@ -1,0 +1,321 @@
+"""Limits of brokers and of ours, at a broker that acknowledges nothing by itself, and one without MQTT 5."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from edge.transports.mqtt import connection as mqtt_connection
+from edge.transports.mqtt.connection import MqttConnection
+from edge.transports.mqtt.messages import Outgoing, Received
+from tests.support.counterparts import WAIT_S, wait_for
+from tests.support.scripted_broker import ScriptedBroker, wait_until_published
+
+TOPIC = "edge/v1/pump/reply/x"
+
+
+class Listener:
+    """Notes what the connection tells."""
+
+    def __init__(self) -> None:
+        self.subscriptions: Callable[[], None] = lambda: None
+        self.online = False
+        self.done: dict[int, str | None] = {}
+
+    def connected(self) -> None:
+        self.subscriptions()
+
+    def subscribed(self) -> None:
+        self.online = True
+
+    def disconnected(self) -> None:
+        self.online = False
+
+    def received(self, message: Received) -> None:
+        raise AssertionError(message)
+
+    def published(self, number: int, refused: str | None) -> None:
+        self.done[number] = refused
+
+    def tick(self) -> None:
+        pass
+
+
+class Client:
+    """A connection to a broker, and what it tells."""
+
+    def __init__(self, broker: ScriptedBroker, session_expiry_s: int = 60) -> None:
+        self.listener = Listener()
+        self.connection = MqttConnection(broker.broker, "edge-pump", self.listener, session_expiry_s)
+        self.listener.subscriptions = lambda: self.connection.subscribe("a", "b")
+
+    def publish(self, *payloads: str, keep: bool = False) -> list[int | None]:
+        """Publish as a listener would, in the connection's thread, and return the numbers."""
+        numbers = self.post(*(Outgoing(TOPIC, payload) for payload in payloads), keep=keep)
+        wait_for(lambda: len(numbers) == len(payloads))
+        return numbers
+
+    def post(self, *messages: Outgoing, keep: bool = False) -> list[int | None]:
+        numbers: list[int | None] = []
+        self.connection.post(
+            lambda: numbers.extend(self.connection.publish(message, keep) for message in messages)
+        )
+        return numbers
+
+
+@pytest.fixture
+def scripted() -> Iterator[Callable[..., ScriptedBroker]]:
+    brokers: list[ScriptedBroker] = []
+
+    def make(**how: Any) -> ScriptedBroker:
+        brokers.append(ScriptedBroker(**how))
+        return brokers[-1]
+
+    yield make
+    for broker in brokers:
+        broker.close()
+
+
+@pytest.fixture
+def begin() -> Iterator[Callable[[ScriptedBroker], Client]]:
+    """Starts a client, which need not come to be online."""
+    clients: list[Client] = []
+
+    def make(broker: ScriptedBroker) -> Client:
+        clients.append(Client(broker))
+        clients[-1].connection.start()
+        return clients[-1]
+
+    yield make
+    for client in clients:
+        client.connection.stop(0.1)
+        client.connection._thread.join(WAIT_S)
+        assert not client.connection.alive
+
+
+@pytest.fixture
+def connect(begin: "Connect") -> "Connect":
+    """Starts a client and waits until it is online."""
+
+    def make(broker: ScriptedBroker) -> Client:
+        client = begin(broker)
+        wait_for(lambda: client.listener.online)
+        return client
+
+    return make
+
+
+Scripted = Callable[..., ScriptedBroker]
+Connect = Callable[[ScriptedBroker], Client]
+
+
+def wait_until_told(client: Client, count: int) -> None:
+    """Wait until `count` messages are acknowledged or refused."""
+    wait_for(lambda: len(client.listener.done) == count)
+
+
+def test_no_more_messages_are_on_their_way_than_the_broker_takes(
+    scripted: Scripted, connect: Connect
+) -> None:
+    broker = scripted(ReceiveMaximum=3)
+    client = connect(broker)
+    numbers = client.publish(*map(str, range(10)))
+    for done in range(10):
+        sent = wait_until_published(broker, min(done + 3, 10), 0, TOPIC)
+        time.sleep(0.02)  # for one more, which must not come
+        assert len(broker.outstanding(0, TOPIC)) == min(done + 3, 10)
+        broker.acknowledge(sent[done])
+        wait_until_told(client, done + 1)
+    assert client.listener.done == dict.fromkeys(numbers)
+    assert [one.body[-1:] for one in broker.published] == [b"%d" % number for number in range(10)]
+
+
+def test_a_broker_that_takes_less_after_a_restart_gets_less_again_and_at_last_everything(
+    scripted: Scripted, connect: Connect
+) -> None:
+    broker = scripted(ReceiveMaximum=5)
+    client = connect(broker)
+    client.publish(*map(str, range(7)))
+    wait_until_published(broker, 5, 0, TOPIC)
+    broker.limits = {"ReceiveMaximum": 2}
+    broker.drop()
+    wait_for(lambda: broker.connections >= 3 and client.listener.online)
+    last = broker.connections - 1
+    for done in range(7):
+        sent = wait_until_published(broker, min(done + 2, 7), last, TOPIC)
+        time.sleep(0.02)
+        assert len(broker.outstanding(last, TOPIC)) == min(done + 2, 7)
+        broker.acknowledge(sent[done])
+    wait_for(lambda: len(client.listener.done) == 7)
+    assert [one.body[-1:] for one in broker.outstanding(last, TOPIC)] == [b"%d" % each for each in range(7)]
+    assert broker.outstanding(1, TOPIC) == []  # on the one that told the new limit
+
+
+def test_our_own_limits_are_announced(scripted: Scripted, connect: Connect) -> None:
+    broker = scripted()
+    connect(broker)
+    (asked,) = broker.asked
+    assert asked.MaximumPacketSize == mqtt_connection.MAX_PACKET_BYTES
+    assert asked.ReceiveMaximum == mqtt_connection.RECEIVE_MAXIMUM
+    assert asked.SessionExpiryInterval == 60
+
+
+def test_a_packet_that_is_too_large_is_not_sent_and_holds_up_nothing(
+    scripted: Scripted, connect: Connect
+) -> None:
+    broker = scripted(MaximumPacketSize=200)
+    client = connect(broker)
+    large, small = client.publish("x" * 200, "y")
+    (sent,) = wait_until_published(broker, 1, 0, TOPIC)
+    assert sent.body.endswith(b"y")
+    broker.acknowledge(sent)
+    wait_for(lambda: len(client.listener.done) == 2)
+    assert client.listener.done[small or 0] is None
+    assert "200 are allowed" in str(client.listener.done[large or 0])
+
+
+@pytest.mark.parametrize("size", [1, 90, 200, 20_000])
+def test_a_packet_is_never_larger_than_it_is_said_to_be(
+    scripted: Scripted, connect: Connect, size: int
+) -> None:
+    broker = scripted()
+    client = connect(broker)
+    message = Outgoing(TOPIC, "\u00e9" * size, correlation=b"c" * 30, response_topic="r")
+    client.post(message)
+    (sent,) = wait_until_published(broker, 1, 0, TOPIC)
+    said = message.packet_bytes
+    assert said - 12 <= 1 + 1 + 2 + len(TOPIC) + 2 + len(sent.body) <= said
+
+
+def test_what_waits_for_the_broker_is_bounded_but_for_what_is_to_be_kept(
+    scripted: Scripted, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mqtt_connection, "MAX_QUEUED", 2)
+    broker = scripted(ReceiveMaximum=1)
+    client = connect(broker)
+    assert None not in client.publish("0")
+    wait_until_published(broker, 1, 0, TOPIC)
+    assert [number is None for number in client.publish("1", "2", "3", "4")] == [False, False, True, True]
+    assert None not in client.publish("5", keep=True)
+    for done in range(4):
+        broker.acknowledge(wait_until_published(broker, done + 1, 0, TOPIC)[done])
+    wait_for(lambda: len(client.listener.done) == 4)
+    assert [one.body[-1:] for one in broker.outstanding(0, TOPIC)] == [b"0", b"1", b"2", b"5"]
+
+
+def test_what_is_published_before_the_broker_is_there_waits_for_it(scripted: Scripted) -> None:
+    broker = scripted()
+    client = Client(broker)
+    client.post(Outgoing(TOPIC, "early"))
+    client.connection.start()
+    (sent,) = wait_until_published(broker, 1, 0, TOPIC)
+    broker.acknowledge(sent)
+    wait_for(lambda: client.listener.done)
+    client.connection.stop(WAIT_S)
+
+
+def test_a_broker_without_mqtt_5_is_spoken_to_in_3_1_1(scripted: Scripted, connect: Connect) -> None:
+    broker = scripted(knows_5=False)
+    client = connect(broker)
+    assert broker.versions == [5, 4]
+    client.publish("hello")
+    (sent,) = wait_until_published(broker, 1, 1, TOPIC)
+    assert sent.body == b"hello"
+    broker.acknowledge(sent)
+    wait_for(lambda: client.listener.done)
+    broker.drop()
+    wait_for(lambda: broker.versions == [5, 4, 4])
+    assert client.connection.refused is None
+
+
+def test_a_broker_hears_from_us_as_often_as_it_asks_for(scripted: Scripted, connect: Connect) -> None:
+    broker = scripted(ServerKeepAlive=1)  # ours is 30 s
+    connect(broker)
+    wait_for(lambda: broker.pings >= 2)
+    assert broker.connections == 1
+
+
+@pytest.mark.parametrize(
+    ("packet", "said"),
+    [
+        (b"\xe0\x01\x8e", "another client took over this session; give each node its own name."),
+        (b"\xe0\x02\x8e\x00", "another client took over this session; give each node its own name."),
+        (b"\xe0\x01\x87", "the connection was lost (Not authorized)"),
+        (b"\xe0\x09\x9d\x07\x1c\x00\x04else", "the connection was lost (Server moved)"),
+        (b"\xe0\x00", "the connection was lost (Normal disconnection)"),
+    ],
+)
+def test_why_the_broker_ends_the_connection_is_said(
+    scripted: Scripted, connect: Connect, packet: bytes, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    broker = scripted()
+    client = connect(broker)
+    broker.say(packet)
+    wait_for(lambda: not client.listener.online)
+    assert said in caplog.text
+
+
+def test_a_subscription_that_was_refused_is_tried_again(
+    scripted: Scripted, begin: Connect, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mqtt_connection, "RESUBSCRIBE_S", 0.1)
+    broker = scripted()
+    broker.granted = 0x87
+    client = begin(broker)
+    wait_for(lambda: client.connection.problem)
+    assert "it refuses a subscription: Not authorized; check its access list. Trying again." in caplog.text
+    broker.granted = 1
+    wait_for(lambda: client.listener.online)
+    assert client.connection.problem is None
+    assert broker.connections == 1
+
+
+def test_messages_that_the_broker_ends_the_connection_for_are_given_up_and_the_others_arrive(
+    scripted: Scripted, connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
+    broker = scripted()
+    client = connect(broker)
+    broker.acknowledges, broker.forbidden = True, "edge/v1/pump/reply/no"
+    topics = [TOPIC, broker.forbidden, TOPIC, broker.forbidden, TOPIC, TOPIC]
+    numbers = client.post(*(Outgoing(topic, str(at)) for at, topic in enumerate(topics)))
+    wait_until_told(client, len(topics))
+    refused = "it ended the connection: Not authorized"
+    said = [client.listener.done[number or 0] for number in numbers]
+    assert said == [None, refused, None, refused, None, None]
+    assert "the connection was lost (Not authorized)" in caplog.text
+    client.publish("more")
+    wait_until_told(client, len(topics) + 1)
+
+
+@pytest.mark.parametrize("reason", [0x88, 0x89, 0x97, 0x9F])
+def test_a_broker_that_has_no_room_yet_is_waited_for(
+    scripted: Scripted, begin: Connect, reason: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    broker = scripted()
+    broker.refuses = reason
+    client = begin(broker)
+    wait_for(lambda: client.connection.problem)
+    assert "it may be starting, or have too many clients. Trying again." in caplog.text
+    broker.refuses = 0
+    wait_for(lambda: client.listener.online)
+    assert (client.connection.refused, client.connection.problem) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("reason", "limits", "said"),
+    [
+        (0x85, {}, "Client identifier not valid; it must let in a client that is named edge-pump."),
+        (0x87, {}, "Not authorized; check user name, password and its access list."),
+        (0x9A, {}, "Retain not supported; it must take retained messages, and QoS 1."),
+        (0x9D, {"ServerReference": "other:1883"}, "Server moved; it names another broker: 'other:1883'."),
+    ],
+)
+def test_what_a_broker_refuses_a_node_for_is_said(
+    scripted: Scripted, begin: Connect, reason: int, limits: dict[str, Any], said: str
+) -> None:
+    broker = scripted(**limits)
+    broker.refuses = reason
+    client = begin(broker)
+    wait_for(lambda: client.connection.refused)
+    assert str(client.connection.refused).endswith(said)
