@@ -1,9 +1,15 @@
-"""Where a program keeps things and how many threads decode, if nobody says otherwise."""
+"""Defaults: paths, and the number of threads."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+CONFIG = "/etc/edge-gemma/edge-daemon.toml"
+"""Where the package's unit reads its configuration."""
+
+DIRECTORIES = {"STATE_DIRECTORY": "/var/lib/edge-gemma", "CACHE_DIRECTORY": "/var/cache/edge-gemma"}
+"""What systemd sets in the environment of the package's unit."""
 
 
 def cache_directory() -> str:

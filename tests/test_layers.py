@@ -13,7 +13,7 @@ ORDER = (
         "errors",
         "files",
         "defaults",
-        "systemd",
+        "logs",
         "protocol",
         "board",
         "bundles",

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from edge.defaults import CONFIG
 from edge.errors import BundleError, EdgeError
-from edge.systemd import CONFIG
 
 if TYPE_CHECKING:
     from edge.bundles.record import Record

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from edge.cli.bundle import bundle
-from edge.systemd import CONFIG, DIRECTORIES
+from edge.defaults import CONFIG, DIRECTORIES
 
 if TYPE_CHECKING:
     from edge.client.link import Link
@@ -71,10 +71,10 @@ def run(path: Path, force: bool) -> None:
     7 LiteRT failed.
     """
     from edge.config import load
+    from edge.logs import log_to_stderr
 
     config = load(path)
     from edge.service.daemon import Daemon
-    from edge.systemd import log_to_stderr
 
     log_to_stderr(config.log_payloads)
     Daemon(config, force).run()

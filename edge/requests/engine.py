@@ -18,9 +18,9 @@ from typing import Protocol
 
 from edge.errors import EdgeError, RequestError, RuntimeFailure
 from edge.generation.generator import Completion, Delta
+from edge.logs import PAYLOADS
 from edge.protocol.messages import Answer, Failure, Final, Partial, Request, Timings, Usage
 from edge.protocol.strict_json import printable
-from edge.systemd import PAYLOADS
 
 log = logging.getLogger(__name__)
 payloads = logging.getLogger(PAYLOADS)

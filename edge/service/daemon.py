@@ -17,15 +17,15 @@ from typing import Any
 from edge.board import Board
 from edge.config import Config
 from edge.errors import EdgeError, TransportError
-from edge.requests import route_runner
 from edge.requests.engine import ABANDON_S, Engine
 from edge.requests.journal import Journal
 from edge.requests.journaled_engine import JournaledEngine, Origin
-from edge.requests.route_runner import RouteRunner
+from edge.service import route_runner
 from edge.service.bundle_keeper import keeper_of
 from edge.service.health import health
 from edge.service.metrics import MetricsFile
-from edge.systemd import Watchdog, notify, watchdog_s
+from edge.service.route_runner import RouteRunner
+from edge.service.systemd import Part, Watchdog, notify, watchdog_s
 from edge.transports.mqtt import transport as mqtt
 from edge.transports.mqtt.transport import MqttTransport
 from edge.transports.serial.transport import SerialTransport
@@ -87,7 +87,7 @@ class Daemon:
         self._metrics: MetricsFile | None = None
         if config.metrics_file is not None:
             self._metrics = MetricsFile(config.metrics_file, config.node, self._status, self._health)
-        self._watchdog = Watchdog({name: part[0] for name, part in self._parts().items()})
+        self._watchdog = Watchdog(self._parts())
 
     def run(self) -> None:
         """Serve until a signal comes. Raises EdgeError if a part has ended that must not."""
@@ -115,8 +115,8 @@ class Daemon:
     def _supervise(self, until: threading.Event) -> None:
         """Watch the threads until the event is set."""
         while not until.wait(CHECK_S):
-            for name, (_, alive) in self._parts().items():
-                if not alive():
+            for name, part in self._parts().items():
+                if not part.alive:
                     raise EdgeError(f"{name}: its thread has ended; the log above says why")
             for connection in self._mqtt.connections.values() if self._mqtt else ():
                 if connection.refused:
@@ -195,19 +195,12 @@ class Daemon:
     def _transports(self) -> list[MqttTransport | SerialTransport]:
         return [*([self._mqtt] if self._mqtt else []), *self._ports]
 
-    def _parts(self) -> dict[str, tuple[Any, Any]]:
-        """By name: a function for the progress of each thread, and one for whether it runs."""
-        engine = self._engine
-        parts: dict[str, tuple[Any, Any]] = {"decoder": (lambda: engine.progress, lambda: engine.alive)}
-        for name, connection in self._mqtt.connections.items() if self._mqtt else ():
-            parts[name] = (lambda c=connection: c.progress, lambda c=connection: c.alive)
-        routes = self._routes
-        if routes is not None:
-            parts["routes"] = (lambda: routes.progress, lambda: routes.alive)
-        for transport in self._ports:
-            port = transport.port
-            parts[f"port {port.name}"] = (lambda p=port: p.progress, lambda p=port: p.alive)
-        return parts
+    def _parts(self) -> dict[str, Part]:
+        """All threads, by name."""
+        parts: dict[str, Part] = {"decoder": self._engine, **(self._mqtt.connections if self._mqtt else {})}
+        if self._routes is not None:
+            parts["routes"] = self._routes
+        return parts | {f"port {transport.port.name}": transport.port for transport in self._ports}
 
     @property
     def _plain(self) -> bool:

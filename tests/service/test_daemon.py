@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from edge.config import Broker, SerialConfig
 from edge.errors import TransportError
 from edge.protocol.messages import Answer, Final, Request
 from edge.requests.engine import Engine
-from edge.systemd import Watchdog, notify, watchdog_s
+from edge.service.systemd import Watchdog, notify, watchdog_s
 from tests.support import bundles
 from tests.support.counterparts import WAIT_S, DaemonProcess, Mosquitto, PtyPair, wait_for
 from tests.support.speller import Speller
@@ -291,7 +292,7 @@ def test_a_hung_decoder_is_not_called_alive(
     monkeypatch.setattr(speller, "step", lambda _word: hung.wait(WAIT_S))
     engine = Engine(speller, queue_length=1)
     engine.start()
-    watchdog = Watchdog({"decoder": lambda: engine.progress})
+    watchdog = Watchdog({"decoder": engine})
     assert watchdog.check()
     assert systemd.recv(100) == b"WATCHDOG=1"
     wait_for(lambda: engine.progress > 1)
@@ -311,22 +312,30 @@ def test_a_hung_decoder_is_not_called_alive(
     engine.stop(WAIT_S)
 
 
+@dataclass
+class Counted:
+    """A part whose progress the test decides."""
+
+    progress: float = 0
+    alive: bool = True
+
+
 def test_one_part_that_moves_does_not_speak_for_another(systemd: socket.socket) -> None:
-    counts = {"decoder": 0, "mqtt": 0}
-    watchdog = Watchdog({"decoder": lambda: counts["decoder"], "mqtt": lambda: counts["mqtt"]})
+    decoder, mqtt = Counted(), Counted()
+    watchdog = Watchdog({"decoder": decoder, "mqtt": mqtt})
     assert watchdog.check()
-    counts["mqtt"] += 1
+    mqtt.progress += 1
     assert not watchdog.check()
-    counts["decoder"] += 1
+    decoder.progress += 1
     assert not watchdog.check()
-    counts = {"decoder": 5, "mqtt": 5}
+    decoder.progress = mqtt.progress = 5
     assert watchdog.check()
 
 
 def test_systemd_that_does_not_read_holds_nobody_up(
     systemd: socket.socket, caplog: pytest.LogCaptureFixture
 ) -> None:
-    while "systemd can't be told WATCHDOG=1" not in caplog.text:
+    while "systemd could not be notified of WATCHDOG=1" not in caplog.text:
         notify("WATCHDOG=1")
     assert drain(systemd).startswith(b"WATCHDOG=1")
 
@@ -336,7 +345,7 @@ def test_systemd_that_is_gone_harms_nobody(
 ) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", "/nowhere/notify")
     notify("READY=1")
-    assert "systemd can't be told READY=1: No such file or directory" in caplog.text
+    assert "systemd could not be notified of READY=1: No such file or directory" in caplog.text
     monkeypatch.delenv("NOTIFY_SOCKET")
     notify("READY=1")
 

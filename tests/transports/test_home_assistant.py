@@ -15,10 +15,10 @@ from edge.protocol.messages import Failure, Final, Request, Timings, Usage
 from edge.requests.engine import Engine
 from edge.requests.journal import Journal
 from edge.requests.journaled_engine import JournaledEngine
-from edge.requests.route_runner import RouteRunner
 from edge.routes.config import parse_routes
 from edge.routes.router import Question, answer_payload
 from edge.service.health import health
+from edge.service.route_runner import RouteRunner
 from edge.transports.mqtt.home_assistant import MAX_STATE, HomeAssistant
 from edge.transports.mqtt.transport import MqttTransport
 from tests.support.counterparts import Mosquitto, wait_for

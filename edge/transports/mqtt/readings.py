@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from edge.config import Broker
-from edge.requests.route_runner import RouteRunner
 from edge.transports.mqtt.connection import MqttConnection
 from edge.transports.mqtt.messages import Received
+from edge.transports.routes import Routes
 
 
 class MqttReadings:
@@ -25,7 +25,7 @@ class MqttReadings:
     """
 
     def __init__(
-        self, broker: Broker, client_id: str, routes: RouteRunner, own: str, ready: Callable[[], None]
+        self, broker: Broker, client_id: str, routes: Routes, own: str, ready: Callable[[], None]
     ) -> None:
         """Prepare the connection. Raises TransportError if a TLS file can't be used."""
         self._routes, self._own, self._ready = routes, own, ready

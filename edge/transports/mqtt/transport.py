@@ -34,11 +34,11 @@ from edge.protocol.request_fields import request_id, response_topic
 from edge.protocol.strict_json import StrictJsonError, dumps, loads, printable
 from edge.requests.engine import REFUSALS, Sink
 from edge.requests.journaled_engine import JournaledEngine
-from edge.requests.route_runner import RouteRunner
 from edge.transports.mqtt.connection import MqttConnection
 from edge.transports.mqtt.home_assistant import HomeAssistant
 from edge.transports.mqtt.messages import Outgoing, Received, Token
 from edge.transports.mqtt.readings import MqttReadings
+from edge.transports.routes import Routes
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class MqttTransport:
         engine: JournaledEngine,
         status: Callable[[], Mapping[str, Any]],
         health: Callable[[], Mapping[str, Any]],
-        routes: RouteRunner | None = None,
+        routes: Routes | None = None,
     ) -> None:
         """Prepare the transport. Raises TransportError if a TLS file can't be used."""
         self._base = f"{ROOT}/{node}"

@@ -25,7 +25,7 @@ from edge.protocol.request_fields import request_id, response_topic
 from edge.protocol.strict_json import StrictJsonError, dumps, loads
 from edge.requests.engine import Sink
 from edge.requests.journaled_engine import JournaledEngine
-from edge.requests.route_runner import RouteRunner
+from edge.transports.routes import Routes
 from edge.transports.serial.port import SerialPort
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class SerialTransport:
     """Serves one node on one port."""
 
     def __init__(
-        self, config: SerialConfig, node: str, engine: JournaledEngine, routes: RouteRunner | None = None
+        self, config: SerialConfig, node: str, engine: JournaledEngine, routes: Routes | None = None
     ) -> None:
         self.client = f"serial:{config.port}"
         self._engine = engine

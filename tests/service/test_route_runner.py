@@ -23,13 +23,13 @@ from edge.client.links import MqttLink
 from edge.config import SerialConfig
 from edge.protocol.framing import Damaged
 from edge.protocol.messages import Final, Request
-from edge.requests import route_runner
 from edge.requests.engine import Engine, Sink
 from edge.requests.journal import Journal
 from edge.requests.journaled_engine import JournaledEngine
-from edge.requests.route_runner import RouteRunner
 from edge.routes.config import parse_routes
 from edge.routes.router import Known
+from edge.service import route_runner
+from edge.service.route_runner import RouteRunner
 from edge.transports.mqtt.readings import MqttReadings
 from edge.transports.serial.port import SerialPort
 from tests.support import bundles
