@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edge.bundles.bundle import Manifest, read_manifest
+from edge.cli.program import Group, stop_on
 from edge.errors import EdgeError
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def _size(_ctx: click.Context, _option: click.Parameter, value: str | None) -> i
     return round(float(match[1]) * {"M": 10**6, "G": 10**9}[match[2].upper()])
 
 
-class _ConvertByDefault(click.Group):
+class _ConvertByDefault(Group):
     """A group whose first argument may be a checkpoint instead of a command."""
 
     def resolve_command(
@@ -50,13 +51,12 @@ class _ConvertByDefault(click.Group):
         return super().resolve_command(ctx, args)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if args and args[0].startswith("-") and args[0] not in ("--help", "--version"):
+        if args and args[0].startswith("-") and args[0] not in ("-h", "--help", "--version"):
             args = ["convert", *args]
         return super().parse_args(ctx, args)
 
 
 @click.group(cls=_ConvertByDefault)
-@click.version_option(package_name="edge-gemma")
 def main() -> None:
     """Turn a Gemma checkpoint into a bundle for edge-daemon, and look at bundles.
 
@@ -72,13 +72,9 @@ def main() -> None:
     A checkpoint is a GGUF file or a Hugging Face folder (config.json, safetensors, tokenizer). Give
     `edge-convert convert --help` for the options of a conversion; the word `convert` may be left out.
     """
-    signal.signal(signal.SIGTERM, _interrupt)
+    stop_on(signal.SIGTERM)
     if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
-        signal.signal(signal.SIGHUP, _interrupt)  # the terminal was closed: leave nothing, as with Ctrl-C
-
-
-def _interrupt(_signal: int, _frame: object) -> None:
-    raise KeyboardInterrupt
+        stop_on(signal.SIGHUP)  # the terminal was closed: leave nothing, as with Ctrl-C
 
 
 @main.command()

@@ -24,11 +24,12 @@ import socket
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from edge import defaults
+from edge.endpoints import Broker, SerialConfig
 from edge.errors import ConfigError
 from edge.protocol.checks import FieldError, array, flag, integer, number, one_of, text
 from edge.protocol.strict_json import printable
@@ -37,26 +38,6 @@ from edge.routes.config import Route, parse_routes
 _NODE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _MISSING = object()
 CREDENTIAL_STORE = Path("/etc/credstore")  # where the unit's LoadCredential= finds them; root may read it
-
-
-@dataclass(frozen=True)
-class Broker:
-    """How to reach a broker. `keepalive_s` is MQTT's keepalive, in seconds."""
-
-    host: str = "127.0.0.1"
-    port: int = 1883
-    tls: bool = False
-    ca_file: Path | None = None
-    certificate_file: Path | None = None
-    key_file: Path | None = None
-    username: str | None = None
-    password: str | None = field(default=None, repr=False)
-    keepalive_s: int = 30
-
-    @property
-    def address(self) -> str:
-        """Host and port, for messages."""
-        return f"{self.host}:{self.port}"
 
 
 @dataclass(frozen=True)
@@ -71,16 +52,6 @@ class MqttConfig:
     session_expiry_s: int
     reply_prefixes: tuple[str, ...]
     discovery_prefix: str | None = None
-
-
-@dataclass(frozen=True)
-class SerialConfig:
-    """One port. `lenient` also takes lines without a CRC, for typing by hand."""
-
-    port: str
-    baud: int
-    flow_control: str
-    lenient: bool
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ EDGE = Path(__file__).parents[1] / "edge"
 ORDER = (
     *(
         "errors",
+        "endpoints",
         "files",
         "defaults",
         "logs",
@@ -21,7 +22,7 @@ ORDER = (
         "runtime",
         "generation",
     ),
-    *("routes", "config", "requests", "transports", "service", "doctor", "client", "cli"),
+    *("routes", "config", "requests", "transports", "service", "doctor", "client", "cli", "__main__"),
 )
 
 

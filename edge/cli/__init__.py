@@ -1,1 +1,1 @@
-"""The commands `edge-daemon` and `edge-ask`."""
+"""The commands `edge-daemon` and `edge-ask`: options in, exit codes out."""

@@ -1,4 +1,4 @@
-"""The commands `edge-daemon bundle`: a new bundle onto a board, into use, and back."""
+"""The commands `edge-daemon bundle`: install a bundle on a board, switch to it, and switch back."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 
+from edge.cli.exit_codes import ExitCode, epilog
+from edge.cli.program import Group, stop_on
 from edge.defaults import CONFIG
 from edge.errors import BundleError, EdgeError
 
@@ -20,26 +22,30 @@ if TYPE_CHECKING:
     from edge.bundles.store import BundleStore
 
 SWITCH_S = 900.0
-"""How long a daemon may take to load and test a bundle; LiteRT packs the weights of a new one."""
+"""How long a daemon can take to load and test a bundle: LiteRT packs the weights of a new one."""
 
 _POLL_S = 0.2
-_Function = TypeVar("_Function", bound=Callable[..., Any])
+_CONFIG = click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    default=CONFIG,
+    show_default=True,
+    help="The daemon's configuration file.",
+)
+_ACTIVATE_CODES = epilog(
+    *(ExitCode.USAGE, ExitCode.CONFIG),
+    OK="in use, or will be used at the next start",
+    FAILED="no such bundle, or the disk failed",
+    BUNDLE="the bundle can't be used; the current one stays in use",
+)
 
 
-def _config(function: _Function) -> _Function:
-    path = click.Path(path_type=Path)
-    option = click.option(
-        "--config", type=path, default=CONFIG, show_default=True, help="The daemon's configuration."
-    )
-    return option(function)
-
-
-@click.group()
+@click.group(cls=Group)
 def bundle() -> None:
     """Update the model of a board.
 
-    The configuration's `bundle` names a link, /var/lib/edge-gemma/bundles/current; the bundles lie beside
-    it. With `bundle_key_file` in the configuration only bundles signed with one of its keys are taken.
+    `bundle` in the configuration names a link, /var/lib/edge-gemma/bundles/current; the bundles are stored
+    next to it. With `bundle_key_file`, only bundles signed with one of its keys are accepted.
 
     \b
     Examples:
@@ -51,56 +57,50 @@ def bundle() -> None:
     """
 
 
-@bundle.command()
-@_config
+@bundle.command(
+    epilog=epilog(
+        *(ExitCode.USAGE, ExitCode.CONFIG),
+        OK="installed, or already there",
+        FAILED="too little disk space, or the disk failed",
+        BUNDLE="the bundle is damaged, incomplete or not signed",
+    )
+)
+@_CONFIG
 @click.argument("source", type=click.Path(path_type=Path, allow_dash=True))
 def install(config: Path, source: Path) -> None:
     """Copy the bundle in SOURCE, a directory or a tar file (- is stdin), into the store; print its name.
 
-    It is verified on the way and used only once it is activated. Bundles that are neither current nor
-    previous go, if they are older than the last activation; without room, all but the current one go.
-
-    \b
-    Exit codes: 0 installed, or there already; 1 no room, or the disk failed; 2 wrong command line;
-    3 the bundle is damaged, incomplete or not signed; 5 wrong configuration.
+    It is verified while it is copied, and used only after `activate`. Bundles older than the last activation
+    are removed, except the current and the previous one; if the disk is full, all but the current one are.
     """
     from edge.bundles.installation import install as run
 
     store, keys = _open(config)
-    for number in (signal.SIGTERM, signal.SIGHUP):  # the line to the board may break
-        signal.signal(number, _interrupt)
+    stop_on(signal.SIGTERM, signal.SIGHUP)  # the connection to the board may be lost
     done = run(store, sys.stdin.buffer if str(source) == "-" else source, keys)
     signed = f", signed by {done.signed_by}" if done.signed_by else ""
-    said = "installed" if done.new else "was there already"
-    click.echo(f"{store.path(done.name)}: {said}, {done.bytes / 1e6:,.1f} MB{signed}", err=True)
+    state = "installed" if done.new else "already installed"
+    click.echo(f"{store.path(done.name)}: {state}, {done.bytes / 1e6:,.1f} MB{signed}", err=True)
     click.echo(done.name)
 
 
-@bundle.command()
-@_config
+@bundle.command(epilog=_ACTIVATE_CODES)
+@_CONFIG
 @click.argument("name")
 def activate(config: Path, name: str) -> None:
-    """Let the bundle NAME (or the only one that begins so) be the current one.
+    """Make the bundle NAME, or the only one with that prefix, the current one.
 
-    A running daemon loads and tests it, and goes on with it between two requests; this command waits for
-    that. If the test fails, the daemon stays with the bundle it has. Without a daemon the next start uses it.
-
-    \b
-    Exit codes: 0 in use, or to be used by the next start; 1 no such bundle, or the disk failed;
-    2 wrong command line; 3 the bundle can't be used, the one before is in use; 5 wrong configuration.
+    A running daemon loads it, tests it and switches to it between two requests; this command waits for that.
+    If the test fails, the daemon keeps its bundle. Without a running daemon, the next start uses it.
     """
     store, keys = _open(config)
     _activate(store, keys, store.find(name))
 
 
-@bundle.command()
-@_config
+@bundle.command(epilog=_ACTIVATE_CODES)
+@_CONFIG
 def rollback(config: Path) -> None:
-    """Let the previous bundle be the current one again; once more, and it is as it was.
-
-    \b
-    Exit codes: those of activate.
-    """
+    """Make the previous bundle the current one again. A second rollback undoes the first."""
     store, keys = _open(config)
     previous = store.previous
     if previous is None:
@@ -109,24 +109,20 @@ def rollback(config: Path) -> None:
 
 
 @bundle.command("list")
-@_config
+@_CONFIG
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one line of JSON.")
 def list_bundles(config: Path, as_json: bool) -> None:
-    """Show the bundles of the store: which is current and which previous, size, model, recipe, signature.
+    """List the bundles in the store: current or previous, size, model, recipe, signature.
 
-    `verified` are those that `install` has put there: all their bytes were what the manifest says. The daemon
-    looks again when it begins to use a bundle, and `edge-daemon doctor` whenever it is called.
+    `verified` marks bundles that `install` checked against their manifest, byte for byte. The daemon checks
+    again before it uses a bundle, and `edge-daemon doctor` each time it is called.
     """
     from edge.bundles.listing import as_text, describe
     from edge.protocol.strict_json import dumps
 
     store, keys = _open(config)
-    found = describe(store, keys)
-    click.echo(dumps(found) if as_json else as_text(found))
-
-
-def _interrupt(_signal: int, _frame: object) -> None:
-    raise KeyboardInterrupt
+    bundles = describe(store, keys)
+    click.echo(dumps(bundles) if as_json else as_text(bundles))
 
 
 def _open(config: Path) -> tuple[BundleStore, TrustedKeys | None]:
@@ -149,22 +145,22 @@ def _activate(store: BundleStore, keys: TrustedKeys | None, name: str) -> None:
     try:
         store.activate(name)
     except OSError as error:
-        raise EdgeError(f"{store.link}: can't be swapped: {error.strerror}") from None
+        raise EdgeError(f"{store.link}: the link can't be replaced: {error.strerror}") from None
     if daemon_lives(store.directory):
         _wait(store, name, lambda: read_record(store.directory))
-        click.echo(f"{name}: the daemon answers with it")
+        click.echo(f"{name}: the daemon now uses it")
     else:
-        click.echo(f"{name}: no daemon runs; the next start uses it")
+        click.echo(f"{name}: no daemon is running; the next start uses it")
 
 
 def _wait(store: BundleStore, name: str, record: Callable[[], Record]) -> None:
-    """Wait until the daemon has taken a bundle into use. Raises BundleError if it has refused it."""
+    """Wait until the daemon uses the bundle. Raises BundleError if it refused it."""
     until = time.monotonic() + SWITCH_S
     while time.monotonic() < until:
-        said = record()
-        if said.running == name:
+        current = record()
+        if current.running == name:
             return
         if store.settled[0] != name:
-            raise BundleError(said.trouble or f"{name}: another bundle was activated meanwhile")
+            raise BundleError(current.trouble or f"{name}: another bundle was activated meanwhile")
         time.sleep(_POLL_S)
-    raise EdgeError(f"{name}: the daemon has not taken it into use in {SWITCH_S:.0f} s; see its log")
+    raise EdgeError(f"{name}: the daemon did not switch to it within {SWITCH_S:.0f} s; see its log")

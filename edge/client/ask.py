@@ -1,4 +1,4 @@
-"""One question from the command line: shows the answer as it comes, and says by exit code how it went."""
+"""One request from the command line: shows the answer as it arrives."""
 
 from __future__ import annotations
 
@@ -12,23 +12,16 @@ from types import FrameType
 import click
 
 from edge.client.link import Link
+from edge.errors import TransportError
 from edge.protocol.messages import Failure, Final, Partial, Request
 
-EXIT_CODES = {
-    "bad_request": 8,
-    "too_long": 8,
-    "busy": 9,
-    "unavailable": 9,
-    "expired": 10,
-    "deadline": 10,
-    "internal": 11,
-    "cancelled": 130,
-}
-GRACE_S = 10.0  # beyond the deadline, for the answer that says it has passed
+GRACE_S = 10.0  # after the deadline, for the answer that reports it
+CANCEL_S = 3.0  # for a cancelled request to end
+INCOMPLETE = ("deadline", "cancelled")  # finish reasons of an answer that was cut off
 
 
-def ask(link: Link, request: Request, as_json: bool, statistics: bool) -> int:
-    """Ask, show the answer, and return the exit code. Raises TransportError."""
+def ask(link: Link, request: Request, as_json: bool, statistics: bool) -> Final | Failure:
+    """Send the request, show the answer and return its end. Raises TransportError."""
     patience_s = None if request.deadline_ms is None else request.deadline_ms / 1000 + GRACE_S
     show = _Json() if as_json else _Text(sys.stdout.isatty())
     with _cancelling(link, request.id):
@@ -36,28 +29,26 @@ def ask(link: Link, request: Request, as_json: bool, statistics: bool) -> int:
             if isinstance(answer, Partial):
                 show.partial(answer)
                 continue
-            show.last(answer)
-            if isinstance(answer, Failure):
-                return EXIT_CODES.get(answer.code, 1)
-            if statistics:
+            show.end(answer)
+            if statistics and isinstance(answer, Final):
                 click.echo(_statistics(answer), err=True)
-            return EXIT_CODES.get(answer.finish_reason, 0)
-    return 1
+            return answer
+    raise TransportError("the connection ended without an answer")
 
 
 class _Json:
-    """Shows the last answer as one line of JSON, and nothing else."""
+    """Shows the final or error as one line of JSON, and nothing else."""
 
     def partial(self, answer: Partial) -> None:
-        """Ignore a part: the last answer has it all."""
+        """Ignore a partial: the final has the whole text."""
 
-    def last(self, answer: Final | Failure) -> None:
+    def end(self, answer: Final | Failure) -> None:
         """Print the answer."""
         click.echo(answer.to_json())
 
 
 class _Text:
-    """Shows text, on a terminal as it comes; parts that were lost on the way are made up for at the end."""
+    """Shows text, on a terminal as it arrives; the final fills in for lost partials."""
 
     def __init__(self, live: bool) -> None:
         self._live = live
@@ -65,15 +56,15 @@ class _Text:
         self._next = 0
 
     def partial(self, answer: Partial) -> None:
-        """Print a part, if none before it is missing."""
+        """Print a partial if none before it is missing."""
         if self._live and answer.seq == self._next:
             self._next += 1
             self._shown += answer.text
             click.echo(_harmless(answer.text), nl=False)
             sys.stdout.flush()
 
-    def last(self, answer: Final | Failure) -> None:
-        """Print what is missing, or the error."""
+    def end(self, answer: Final | Failure) -> None:
+        """Print the rest of the text, or the error."""
         if isinstance(answer, Failure):
             self._end_line()
             retry = f" (try again in {answer.retry_after_ms} ms)" if answer.retry_after_ms else ""
@@ -85,7 +76,7 @@ class _Text:
         click.echo(_harmless(answer.text[len(self._shown) :]))
         for call in answer.tool_calls:
             click.echo(f"{call.name}({_harmless(str(dict(call.arguments)))})")
-        if answer.finish_reason in EXIT_CODES:
+        if answer.finish_reason in INCOMPLETE:
             click.echo(f"Error: the answer is not complete: {answer.finish_reason}", err=True)
 
     def _end_line(self) -> None:
@@ -94,7 +85,7 @@ class _Text:
 
 
 def _harmless(text: str) -> str:
-    """Without control characters, which could change the terminal's state; line ends and tabs stay."""
+    """Remove control characters, which could change the terminal's state, except newline and tab."""
     return "".join(c for c in text if c in "\n\t" or (c >= " " and not "\x7f" <= c <= "\x9f"))
 
 
@@ -109,15 +100,21 @@ def _statistics(final: Final) -> str:
 
 @contextmanager
 def _cancelling(link: Link, request_id: str) -> Iterator[None]:
-    """Let the first Ctrl-C cancel the request, and the second end the program."""
+    """Let Ctrl-C cancel the request; the second one, or CANCEL_S without an end, raises KeyboardInterrupt."""
+    ended = threading.Event()
+
+    def cancel() -> None:
+        if not link.cancel(request_id) or not ended.wait(CANCEL_S):
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     def on_signal(_number: int, _frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, previous)
         # In a thread, because the interrupted code may hold a lock that cancelling needs.
-        threading.Thread(target=link.cancel, args=(request_id,), daemon=True).start()
+        threading.Thread(target=cancel, daemon=True).start()
 
     previous = signal.signal(signal.SIGINT, on_signal)
     try:
         yield
     finally:
+        ended.set()
         signal.signal(signal.SIGINT, previous)

@@ -39,9 +39,10 @@ class BundleLink:
                 if not isinstance(answer, Partial):
                     return
 
-    def cancel(self, request_id: str) -> None:
-        """Cancel at the next step."""
+    def cancel(self, request_id: str) -> bool:
+        """Cancel at the next decode step."""
         self._engine.cancel("", request_id)
+        return True
 
     def close(self) -> None:
         """Stop the engine."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from edge.client.link import next_event, until_s
-from edge.config import Broker, SerialConfig
+from edge.endpoints import Broker, SerialConfig
 from edge.errors import TransportError
 from edge.protocol.framing import Damaged
 from edge.protocol.messages import Answer, Partial, Request, parse_answer
@@ -72,11 +72,12 @@ class MqttLink:
                 if there:  # it hears requests anew, and may have missed one
                     self._publish(topic, payload)
 
-    def cancel(self, request_id: str) -> None:
-        """Publish a cancellation."""
+    def cancel(self, request_id: str) -> bool:
+        """Publish a cancellation; False if no request has been sent."""
         if self._reply:
             payload = dumps({"id": request_id, "reply_to": self._reply})
             self._publish(f"edge/v1/{self._reply.split('/')[2]}/cancel", payload)
+        return bool(self._reply)
 
     def _give_up(self, node: str, there: bool, silent_s: float) -> None:
         """Raise TransportError if the broker refuses, or it or the node has been away for too long."""
@@ -215,9 +216,10 @@ class SerialLink:
             said = f"nothing has come for {silent_s:.0f} s; is edge-daemon there?"
             raise TransportError(self._port.problem or f"port {self._port.name}: {said}")
 
-    def cancel(self, request_id: str) -> None:
+    def cancel(self, request_id: str) -> bool:
         """Send a cancellation."""
         self._port.send(dumps({"type": "cancel", "id": request_id}))
+        return True
 
     def close(self) -> None:
         """Close the port."""

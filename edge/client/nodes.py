@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
-from edge.config import Broker
+from edge.endpoints import Broker
 from edge.errors import TransportError
 from edge.protocol.strict_json import StrictJsonError, loads, printable
 from edge.transports.mqtt.connection import MqttConnection

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from edge.client.nodes import Nodes
-from edge.config import Broker
+from edge.endpoints import Broker
 from edge.protocol.strict_json import printable
 
 REDRAW_S = 0.25  # between two pictures

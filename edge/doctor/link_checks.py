@@ -14,8 +14,9 @@ from edge.bundles.bundle import MANIFEST, Bundle, file_digest, read_manifest
 from edge.bundles.record import read_record
 from edge.bundles.signature import TrustedKeys
 from edge.bundles.store import BundleStore
-from edge.config import Broker, Config
+from edge.config import Config
 from edge.doctor.finding import Finding
+from edge.endpoints import Broker
 from edge.errors import BundleError, ConfigError, TransportError
 from edge.transports.mqtt.connection import MqttConnection
 from edge.transports.mqtt.messages import Received

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from edge.client.links import SerialLink
-from edge.config import SerialConfig
+from edge.endpoints import SerialConfig
 from edge.errors import TransportError
 from edge.protocol.messages import Answer, Final, Partial, Request, parse_answer
 from tests.support import bundles

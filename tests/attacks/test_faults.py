@@ -17,7 +17,7 @@ import pytest
 from paho.mqtt import publish
 
 from edge.client.links import MqttLink, SerialLink
-from edge.config import SerialConfig
+from edge.endpoints import SerialConfig
 from edge.errors import TransportError
 from edge.protocol.framing import Damaged, FrameDecoder
 from edge.protocol.messages import Answer, Final, Request

@@ -21,7 +21,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
 from edge.client.links import MqttLink
-from edge.config import Broker
+from edge.endpoints import Broker
 from edge.protocol.messages import MAX_REQUEST_BYTES, Failure, Final, Request
 from tests.conftest import Field
 from tests.support import bundles

@@ -22,7 +22,7 @@ from edge.bundles.bundle import DECODER, MANIFEST, SIGNATURE, TOKENIZER
 from edge.bundles.installation import RESERVE_BYTES, install
 from edge.bundles.signature import TrustedKeys
 from edge.bundles.store import BundleStore
-from edge.cli.commands import daemon
+from edge.cli.daemon import daemon
 from edge.errors import BundleError, ConfigError, EdgeError
 from tests.support import bundles
 from tests.support.counterparts import WAIT_S, edge_command, wait_for

@@ -217,12 +217,12 @@ def test_lost_parts_are_made_up_for_at_the_end(capsys: pytest.CaptureFixture[str
     text = _Text(live=True)
     text.partial(Partial("a", 0, "one "))
     text.partial(Partial("a", 2, "three"))
-    text.last(Final("a", "one two three", "stop", Usage(1, 0, 0, 3), Timings(0, 0, 0, 0)))
+    text.end(Final("a", "one two three", "stop", Usage(1, 0, 0, 3), Timings(0, 0, 0, 0)))
     assert capsys.readouterr().out == "one two three\n"
 
 
 def test_an_answer_cant_touch_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     text = _Text(live=True)
     text.partial(Partial("a", 0, "a\x1b[2J\x9b1mb\tc\n"))
-    text.last(Final("a", "a\x1b[2J\x9b1mb\tc\nd", "stop", Usage(1, 0, 0, 3), Timings(0, 0, 0, 0)))
+    text.end(Final("a", "a\x1b[2J\x9b1mb\tc\nd", "stop", Usage(1, 0, 0, 3), Timings(0, 0, 0, 0)))
     assert capsys.readouterr().out == "a[2J1mb\tc\nd\n"

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from gguf import GGMLQuantizationType as Kind
 
 from converters.cli import main
-from edge.errors import CheckpointError
+from edge.cli.exit_codes import ExitCode
 from tests.support.checkpoint_files import (
     GEMMA3,
     GEMMA4,
@@ -122,7 +122,7 @@ def test_a_bad_checkpoint_is_one_line_and_leaves_nothing(kind: str, recipe: str,
 def assert_refused(checkpoint: Path, said: str, options: list[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in checkpoint.parent.rglob("*")}
     result = CliRunner().invoke(main, [str(checkpoint), "-o", str(checkpoint.parent / "bundle"), *options])
-    assert result.exit_code == CheckpointError.exit_code, result.output
+    assert result.exit_code == ExitCode.CHECKPOINT, result.output
     assert result.stderr.startswith(f"Error: {checkpoint}")
     assert said in result.stderr
     assert result.stderr.count("\n") == 1

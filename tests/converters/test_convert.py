@@ -125,7 +125,7 @@ def test_a_signal_that_ends_it_leaves_nothing(number: signal.Signals, tmp_path: 
     process.send_signal(number)
     _, errors = process.communicate()
     assert process.returncode == 1
-    assert errors.strip() == "Aborted!"
+    assert errors == f"Error: stopped by {number.name}\n"
     assert not list(tmp_path.iterdir())
 
 

@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge.config import SerialConfig
+from edge.endpoints import SerialConfig
 from edge.protocol.framing import FrameDecoder, encode
 from edge.requests.engine import Engine
 from edge.requests.journal import Journal

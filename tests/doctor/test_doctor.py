@@ -18,7 +18,7 @@ from edge.bundles.bundle import FileEntry, Manifest, file_digest
 from edge.bundles.record import DaemonRecord
 from edge.bundles.row_table import RowTable
 from edge.bundles.store import BundleStore
-from edge.cli import commands as cli
+from edge.cli import daemon as cli
 from edge.config import Config, load
 from edge.doctor import board_checks, link_checks
 from edge.doctor.doctor import as_json, as_text, examine

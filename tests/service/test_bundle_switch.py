@@ -118,7 +118,7 @@ def test_a_switch_under_load_answers_every_request_once(
         mqtt.wait_for_more(4)
         done = command(tmp_path, *arguments)
         assert (done.returncode, done.stderr) == (0, "")
-        assert done.stdout == f"{store.current}: the daemon answers with it\n"
+        assert done.stdout == f"{store.current}: the daemon now uses it\n"
     switching.set()
     asking.join(WAIT_S)
     line.stopping.set()
@@ -178,7 +178,7 @@ def test_a_bundle_that_can_not_start_three_times_gives_way_to_the_previous_one(
 ) -> None:
     first, _ = names
     done = command_without_daemon(daemon, tmp_path, "activate", wrong)
-    assert done.stdout == f"{wrong}: no daemon runs; the next start uses it\n"
+    assert done.stdout == f"{wrong}: no daemon is running; the next start uses it\n"
     for _ in range(2):
         daemon.start(wait=False)
         assert daemon.end() == 3

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from edge.client.links import MqttLink, SerialLink
-from edge.config import Broker, SerialConfig
+from edge.endpoints import Broker, SerialConfig
 from edge.errors import TransportError
 from edge.protocol.messages import Answer, Final, Request
 from edge.requests.engine import Engine
@@ -363,8 +363,6 @@ def test_the_watchdog_is_as_systemd_says(
 
 
 def test_nothing_heavy_is_imported_before_the_configuration_is_read() -> None:
-    code = (
-        "import sys, edge.cli.commands, edge.config; print('numpy' in sys.modules or 'paho' in sys.modules)"
-    )
+    code = "import sys, edge.cli.daemon, edge.config; print('numpy' in sys.modules or 'paho' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

@@ -20,7 +20,7 @@ from paho.mqtt.client import Client, MQTTMessage, MQTTv5
 from paho.mqtt.enums import CallbackAPIVersion
 
 from edge.client.links import MqttLink
-from edge.config import SerialConfig
+from edge.endpoints import SerialConfig
 from edge.protocol.framing import Damaged
 from edge.protocol.messages import Final, Request
 from edge.requests.engine import Engine, Sink

@@ -15,7 +15,7 @@ from typing import Any
 
 from paho.mqtt import subscribe
 
-from edge.config import Broker
+from edge.endpoints import Broker
 
 WAIT_S = 30
 
@@ -122,7 +122,7 @@ def edge_command(name: str, *arguments: str) -> list[str]:
         "-X",
         "faulthandler",
         "-c",
-        f"from edge.cli.commands import {name}; {name}(prog_name='edge-{name}')",
+        f"import sys; sys.argv[0] = 'edge-{name}'; from edge.cli.entry import {name}; {name}()",
         *arguments,
     ]
 

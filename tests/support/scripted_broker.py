@@ -8,7 +8,7 @@ from typing import Any
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from edge.config import Broker
+from edge.endpoints import Broker
 from tests.support.counterparts import WAIT_S, wait_for
 
 PROPERTIES: Any = Properties  # paho leaves its constructor untyped

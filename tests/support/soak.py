@@ -23,7 +23,7 @@ import click
 
 from edge.client.link import Link
 from edge.client.links import MqttLink, SerialLink
-from edge.config import SerialConfig
+from edge.endpoints import SerialConfig
 from tests.support import bundles
 from tests.support.checkpoint_files import copy_fixture
 from tests.support.counterparts import DaemonProcess, Mosquitto, PtyPair, wait_for

@@ -18,7 +18,8 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
 from edge.client.links import MqttLink
-from edge.config import Broker, MqttConfig
+from edge.config import MqttConfig
+from edge.endpoints import Broker
 from edge.errors import TransportError
 from edge.protocol.messages import MAX_REQUEST_BYTES, Answer, Failure, Final, Partial, Request, parse_answer
 from edge.requests.engine import Engine

@@ -16,7 +16,7 @@ import serial
 
 from edge.client import links
 from edge.client.links import SerialLink
-from edge.config import SerialConfig
+from edge.endpoints import SerialConfig
 from edge.errors import TransportError
 from edge.protocol.framing import Damaged, FrameDecoder, encode
 from edge.protocol.messages import Answer, Final, Request, Timings, Usage

@@ -32,7 +32,7 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
-from edge.config import Broker
+from edge.endpoints import Broker
 from edge.errors import TransportError
 from edge.transports.mqtt.messages import Listener, Outgoing, Received, Token, connect_properties
 from edge.transports.mqtt.paho_client import PahoClient

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from edge.config import Broker
+from edge.endpoints import Broker
 from edge.transports.mqtt.connection import MqttConnection
 from edge.transports.mqtt.messages import Received
 from edge.transports.routes import Routes

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import serial
 
-from edge.config import SerialConfig
+from edge.endpoints import SerialConfig
 from edge.protocol.framing import Damaged, FrameDecoder, encode
 from edge.protocol.strict_json import printable
 

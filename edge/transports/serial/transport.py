@@ -16,7 +16,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from edge.config import SerialConfig
+from edge.endpoints import SerialConfig
 from edge.errors import RequestError
 from edge.protocol.checks import FieldError, mapping, one_of
 from edge.protocol.framing import Damaged
