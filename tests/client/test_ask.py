@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import signal
+import socket
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -190,7 +191,7 @@ def test_a_broker_that_is_not_there_or_refuses_is_named(
         (["--schema", "/nowhere/s.json", "x"], 2, "/nowhere/s.json: No such file or directory"),
         (["--password-file", "/nowhere/p", "x"], 2, "/nowhere/p: No such file or directory"),
         (["--serial", "/dev/nothing", "--bundle", "b", "x"], 2, "exclude each other"),
-        (["--status", "x"], 2, "without a question"),
+        (["--status", "x"], 2, "without a prompt"),
         (["--ca-file", "/nowhere/ca", "--tls", "x"], 6, "a TLS file can't be used"),
     ],
 )
@@ -205,6 +206,30 @@ def test_a_serial_line_with_nobody_at_the_end_is_said(ptys: PtyPair) -> None:
     done = run("--serial", str(ptys.far), "x")
     assert done.returncode == 6
     assert "no acknowledgement; is edge-daemon there, at the same baud rate?" in done.stderr
+
+
+def test_the_word_top_is_a_prompt_after_two_dashes(served: Field) -> None:
+    options = ("--port", str(served.mosquitto.port), "--max-tokens", "1", "--json")
+    done = run(*options, "--", "top")
+    assert done.returncode == 0, done.stderr
+    answer, piped = json.loads(done.stdout), json.loads(run(*options, text="top").stdout)
+    assert (answer["text"], answer["usage"]["prompt"]) == (piped["text"], piped["usage"]["prompt"])
+
+
+def test_ctrl_c_while_the_broker_does_not_answer_ends_at_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as broker:
+        command = edge_command("ask", "--port", str(broker.getsockname()[1]), "x")
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            connection, _ = broker.accept()
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=WAIT_S)
+            connection.close()
+    assert (process.returncode, errors) == (130, "Interrupted\n")
+
+
+def test_a_host_with_a_port_is_asked(served: Field) -> None:
+    done = run("--host", f"127.0.0.1:{served.mosquitto.port}", "--max-tokens", "1", "x")
+    assert done.returncode == 0, done.stderr
 
 
 def test_help_has_examples_and_exit_codes() -> None:

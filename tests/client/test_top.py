@@ -121,7 +121,7 @@ def test_a_broker_that_is_not_there_is_said_and_waited_for() -> None:
     [
         ([], "top needs a terminal; use --status"),
         (["--json"], "has no --json; use --status --json"),
-        (["--serial", "/dev/x"], "top goes with a broker only"),
+        (["--serial", "/dev/x"], "top works with a broker only"),
     ],
 )
 def test_without_a_terminal_or_a_broker_it_says_what_to_use(options: list[str], said: str) -> None:
