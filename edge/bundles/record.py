@@ -1,6 +1,6 @@
 """What the daemon says of the bundles it runs, for itself after a crash and for `edge-daemon bundle`.
 
-One small file in the store, written when a bundle is begun with, answers, fails or is stopped, and only if
+One small file in the store, written when loading a bundle starts or ends and when one fails, and only if
 that changes something; never synced. It counts crashes, so it has to survive the process, not a power cut:
 what was written in an earlier boot of the board counts no more, and neither does a damaged file. Times are
 CLOCK_BOOTTIME, so that a clock that is set does no harm.
@@ -47,7 +47,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Record:
-    """`begun` is the bundle that was loaded last and not stopped, `running` the one that answers.
+    """`begun` is the bundle that is being loaded and tested, `running` the one that answers.
 
     `trouble` is one line on the last fallback or refusal, until another bundle is activated.
     """

@@ -20,6 +20,8 @@ from typing import Any
 
 from edge.board import boot_id
 from edge.errors import RequestError
+from edge.requests import crashes
+from edge.requests.crashes import Crashes
 from edge.requests.sqlite_store import SqliteStore
 
 MAX_STARTS = 2  # a request that the daemon did not survive this often is not tried again
@@ -33,13 +35,15 @@ SCHEMA = """CREATE TABLE entries (
     digest    BLOB    NOT NULL,            -- of the request
     deadline  REAL,                        -- seconds since the epoch, as is answered
     starts    INTEGER NOT NULL DEFAULT 0,
-    cuts      INTEGER NOT NULL DEFAULT 0,  -- of these, ended when the board went down
+    cuts      INTEGER NOT NULL DEFAULT 0,  -- starts that ended when the board went down
+    crashes   INTEGER NOT NULL DEFAULT 0,  -- starts that ended with the process
     answered  REAL,
     published INTEGER NOT NULL DEFAULT 0,
     request   BLOB,                        -- until it is answered
     answer    BLOB
 ) STRICT"""
-CRASHES = f"starts - min(cuts, {MAX_CUTS})"
+TABLES = {"entries": SCHEMA, crashes.TABLE: crashes.SCHEMA}
+CRASHES = f"crashes + max(cuts - {MAX_CUTS}, 0)"
 SIZE = f"length(key) + length(source) + ifnull(length(request), length(answer)) + {OVERHEAD_BYTES}"
 
 
@@ -120,10 +124,10 @@ class Unpublished:
 class Journal:
     """The journal in the file `path`, or in memory only if it is None. Any thread may call its methods.
 
-    `source` is the transport's own note on where the answer goes; the journal only keeps it. `clock` gives
-    seconds since the epoch, `boot` names the board's present boot (None: as the kernel does). Raises
-    EdgeError if another process holds the file; a damaged file or a failing disk raises nothing (see
-    `edge.requests.sqlite_store`).
+    A key is the client, a space and the request's id. `source` is the transport's own note on where the
+    answer goes; the journal only keeps it. `clock` gives seconds since the epoch, `uptime` seconds since the
+    board started, `boot` names that boot (None: as the kernel does). Raises EdgeError if another process
+    holds the file; a damaged file or a failing disk raises nothing (see `edge.requests.sqlite_store`).
     """
 
     def __init__(
@@ -132,6 +136,7 @@ class Journal:
         limits: Limits | None = None,
         clock: Callable[[], float] = time.time,
         boot: str | None = None,
+        uptime: Callable[[], float] = lambda: time.clock_gettime(time.CLOCK_BOOTTIME),
     ) -> None:
         self._limits, self._clock, self._on_disk = limits or Limits(), clock, path is not None
         self._alive: dict[str, bool] = {}  # keys that this run works on; True once started
@@ -139,9 +144,10 @@ class Journal:
         self._owed = False  # whether something was accepted that `sync` is to bring to the disk
         self._looked = time.monotonic()
         self._entries = self._bytes = 0  # the latter never less than the truth
-        self._store = SqliteStore(path, "entries", SCHEMA, self._measure)
+        self._store = SqliteStore(path, TABLES, self._measure)
+        self._crashes, self._uptime = Crashes(), uptime
         number = zlib.crc32((boot_id() if boot is None else boot).encode()) >> 1
-        self._store.run(lambda database: _note_boot(database, number))
+        self._store.run(lambda database: self._note_end(database, number))
 
     @property
     def problem(self) -> str | None:
@@ -161,6 +167,10 @@ class Journal:
     def may_know(self, key: str) -> bool:
         """Whether `find` may find something; costs no look into the file. False is certain."""
         return key in self._keys
+
+    def suspended_s(self, client: str) -> float:
+        """For how many seconds a client is refused because its requests ended the process, or 0."""
+        return self._crashes.suspended_s(client, self._uptime())
 
     def find(self, key: str, request: bytes) -> Verdict | None:
         """Say what is known of a request, changing nothing; None if it is new."""
@@ -243,12 +253,15 @@ class Journal:
         self._store.run(work, durable=True)
 
     def unfinished(self) -> list[Unfinished]:
-        """Hand over what former runs left without an answer, oldest first; each is handed over once."""
+        """Hand over what earlier runs left without an answer, each once.
+
+        The oldest comes first, but what may have ended the process comes last, after its neighbours.
+        """
 
         def work(database: sqlite3.Connection) -> list[Unfinished]:
             rows = database.execute(
                 f"SELECT digest, key, request, source, deadline, {CRASHES} FROM entries"
-                " WHERE answer IS NULL ORDER BY number"
+                f" WHERE answer IS NULL ORDER BY {CRASHES}, number"
             )
             left = [_unfinished(*row) for row in rows if row[1] not in self._alive]
             self._alive.update({entry.key: False for entry in left})
@@ -276,6 +289,19 @@ class Journal:
         self._store.close()
 
     # What is below runs inside a transaction, so under the store's lock.
+
+    def _note_end(self, database: sqlite3.Connection, boot: int) -> None:
+        """Charge the end of the last run to the request that was in work: to the board if that restarted."""
+        (before,) = database.execute("PRAGMA user_version").fetchone()
+        same_boot = before in (0, boot)
+        in_work = "answer IS NULL AND starts > cuts + crashes"
+        keys = database.execute(f"SELECT key FROM entries WHERE {in_work}").fetchall()
+        column = "crashes" if same_boot else "cuts"
+        database.execute(f"UPDATE entries SET {column} = {column} + 1 WHERE {in_work}")
+        clients = [key.rpartition(" ")[0] for (key,) in keys] if same_boot else []
+        self._crashes.note(database, clients, self._uptime(), same_boot)
+        if before != boot:
+            database.execute(f"PRAGMA user_version = {boot}")
 
     def _find(self, database: sqlite3.Connection, key: str, request: bytes) -> Verdict | None:
         row: tuple[Any, ...] | None = database.execute(
@@ -328,15 +354,6 @@ class Journal:
         counted = database.execute(f"SELECT count(*), ifnull(sum({SIZE}), 0) FROM entries").fetchone()
         self._entries, self._bytes = int(counted[0]), int(counted[1])
         self._keys = {key for (key,) in database.execute("SELECT key FROM entries")}
-
-
-def _note_boot(database: sqlite3.Connection, boot: int) -> None:
-    """Do not count the starts that an earlier boot of the board has left unfinished: its power was cut."""
-    (before,) = database.execute("PRAGMA user_version").fetchone()
-    if before not in (0, boot):
-        database.execute("UPDATE entries SET cuts = cuts + 1 WHERE answer IS NULL AND starts > cuts")
-    if before != boot:
-        database.execute(f"PRAGMA user_version = {boot}")
 
 
 def _unfinished(digest: bytes, key: str, request: bytes | None, *others: Any) -> Unfinished:

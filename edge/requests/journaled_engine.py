@@ -12,6 +12,7 @@ for the disk, once for each request that there is room for in the queue; `sync` 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +20,7 @@ from typing import Protocol
 
 from edge.errors import RequestError, TransportError
 from edge.protocol.messages import Answer, Failure, Partial, Request, parse_answer, parse_request
+from edge.requests.crashes import SUSPEND_AFTER
 from edge.requests.engine import REFUSALS, Engine, Sink
 from edge.requests.journal import Accepted, Answered, Conflict, Journal, Poisoned, Unfinished
 
@@ -53,7 +55,7 @@ class JournaledEngine:
         """
         if self._journal.may_know(_key(client, request_id)):
             return None
-        return self._engine.refusal(client, request_id)
+        return self._refusal(client, request_id)
 
     def submit(
         self,
@@ -75,7 +77,7 @@ class JournaledEngine:
         try:
             verdict = self._journal.find(key, raw)
             if verdict is None:
-                refusal = self._engine.refusal(client, request.id)
+                refusal = self._refusal(client, request.id)
                 if refusal is not None:
                     sink(refusal)
                     return True
@@ -137,6 +139,12 @@ class JournaledEngine:
         if left or waiting:
             log.info("of an earlier run: %d requests to answer, %d answers to send", len(left), len(waiting))
 
+    def _refusal(self, client: str, request_id: str) -> Failure | None:
+        left_s = self._journal.suspended_s(client)
+        if left_s:
+            return Failure(request_id, "unavailable", _suspended(left_s), round(left_s * 1000))
+        return self._engine.refusal(client, request_id)
+
     def _resume(self, entry: Unfinished, origin_of: Callable[[str], Origin | None]) -> None:
         client, name = _parts(entry.key)
         sink = _sink(origin_of, entry.key, entry.source)
@@ -150,6 +158,11 @@ class JournaledEngine:
         if entry.poisoned:
             log.error("request %s: the daemon has not survived it %d times", entry.key, entry.starts)
             self._keeping(entry.key, sink)(_poisoned(name, entry.starts))
+            return
+        left_s = self._journal.suspended_s(client)
+        if left_s:
+            log.error("request %s is not tried: %s", entry.key, _suspended(left_s))
+            self._keeping(entry.key, sink)(Failure(name, "internal", _suspended(left_s)))
             return
         try:
             request = replace(parse_request(entry.request), stream=False)  # parts of it were sent already
@@ -242,3 +255,10 @@ def _damaged(name: str, what: str) -> Failure:
 def _poisoned(request_id: str, starts: int) -> Failure:
     said = f"the daemon ended {starts} times while it worked on this request; it is not tried again"
     return Failure(request_id, "internal", said)
+
+
+def _suspended(left_s: float) -> str:
+    return (
+        f"the daemon ended {SUSPEND_AFTER} times in an hour while it worked on requests of this client;"
+        f" new ones are accepted in {math.ceil(left_s)} s"
+    )

@@ -13,7 +13,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,21 +32,21 @@ ASIDE = ".damaged"
 
 
 class SqliteStore:
-    """The single table `table` (made by `schema`) in the file `path`, or in memory only if `path` is None.
+    """Tables in the file `path`, or in memory only if `path` is None. `tables` gives their schemas by name.
 
-    Its first column is the integer primary key, which only gives the order and may be numbered anew.
+    The first column of each is the integer primary key, which only gives the order and may be numbered anew.
 
     `writes` counts transactions that changed something, `syncs` those that waited for the disk (fsync).
-    `problem` is None, or one line on why the table is not on the disk. `opened` is called with the
+    `problem` is None, or one line on why the tables are not on the disk. `opened` is called with the
     connection whenever another database takes over. Raises EdgeError if another process holds the file.
     """
 
     def __init__(
-        self, path: Path | None, table: str, schema: str, opened: Callable[[sqlite3.Connection], None]
+        self, path: Path | None, tables: Mapping[str, str], opened: Callable[[sqlite3.Connection], None]
     ) -> None:
         self.writes = self.syncs = 0
         self.problem: str | None = None
-        self._path, self._table, self._schema, self._opened = path, table, schema, opened
+        self._path, self._tables, self._opened = path, tables, opened
         self._lock = threading.RLock()
         self._tried = time.monotonic()
         self._synchronous = self._unsynced = False
@@ -147,26 +147,29 @@ class SqliteStore:
 
     def _copy_rows(self, old: sqlite3.Connection, new: sqlite3.Connection, replacing: bool) -> None:
         """Copy all rows that can be read and do not break the table's rules, which only damage makes."""
-        names, rows = self._readable_rows(old)
-        values = ", ".join("?" * len(names))
-        insert = f"INSERT OR REPLACE INTO {self._table} ({', '.join(names)}) VALUES ({values})"
         new.execute("BEGIN")
-        if replacing:  # otherwise the file may hold what this process has never seen
-            new.execute(f"DELETE FROM {self._table}")
-        for row in rows:
-            try:
-                new.execute(insert, row)
-            except sqlite3.IntegrityError as error:
-                log.error("%s: a damaged record is left out: %s", self._path, error)
+        for table in self._tables:
+            names, rows = self._readable_rows(old, table)
+            values = ", ".join("?" * len(names))
+            insert = f"INSERT OR REPLACE INTO {table} ({', '.join(names)}) VALUES ({values})"
+            if replacing:  # otherwise the file may hold what this process has never seen
+                new.execute(f"DELETE FROM {table}")
+            for row in rows:
+                try:
+                    new.execute(insert, row)
+                except sqlite3.IntegrityError as error:
+                    log.error("%s: a damaged record is left out: %s", self._path, error)
         new.execute("COMMIT")
 
-    def _readable_rows(self, database: sqlite3.Connection) -> tuple[list[str], list[tuple[object, ...]]]:
+    def _readable_rows(
+        self, database: sqlite3.Connection, table: str
+    ) -> tuple[list[str], list[tuple[object, ...]]]:
         """Names and values of all columns but the first; from both ends, as a damaged page ends a scan."""
         names: list[str] = []
         rows: dict[int, tuple[object, ...]] = {}
         for order in ("ASC", "DESC"):
             try:
-                found = database.execute(f"SELECT * FROM {self._table} ORDER BY 1 {order}")
+                found = database.execute(f"SELECT * FROM {table} ORDER BY 1 {order}")
                 names = [column[0] for column in found.description[1:]]
                 rows.update((row[0], row[1:]) for row in found)
                 break
@@ -216,8 +219,9 @@ class SqliteStore:
                 damage = sqlite3.DatabaseError(str(verdict).replace("\n", " "))
                 damage.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
                 raise damage
-            for _ in database.execute(f"SELECT * FROM {self._table}"):
-                pass  # raises for text that is not UTF-8, which sqlite does not look at
+            for table in self._tables:
+                for _ in database.execute(f"SELECT * FROM {table}"):
+                    pass  # raises for text that is not UTF-8, which sqlite does not look at
         except BaseException:
             database.close()
             raise
@@ -229,29 +233,29 @@ class SqliteStore:
         return database
 
     def _create(self, database: sqlite3.Connection) -> None:
-        """Make the table, from another version's if need be; one that is too different counts as damage."""
+        """Make the tables, from another version's if need be; one that is too different counts as damage."""
         database.execute("BEGIN IMMEDIATE")
-        found = database.execute("SELECT sql FROM sqlite_master WHERE name = ?", (self._table,)).fetchone()
-        if found is None:
-            database.execute(self._schema)
-        elif found[0] != self._schema:
-            try:
-                self._convert(database)
-            except sqlite3.DatabaseError as error:
-                database.execute("ROLLBACK")
-                if _code(error) not in UNFIT:
-                    raise
-                foreign = sqlite3.DatabaseError("it is of another version")
-                foreign.sqlite_errorcode = sqlite3.SQLITE_NOTADB
-                raise foreign from None
+        for table, schema in self._tables.items():
+            found = database.execute("SELECT sql FROM sqlite_master WHERE name = ?", (table,)).fetchone()
+            if found is None:
+                database.execute(schema)
+            elif found[0] != schema:
+                try:
+                    self._convert(database, table, schema)
+                except sqlite3.DatabaseError as error:
+                    database.execute("ROLLBACK")
+                    if _code(error) not in UNFIT:
+                        raise
+                    foreign = sqlite3.DatabaseError("it is of another version")
+                    foreign.sqlite_errorcode = sqlite3.SQLITE_NOTADB
+                    raise foreign from None
         database.execute("COMMIT")
 
-    def _convert(self, database: sqlite3.Connection) -> None:
+    def _convert(self, database: sqlite3.Connection, table: str, schema: str) -> None:
         """Bring the records of another version into this one's table: the columns that both know."""
-        table = self._table
         before = [row[1] for row in database.execute(f"PRAGMA table_info({table})")]
         database.execute(f"ALTER TABLE {table} RENAME TO another_version")
-        database.execute(self._schema)
+        database.execute(schema)
         names = [row[1] for row in database.execute(f"PRAGMA table_info({table})") if row[1] in before]
         both = ", ".join(names)
         database.execute(f"INSERT INTO {table} ({both}) SELECT {both} FROM another_version")

@@ -5,8 +5,10 @@ is verified, loaded and tested while the one before goes on answering; requests 
 only. A board with too little memory for both unloads the old one first, and requests wait until the new one
 is loaded. One that fails the test is refused: the old one answers on, and the link names it again.
 
-Three failures of a bundle in an hour, and the previous one runs again. A failure is a start that ends in an
-error, a daemon that was killed or crashed, or a request that LiteRT failed on.
+After three failures of a bundle in an hour the previous one runs again. A failure is an error or a crash
+while the bundle is loaded and tested, or a request that LiteRT failed on. A crash after that is no failure of
+the bundle: it is charged to the request in work (`edge.requests.crashes`), and an idle daemon does not use
+its bundle.
 """
 
 from __future__ import annotations
@@ -124,7 +126,7 @@ class StoreKeeper(BundleKeeper):
         """Load and test the bundle that is to run, or the previous one if that has failed too often."""
         record = self._record
         if record.content.begun is not None:
-            self._failed(record.content.begun, "the daemon was killed or crashed")
+            self._failed(record.content.begun, "the daemon was killed or crashed while it loaded the bundle")
         while True:
             name = self._store.current or self._store.link.name
             if record.content.running != name and self._fell_back_to is None:
@@ -137,7 +139,7 @@ class StoreKeeper(BundleKeeper):
                 if not self._failed(name, str(error)):
                     raise
             else:
-                record.change(running=name)
+                record.change(running=name, begun=None)
                 self._running, self._previous = name, self._store.previous
                 self._forget_packed()
                 return self.generator
@@ -174,7 +176,7 @@ class StoreKeeper(BundleKeeper):
 
     def close(self) -> None:
         """Note that the daemon ends in order."""
-        self._record.change(begun=None)
+        self._record.change(begun=None)  # a stop while a bundle is loaded is no crash
         self._record.close()
 
     def _switch(self, target: str, engine: Engine) -> None:
@@ -193,6 +195,7 @@ class StoreKeeper(BundleKeeper):
         content = self._record.content
         self._record.change(
             running=target,
+            begun=None,
             failures=tuple(failure for failure in content.failures if failure.bundle != target),
             trouble=content.trouble if target == self._fell_back_to else None,
         )
@@ -246,7 +249,7 @@ class StoreKeeper(BundleKeeper):
         """Let the links be as they were."""
         self._refused = target
         self._trouble(f"bundle {target} is refused: {why}; {self._running} goes on answering")
-        self._record.change(begun=self._running)
+        self._record.change(begun=None)
         self._swap_back(target, self._running, self._previous)
 
     def _failed(self, name: str, why: str) -> bool:

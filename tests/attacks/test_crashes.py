@@ -10,7 +10,7 @@ import pytest
 from edge.client.links import SerialLink
 from edge.endpoints import SerialConfig
 from edge.errors import TransportError
-from edge.protocol.messages import Answer, Final, Partial, Request, parse_answer
+from edge.protocol.messages import Answer, Failure, Final, Partial, Request, parse_answer
 from tests.support import bundles
 from tests.support.counterparts import WAIT_S, DaemonProcess, Mosquitto, PtyPair, wait_for
 from tests.support.mqtt_load import MqttLoad, keep_busy, one_answer_each, wait_until_back
@@ -32,6 +32,8 @@ class SerialLoad(threading.Thread):
                 self.answers.append(list(self._link.ask(request, WAIT_S)))
             except TransportError:  # the daemon was killed again before it could say that it had it
                 continue
+            if isinstance(self.answers[-1][-1], Failure):  # several kills have hit its requests
+                self.stopping.wait(1)
         self._link.close()
 
 

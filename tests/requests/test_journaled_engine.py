@@ -166,9 +166,9 @@ def test_what_was_waiting_is_answered_by_the_next_run(path: Path) -> None:
     first.crash()
     second = Run(path).start()
     answers = [second.last() for _ in range(3)]
-    assert [answer.id for answer in answers] == ["a", "b", "c"]
+    assert [answer.id for answer in answers] == ["b", "c", "a"]  # a was in work when the daemon ended
     assert all(isinstance(answer, Final) for answer in answers)
-    assert second.notes == [("mqtt:a b", name, "note") for name in ("a", "b", "c")]
+    assert second.notes == [("mqtt:a b", name, "note") for name in ("b", "c", "a")]
     assert second.answers.empty()
     second.stop()
 
@@ -240,20 +240,44 @@ def test_without_a_disk_what_a_stop_has_no_time_for_is_refused() -> None:
     run.journal.close()
 
 
+def crash_while_working_on(path: Path, name: str, client: str = "mqtt:a b") -> None:
+    """A life of the daemon that ends while it works on a new request."""
+    run = Run(path)
+    run.speller.gate.clear()
+    run.start()
+    run.journaled.submit(client, replace(A, id=name), run.hear, "note")
+    run.speller.wait_until_held()
+    run.crash()
+
+
 def test_a_crash_counts_only_for_the_request_that_was_worked_on(path: Path) -> None:
-    for life in range(2):
-        run = Run(path)
-        run.speller.gate.clear()
-        run.start()
-        if life == 0:
-            for name in ("a", "b"):
-                run.ask(replace(A, id=name))
-        run.speller.wait_until_held()
-        run.crash()
+    first = Run(path)
+    first.speller.gate.clear()
+    first.start()
+    for name in ("a", "b"):
+        first.ask(replace(A, id=name))
+    first.speller.wait_until_held()
+    first.crash()
+    second = Run(path)
+    assert {entry.key[-1]: entry.starts for entry in second.journal.unfinished()} == {"a": 1, "b": 0}
+    second.journal.close()
+
+
+def test_a_client_whose_fresh_requests_end_the_daemon_is_suspended_and_its_neighbour_answered(
+    path: Path,
+) -> None:
+    for name in "abc":
+        crash_while_working_on(path, name)
     run = Run(path).start()
-    answers = {answer.id: answer for answer in (run.last(), run.last())}
-    assert code(answers["a"]) == "internal"
-    assert isinstance(answers["b"], Final)
+    answers = {answer.id: answer for answer in (run.last() for _ in "abc")}
+    assert {code(answer) for answer in answers.values()} == {"internal"}
+    assert "3 times in an hour" in str(answers["c"])
+    run.ask(replace(A, id="d"))
+    refused = run.last()
+    assert isinstance(refused, Failure)
+    assert (refused.code, 0 < (refused.retry_after_ms or 0) <= 600_000) == ("unavailable", True)
+    run.journaled.submit("mqtt:neighbour", A, run.hear)
+    assert isinstance(run.last(), Final)
     run.stop()
 
 
