@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from converters.architectures import gemma4
 from converters.architectures.fields import Fields
 from converters.architectures.names import huggingface_name
+from converters.architectures.tensor_shapes import tensor_shapes
 from converters.checkpoints.opening import open_checkpoint
-from edge.bundles.architecture import tensor_shapes
 
 _Item = TypeVar("_Item", bound=np.generic)
 

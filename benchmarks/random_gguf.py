@@ -21,8 +21,9 @@ from benchmarks.random_checkpoint import random_values, repeated
 from converters.architectures import gemma4
 from converters.architectures.fields import Fields
 from converters.architectures.names import gguf_name
+from converters.architectures.tensor_shapes import tensor_shapes
 from converters.checkpoints.gguf_file import read_gguf
-from edge.bundles.architecture import Architecture, tensor_shapes
+from edge.bundles.architecture import Architecture
 
 _POOL = (1 << 18) + 9
 """Values in a pool of floats, blocks in one of codes (5 MB of Q4_0); odd, and no multiple of any row's."""

@@ -25,8 +25,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from converters.architectures.tensor_shapes import tensor_shapes
 from converters.tflite.graph import DYNAMIC, Graph, Model, Tensor, Weight
-from edge.bundles.architecture import Architecture, Attention, tensor_shapes
+from edge.bundles.architecture import Architecture, Attention
 
 Vector = Callable[[str], NDArray[np.float32]]
 """Name of a small tensor (norm, scalar) -> its values, float32."""

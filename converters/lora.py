@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from converters.architectures.names import huggingface_name
+from converters.architectures.tensor_shapes import tensor_shapes
 from converters.checkpoints.base import Checkpoint, LazyTensor
 from converters.checkpoints.chat import chat_info, folder_template
 from converters.checkpoints.safetensors_file import TensorEntry, read_safetensors
@@ -33,7 +34,7 @@ from converters.checkpoints.tensor_reader import (
 )
 from converters.checkpoints.text_files import read_json
 from converters.recipes import stored_format
-from edge.bundles.architecture import Architecture, tensor_shapes
+from edge.bundles.architecture import Architecture
 from edge.errors import CheckpointError
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

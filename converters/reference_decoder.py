@@ -24,8 +24,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from converters.architectures.tensor_shapes import layer_shapes
 from converters.checkpoints.base import Checkpoint, LazyTensor
-from edge.bundles.architecture import Architecture, Rope, layer_shapes
+from edge.bundles.architecture import Architecture, Rope
 
 Floats = NDArray[np.float32]
 Linear = Callable[[str, Floats, Floats], Floats]

@@ -88,7 +88,7 @@ class ChatInfo:
 class Checkpoint:
     """An opened checkpoint; what the architecture asks for is there, and of the right shape.
 
-    `tensors` has the names of `edge.bundles.architecture.tensor_shapes`; `tokenizer_model` is a SentencePiece
+    `tensors` has the names of `converters.architectures.tensor_shapes`; `tokenizer_model` is a SentencePiece
     ModelProto, serialised; `licence` is one line, or "" if the checkpoint states none. `static_scales` are
     the int8 activation scales of a statically quantised checkpoint: "layers.N.query.input" and
     "layers.N.query.output" and so on for each matrix, "layers.N.key_cache", "layers.N.value_cache"; what was

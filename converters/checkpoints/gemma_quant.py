@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from converters.architectures.tensor_shapes import tensor_shapes
 from converters.checkpoints.base import CodeRows, ExactCodes, LazyTensor
 from converters.checkpoints.safetensors_file import TensorEntry
 from converters.checkpoints.tensor_reader import (
@@ -25,7 +26,7 @@ from converters.checkpoints.tensor_reader import (
     float32_rows,
     require_finite,
 )
-from edge.bundles.architecture import Architecture, tensor_shapes
+from edge.bundles.architecture import Architecture
 from edge.errors import CheckpointError
 
 _FLOATS = {"F32": float32_rows, "F16": float16_rows, "BF16": bfloat16_rows}

@@ -12,6 +12,7 @@ from gguf import GGMLQuantizationType
 from converters.architectures import gemma3, gemma4
 from converters.architectures.fields import Fields
 from converters.architectures.names import gguf_name
+from converters.architectures.tensor_shapes import tensor_shapes
 from converters.checkpoints.base import Checkpoint, ExactCodes, LazyTensor
 from converters.checkpoints.chat import chat_info, licence_notice
 from converters.checkpoints.gguf_file import GgufFile, TensorEntry, read_gguf
@@ -26,7 +27,7 @@ from converters.checkpoints.tensor_reader import (
     float32_rows,
 )
 from converters.tokenizer_model import from_gguf
-from edge.bundles.architecture import Architecture, tensor_shapes
+from edge.bundles.architecture import Architecture
 from edge.errors import CheckpointError
 
 _PLAIN = {

@@ -10,6 +10,7 @@ from typing import Any
 from converters.architectures import gemma3, gemma4
 from converters.architectures.fields import Fields
 from converters.architectures.names import huggingface_name
+from converters.architectures.tensor_shapes import tensor_shapes
 from converters.checkpoints.base import Checkpoint, LazyTensor
 from converters.checkpoints.chat import chat_info, folder_licence, folder_template
 from converters.checkpoints.gemma_quant import PackedTensor, is_packed, static_scales
@@ -24,7 +25,7 @@ from converters.checkpoints.tensor_reader import (
 )
 from converters.checkpoints.text_files import read_json
 from converters.tokenizer_model import from_sentencepiece, from_tokenizer_json, piece_count
-from edge.bundles.architecture import Architecture, tensor_shapes
+from edge.bundles.architecture import Architecture
 from edge.errors import CheckpointError
 
 _FAMILIES = {

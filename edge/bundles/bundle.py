@@ -5,7 +5,7 @@
     tokenizer.model           a SentencePiece model
     embedding.bin             only where the output head is a matrix of its own
     per_layer_embedding.bin   Gemma 4 only
-    manifest.sig              an Ed25519 signature of manifest.json, optional; see `edge.bundles.signature`
+    manifest.sig              an Ed25519 signature of manifest.json, optional; see `edge.bundles.signing`
 
 A bundle is verified before anything of it is mapped, because LiteRT crashes on a damaged file: sizes and
 SHA-256 of every file. A stamp in the cache directory makes the next start cheap as long as no file changed.

@@ -22,7 +22,7 @@ from typing import IO, BinaryIO
 
 from edge.bundles.bundle import DECODER, MANIFEST, MAX_MANIFEST_BYTES, SIGNATURE, FileEntry, Manifest
 from edge.bundles.record import read_record
-from edge.bundles.signature import TrustedKeys
+from edge.bundles.signing import TrustedKeys
 from edge.bundles.store import BundleStore, size_of
 from edge.errors import BundleError, EdgeError
 from edge.files import sync_directory

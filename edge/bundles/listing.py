@@ -7,7 +7,7 @@ from typing import Any
 
 from edge.bundles.bundle import MANIFEST, Manifest, file_digest, read_manifest
 from edge.bundles.record import MAX_FAILURES, daemon_lives, read_record
-from edge.bundles.signature import TrustedKeys
+from edge.bundles.signing import TrustedKeys
 from edge.bundles.store import BundleStore, size_of
 from edge.errors import BundleError
 

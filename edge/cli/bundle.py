@@ -18,7 +18,7 @@ from edge.errors import BundleError, EdgeError
 
 if TYPE_CHECKING:
     from edge.bundles.record import Record
-    from edge.bundles.signature import TrustedKeys
+    from edge.bundles.signing import TrustedKeys
     from edge.bundles.store import BundleStore
 
 SWITCH_S = 900.0
@@ -126,7 +126,7 @@ def list_bundles(config: Path, as_json: bool) -> None:
 
 
 def _open(config: Path) -> tuple[BundleStore, TrustedKeys | None]:
-    from edge.bundles.signature import TrustedKeys
+    from edge.bundles.signing import TrustedKeys
     from edge.bundles.store import BundleStore
     from edge.config import load
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from edge.board import Board
 from edge.bundles.bundle import MANIFEST, Bundle, file_digest, read_manifest
 from edge.bundles.record import read_record
-from edge.bundles.signature import TrustedKeys
+from edge.bundles.signing import TrustedKeys
 from edge.bundles.store import BundleStore
 from edge.config import Config
 from edge.doctor.finding import Finding

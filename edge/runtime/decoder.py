@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from edge.bundles.architecture import Architecture, Attention, Rope
 from edge.bundles.bundle import Bundle
 from edge.errors import RequestError
+from edge.runtime.dynamic_quantization import dynamic_int8
 from edge.runtime.kv_cache import Floats, KVCache
 from edge.runtime.litert import CompiledModel
 from edge.runtime.mapped_rows import MappedRows
@@ -232,8 +233,10 @@ class _Tables:
         XNNPACK multiplies quantised weights by activations that it quantises first.
         """
         rows = self._head.rows(tokens).astype(np.float64)
-        x = hidden if self._float_head else dynamic_int8(hidden)
-        return (rows @ x).astype(np.float32)
+        if self._float_head:
+            return (rows @ hidden).astype(np.float32)
+        codes, inverse = dynamic_int8(hidden)
+        return (rows @ codes / inverse).astype(np.float32)
 
     def per_layer(self, tokens: Sequence[int]) -> Floats:
         return self._per_layer.rows(tokens) * self._per_layer_scale
@@ -295,22 +298,6 @@ class _Head:
     def run(self) -> Floats:
         self._signature.run()
         return self._logits.reshape(-1, self._logits.shape[-1])
-
-
-def dynamic_int8(x: Floats) -> NDArray[np.float64]:
-    """`x` [n] rounded to the 256 values that XNNPACK's dynamic quantisation gives it (its qd8 type).
-
-    One scale and zero point for all of `x`, so that 0 and both extremes are on the grid (the far one nearly).
-    """
-    low, high = np.minimum(x.min(), np.float32(0)), np.maximum(x.max(), np.float32(0))
-    if low == high:
-        return np.zeros(len(x))
-    inverse = np.float32(255) / (high - low)
-    bottom, top = low * inverse, high * inverse
-    zero = -128 - bottom if (-128 + bottom) + (127 + top) > 0 else 127 - top
-    zero = np.rint(np.clip(zero, -128, 127))
-    codes: NDArray[np.float32] = np.clip(np.rint(x * inverse) + zero, -128, 127) - zero
-    return codes.astype(np.float64) / np.float64(inverse)
 
 
 def _frequencies(arch: Architecture, attention: Attention) -> NDArray[np.float64]:

@@ -24,7 +24,7 @@ from edge.board import Board
 from edge.bundles.bundle import DECODER, Bundle, read_manifest
 from edge.bundles.record import MAX_FAILURES, DaemonRecord
 from edge.bundles.requirements import fit_together, require_memory, requirements
-from edge.bundles.signature import TrustedKeys
+from edge.bundles.signing import TrustedKeys
 from edge.bundles.store import BundleStore
 from edge.config import Config
 from edge.errors import BundleError, EdgeError
@@ -64,10 +64,10 @@ class BundleKeeper:
         self.generator = self._load(self._verified(self._config.bundle))
         return self.generator
 
-    def attend(self, engine: Engine, switched: Callable[[], None]) -> None:
+    def attach(self, engine: Engine, switched: Callable[[], None]) -> None:
         """Look after this engine from now on; `switched` is called when another bundle answers."""
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """See what is to be done; to be called about every second.
 
         Raises EdgeError if loading hangs, or if neither the new bundle nor the old one can be loaded.
@@ -144,13 +144,13 @@ class StoreKeeper(BundleKeeper):
                 self._forget_packed()
                 return self.generator
 
-    def attend(self, engine: Engine, switched: Callable[[], None]) -> None:
+    def attach(self, engine: Engine, switched: Callable[[], None]) -> None:
         """Look after this engine from now on; `switched` is called when another bundle answers."""
         self._engine, self._switched = engine, switched
         if self._record.content.trouble is not None:
             engine.last_error = self._record.content.trouble
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """See whether another bundle is to run, and whether this one fails."""
         engine = self._engine
         if engine is None:

@@ -67,7 +67,7 @@ class Daemon:
     def _prepare(self) -> None:
         config = self._config
         self._engine = Engine(self._keeper.open(), config.queue)
-        self._keeper.attend(self._engine, self._switched)
+        self._keeper.attach(self._engine, self._switched)
         self._journal = Journal(config.state_directory / JOURNAL)
         self._journaled = JournaledEngine(self._engine, self._journal)
         self._routes: RouteRunner | None = None
@@ -121,7 +121,7 @@ class Daemon:
             for connection in self._mqtt.connections.values() if self._mqtt else ():
                 if connection.refused:
                     raise TransportError(connection.refused)
-            self._keeper.look()
+            self._keeper.poll()
             self._watch()
 
     def _watch(self) -> None:

@@ -20,7 +20,7 @@ from click.testing import CliRunner, Result
 
 from edge.bundles.bundle import DECODER, MANIFEST, SIGNATURE, TOKENIZER
 from edge.bundles.installation import RESERVE_BYTES, install
-from edge.bundles.signature import TrustedKeys
+from edge.bundles.signing import TrustedKeys
 from edge.bundles.store import BundleStore
 from edge.cli.daemon import daemon
 from edge.errors import BundleError, ConfigError, EdgeError

@@ -11,7 +11,8 @@ import pytest
 from converters.architectures import gemma3, gemma4
 from converters.architectures.fields import Fields
 from converters.architectures.names import gguf_name, huggingface_name
-from edge.bundles.architecture import Architecture, Rope, tensor_shapes
+from converters.architectures.tensor_shapes import tensor_shapes
+from edge.bundles.architecture import Architecture, Rope
 from edge.errors import CheckpointError
 
 SLIDING, FULL = "sliding_attention", "full_attention"

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from converters.calibration import calibrate as calibration
-from converters.calibration.activations import round_activations
 from converters.calibration.calibrate import calibrate
 from converters.calibration.gptq import Objective, quantize_for
 from converters.calibration.smoothing import fold
@@ -29,7 +28,6 @@ from converters.recipes import plan_for
 from converters.reference_decoder import ReferenceDecoder
 from edge.bundles.bundle import DECODER, file_digest, read_manifest
 from edge.errors import EdgeError
-from edge.runtime.decoder import dynamic_int8
 from edge.text.tokenizer import Tokenizer
 from tests.support.checkpoint_files import FIXTURES, GEMMA3, GEMMA4, NAMES, write_packed_release
 
@@ -106,16 +104,6 @@ def test_of_a_very_long_text_a_megabyte_from_all_over_is_encoded(monkeypatch: py
     seen = [int(text.split("\n")[1]) for text in texts]
     assert seen == sorted(seen)
     assert len({number // 62_500 for number in seen}) >= 12  # of the 16 parts; the first have more tokens
-
-
-NUMBERS = st.just(0.0) | st.floats(-4096, -(2**-10), width=32) | st.floats(2**-10, 4096, width=32)
-
-
-@given(st.lists(st.tuples(NUMBERS, NUMBERS, NUMBERS), min_size=1, max_size=5))
-def test_inputs_are_rounded_as_the_runtime_rounds_them(rows: list[tuple[float, float, float]]) -> None:
-    x = np.array(rows, np.float32)
-    for row, rounded in zip(x, round_activations(x), strict=True):
-        np.testing.assert_allclose(rounded, dynamic_int8(row), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -15,10 +15,11 @@ from gguf import GGMLQuantizationType as Kind
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from converters.architectures.tensor_shapes import tensor_shapes
 from converters.checkpoints.gguf_checkpoint import stored_tensor
 from converters.checkpoints.gguf_file import read_gguf
 from converters.checkpoints.opening import open_checkpoint
-from edge.bundles.architecture import Rope, tensor_shapes
+from edge.bundles.architecture import Rope
 from edge.errors import CheckpointError
 from tests.support.checkpoint_files import FIXTURES, GEMMA3, GEMMA4, NAMES, real_model, write_gguf
 

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from converters.architectures.tensor_shapes import tensor_shapes
 from converters.checkpoints.opening import open_checkpoint
 from converters.checkpoints.tensor_reader import bfloat16_rows
-from edge.bundles.architecture import tensor_shapes
 from edge.errors import CheckpointError
 from edge.text.tokenizer import Tokenizer
 from tests.converters.test_checkpoints import read_all, refusal

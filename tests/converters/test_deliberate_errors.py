@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 
 import edge.runtime.decoder
 from converters.architectures.names import huggingface_name
+from converters.architectures.tensor_shapes import tensor_shapes
 from converters.checkpoints.base import Checkpoint, LazyTensor
 from converters.checkpoints.opening import open_checkpoint
 from converters.convert import convert
 from converters.tflite.graph import Graph, Tensor
 from converters.tflite.schema import schema
-from edge.bundles.architecture import Architecture, Attention, Layer, tensor_shapes
+from edge.bundles.architecture import Architecture, Attention, Layer
 from tests.runtime.test_decoder import FLOAT_TOLERANCE, reference
 from tests.support import bundles
 from tests.support.checkpoint_files import FIXTURES, GEMMA3, GEMMA4, read_arrays

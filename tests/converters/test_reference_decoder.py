@@ -15,10 +15,11 @@ import pytest
 from numpy.typing import NDArray
 
 from converters import reference_decoder
+from converters.architectures.tensor_shapes import tensor_shapes
 from converters.checkpoints.base import Checkpoint, LazyTensor
 from converters.checkpoints.opening import open_checkpoint
 from converters.reference_decoder import Floats, ReferenceDecoder, run_layer
-from edge.bundles.architecture import Architecture, Rope, tensor_shapes
+from edge.bundles.architecture import Architecture, Rope
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 GEMMA3 = ("gemma3-one-kv-head", "gemma3-two-kv-heads")

@@ -250,7 +250,7 @@ class Kept:
         self.keeper = StoreKeeper(load(config), Board(), force=False)
         self.engine = Engine(self.keeper.open(), queue_length=8)
         self.switches = 0
-        self.keeper.attend(self.engine, self._switched)
+        self.keeper.attach(self.engine, self._switched)
         self.engine.start()
         self.answers: list[Answer] = []
 
@@ -266,7 +266,7 @@ class Kept:
 
     def look_until(self, what: Callable[[], object]) -> None:
         def looked() -> object:
-            self.keeper.look()
+            self.keeper.poll()
             return what()
 
         wait_for(looked)
