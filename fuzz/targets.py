@@ -20,7 +20,7 @@ from edge.bundles.bundle import Manifest
 from edge.config import load
 from edge.errors import BundleError, ConfigError, EdgeError, RequestError, TransportError
 from edge.protocol.framing import Damaged, FrameDecoder, encode
-from edge.protocol.messages import parse_answer, parse_request, salvage
+from edge.protocol.messages import parse_answer, parse_request, peek_request
 from edge.protocol.strict_json import loads
 from edge.routes.config import parse_routes
 from edge.routes.router import Event, Ignored, Question, Router
@@ -85,11 +85,12 @@ def requests(data: bytes) -> None:
         request = parse_request(data)
     except RequestError as error:
         _is_one_line(error)
-        salvage(data)
+        peek_request(data)
         return
     assert parse_request(request.to_json()) == request
     assert [*FrameDecoder(10**7).feed(encode(request.to_json()))] == [request.to_json()]
-    assert salvage(data) == (request.id, request.reply_to)
+    peeked = peek_request(data)
+    assert (peeked.id, peeked.reply_to) == (request.id, request.reply_to)
 
 
 def answers(data: bytes) -> None:

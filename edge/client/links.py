@@ -14,6 +14,7 @@ from edge.errors import TransportError
 from edge.protocol.framing import Damaged
 from edge.protocol.messages import Answer, Partial, Request, parse_answer
 from edge.protocol.strict_json import StrictJsonError, dumps, loads
+from edge.protocol.topics import STATUS_OF_ALL, NodeTopics, node_of
 from edge.transports.mqtt.connection import MqttConnection
 from edge.transports.mqtt.messages import Outgoing, Received
 from edge.transports.serial.port import SerialPort
@@ -50,9 +51,10 @@ class MqttLink:
         node = self._find_node()
         user = self._broker.username or "anonymous"  # so that a broker's access list can keep users apart
         user = user.translate({ord("+"): "_", ord("#"): "_"})  # which no topic has
-        self._reply = f"edge/v1/{node}/reply/{user}/{uuid.uuid4().hex[:12]}"
+        topics = NodeTopics(node)
+        self._reply = f"{topics.reply}{user}/{uuid.uuid4().hex[:12]}"
         self._connection.post(lambda: self._connection.subscribe(self._reply))
-        topic, payload = f"edge/v1/{node}/request", replace(request, reply_to=self._reply).to_json()
+        topic, payload = topics.request, replace(request, reply_to=self._reply).to_json()
         self._publish(topic, payload)
         there, heard = True, time.monotonic()
         while True:
@@ -76,7 +78,7 @@ class MqttLink:
         """Publish a cancellation; False if no request has been sent."""
         if self._reply:
             payload = dumps({"id": request_id, "reply_to": self._reply})
-            self._publish(f"edge/v1/{self._reply.split('/')[2]}/cancel", payload)
+            self._publish(NodeTopics(node_of(self._reply)).cancel, payload)
         return bool(self._reply)
 
     def _give_up(self, node: str, there: bool, silent_s: float) -> None:
@@ -140,7 +142,7 @@ class MqttLink:
 
     def connected(self) -> None:
         """Subscribe to what tells which nodes there are, and to the answers."""
-        self._connection.subscribe("edge/v1/+/status", *([self._reply] if self._reply else []), retained=True)
+        self._connection.subscribe(STATUS_OF_ALL, *([self._reply] if self._reply else []), retained=True)
         if self._reply:
             self._events.put("back")
 
@@ -167,8 +169,8 @@ class MqttLink:
 def _state(message: Received) -> tuple[str, str]:
     """Name and state of the node that a status message is about."""
     try:
-        return message.topic.split("/")[2], str(loads(message.payload, 65536).get("state"))
-    except (StrictJsonError, IndexError):
+        return node_of(message.topic), str(loads(message.payload, 65536).get("state"))
+    except StrictJsonError:
         return "", ""
 
 

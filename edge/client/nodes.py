@@ -11,6 +11,7 @@ from typing import Any, Self
 from edge.endpoints import Broker
 from edge.errors import TransportError
 from edge.protocol.strict_json import StrictJsonError, loads, printable
+from edge.protocol.topics import NodeTopics, node_of
 from edge.transports.mqtt.connection import MqttConnection
 from edge.transports.mqtt.messages import Received
 
@@ -28,7 +29,8 @@ class Nodes:
 
     def __init__(self, broker: Broker, node: str | None) -> None:
         self.found: dict[str, dict[str, Any]] = {}
-        self._topics = tuple(f"edge/v1/{node or '+'}/{what}" for what in ("status", "health"))
+        topics = NodeTopics(node or "+")
+        self._topics = topics.status, topics.health
         self._heard: queue.Queue[Received | None] = queue.Queue()  # None: subscribed, or the connection ended
         name = f"edge-ask-{uuid.uuid4().hex[:12]}"
         self._connection = MqttConnection(broker, name, self, session_expiry_s=0)
@@ -54,7 +56,7 @@ class Nodes:
         except queue.Empty:
             return False
         if message is not None:
-            self.found.setdefault(message.topic.split("/")[2], {}).update(_content(message))
+            self.found.setdefault(node_of(message.topic), {}).update(_content(message))
         return True
 
     # The listener of the connection, in its thread.

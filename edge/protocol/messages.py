@@ -7,7 +7,6 @@ with what is allowed; nothing is guessed, so a misspelt `max_token` can't silent
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -33,14 +32,14 @@ __all__ = [
     "Final",
     "Message",
     "Partial",
+    "PeekedRequest",
     "Request",
     "Timings",
     "ToolCall",
     "Usage",
-    "glance",
     "parse_answer",
     "parse_request",
-    "salvage",
+    "peek_request",
 ]
 
 MAX_ANSWER_BYTES = 4 * 1024 * 1024
@@ -164,53 +163,67 @@ Answer = Partial | Final | Failure
 _KINDS: dict[str, type[Answer]] = {"partial": Partial, "final": Final, "error": Failure}
 
 
+class PeekedRequest:
+    """A request whose JSON has been read once; only `id` and `reply_to` have been checked so far.
+
+    Each of these two is None where it is missing or not valid.
+    """
+
+    def __init__(self, content: Mapping[str, Any] | StrictJsonError) -> None:
+        self._content = content
+        self.id: str | None = self._field("id")
+        self.reply_to: str | None = self._field("reply_to")
+
+    @property
+    def content(self) -> Mapping[str, Any]:
+        """The JSON object; empty if there is none."""
+        return {} if isinstance(self._content, StrictJsonError) else self._content
+
+    def parse(self) -> Request:
+        """Check all fields. Raises RequestError("bad_request"), as `parse_request` does."""
+        try:
+            if isinstance(self._content, StrictJsonError):
+                raise self._content
+            return _read_request(self._content)
+        except (StrictJsonError, FieldError) as error:
+            raise RequestError("bad_request", f"request: {error}") from None
+
+    def _field(self, key: str) -> Any:
+        try:
+            return CHECKS[key](key, self.content.get(key))
+        except FieldError:
+            return None
+
+
+def peek_request(raw: bytes | str) -> PeekedRequest:
+    """Read the JSON in `raw`, at most MAX_REQUEST_BYTES, but check no more than its id and `reply_to`.
+
+    Raises nothing: what is wrong with the JSON is reported by `PeekedRequest.parse`.
+    """
+    try:
+        return PeekedRequest(strict_json.loads(raw, MAX_REQUEST_BYTES))
+    except StrictJsonError as error:
+        return PeekedRequest(error)
+
+
 def parse_request(raw: bytes | str) -> Request:
     """Read the request in `raw`, at most MAX_REQUEST_BYTES of JSON.
 
     Raises RequestError("bad_request"), naming the key, what is wrong with it and what is allowed.
     """
-    try:
-        data = strict_json.loads(raw, MAX_REQUEST_BYTES)
-        for key in data:
-            if key not in CHECKS:
-                raise FieldError(f"unknown key {printable(key)}; allowed: {', '.join(CHECKS)}")
-        given = {key: CHECKS[key](key, value) for key, value in data.items()}
-        if "id" not in given:
-            raise FieldError("id is missing; allowed: 1 to 64 printable ASCII characters without spaces")
-        if ("prompt" in given) == ("messages" in given):
-            raise FieldError("exactly one of prompt and messages is needed")
-        return Request(**given)
-    except (StrictJsonError, FieldError) as error:
-        raise RequestError("bad_request", f"request: {error}") from None
+    return peek_request(raw).parse()
 
 
-def glance(raw: bytes) -> tuple[str, str | None] | None:
-    """Read `id` and `reply_to` of what may be a request, and look at nothing else.
-
-    Takes a tenth of the time of `parse_request`. None if these two are not as they must be.
-    """
-    try:
-        data = json.loads(raw[:MAX_REQUEST_BYTES].decode())
-        name = CHECKS["id"]("id", data["id"])
-        reply_to = data.get("reply_to")
-        return name, None if reply_to is None else CHECKS["reply_to"]("reply_to", reply_to)
-    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
-        return None
-
-
-def salvage(raw: bytes | str) -> tuple[str | None, str | None]:
-    """Read `id` and `reply_to` of a request that `parse_request` refused; each is None if it is not valid."""
-    try:
-        data = strict_json.loads(raw, MAX_REQUEST_BYTES)
-    except StrictJsonError:
-        return None, None
-    found: list[str | None] = []
-    for key in ("id", "reply_to"):
-        try:
-            found.append(CHECKS[key](key, data.get(key)))
-        except FieldError:
-            found.append(None)
-    return found[0], found[1]
+def _read_request(data: Mapping[str, Any]) -> Request:
+    for key in data:
+        if key not in CHECKS:
+            raise FieldError(f"unknown key {printable(key)}; allowed: {', '.join(CHECKS)}")
+    given = {key: CHECKS[key](key, value) for key, value in data.items()}
+    if "id" not in given:
+        raise FieldError("id is missing; allowed: 1 to 64 printable ASCII characters without spaces")
+    if ("prompt" in given) == ("messages" in given):
+        raise FieldError("exactly one of prompt and messages is needed")
+    return Request(**given)
 
 
 def parse_answer(raw: bytes | str) -> Answer:

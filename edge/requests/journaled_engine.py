@@ -16,18 +16,35 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from enum import Enum, auto
 from typing import Protocol
 
 from edge.errors import RequestError, TransportError
 from edge.protocol.messages import Answer, Failure, Partial, Request, parse_answer, parse_request
 from edge.requests.crashes import SUSPEND_AFTER
 from edge.requests.engine import REFUSALS, Engine, Sink
-from edge.requests.journal import Accepted, Answered, Conflict, Journal, Poisoned, Unfinished
+from edge.requests.journal import Accepted, Answered, Conflict, InProgress, Journal, Poisoned, Unfinished
 
 log = logging.getLogger(__name__)
 
 CONFLICT_MS = 1000  # to wait before an id that is in use is tried again
 LONGEST_S = 86_400  # of a deadline, also if the clock was set back
+
+
+class Verdict(Enum):
+    """What `JournaledEngine.submit` found a request to be: the one place where that is decided."""
+
+    ACCEPTED = auto()
+    """It is new. Its sink gets the partials and then one final or failure."""
+    IN_PROGRESS = auto()
+    """A repeat of a request that is being worked on, or whose answer is on its way through the sink of the
+    first. This sink gets nothing."""
+    REPEATED = auto()
+    """A repeat of an answered request. Its sink has been given the journal's answer."""
+    DELIVERED = auto()
+    """Redelivered by the transport although its client has the answer. Its sink gets nothing."""
+    REFUSED = auto()
+    """Its sink has been given a failure, which the journal does not know."""
 
 
 class Origin(Protocol):
@@ -65,38 +82,53 @@ class JournaledEngine:
         note: str = "",
         redelivered: bool = False,
         durable: bool = True,
-    ) -> bool:
-        """Answer `request` through `sink`; a repeat of one that is being worked on changes nothing.
+    ) -> Verdict:
+        """Answer `request` through `sink`, and report what it was found to be.
 
-        `note` is what the Origin needs to send the answer in a later run. With `redelivered` it is not the
-        asker who repeats it but the transport. If not `durable`, a request that is taken on is on the disk
-        after the next `sync`; its answer is before it is handed out in any case. Returns False if it has got
-        its answer already and no other will come.
+        Two requests are the same if client, id and content (all but `deadline_ms`) are. Another content under
+        the id of a request that has no answer yet is refused with `busy`.
+
+        `note` is what the Origin needs to send the answer in a later run. `redelivered` means that not the
+        client repeats it but the transport. Unless `durable`, an accepted request is on the disk after the
+        next `sync`; its answer is before it is handed out in any case.
         """
-        key, raw = _key(client, request.id), _raw(request)
+        key = _key(client, request.id)
         try:
-            verdict = self._journal.find(key, raw)
-            if verdict is None:
-                refusal = self._refusal(client, request.id)
-                if refusal is not None:
-                    sink(refusal)
-                    return True
-                verdict = self._journal.accept(key, raw, note, _deadline(request), durable)
+            known = self._find_or_accept(client, request, note, durable)
         except RequestError as error:
-            sink(Failure(request.id, error.code, str(error), CONFLICT_MS))
-            return True
-        match verdict:
-            case Answered(answer, published):
-                if redelivered and published:
-                    return False
-                sink(_kept(request.id, answer))
-            case Conflict():
-                sink(Failure(request.id, "busy", _conflict(request.id), CONFLICT_MS))
-            case Poisoned(starts):
-                self._keeping(key, sink)(_poisoned(request.id, starts))
+            sink(Failure(request.id, error.code, str(error), error.retry_after_ms or CONFLICT_MS))
+            return Verdict.REFUSED
+        match known:
             case Accepted():
                 self._work(client, request, sink)
-        return True
+                verdict = Verdict.ACCEPTED
+            case InProgress():
+                verdict = Verdict.IN_PROGRESS
+            case Answered(_, published) if redelivered:
+                verdict = Verdict.DELIVERED if published else Verdict.IN_PROGRESS
+            case Answered(answer, _):
+                sink(_kept(request.id, answer))
+                verdict = Verdict.REPEATED
+            case Poisoned(starts):
+                self._keeping(key, sink)(_poisoned(request.id, starts))
+                verdict = Verdict.REPEATED
+        return verdict
+
+    def _find_or_accept(
+        self, client: str, request: Request, note: str, durable: bool
+    ) -> Accepted | InProgress | Answered | Poisoned:
+        """Look a request up in the journal; a new one is entered. Raises RequestError if it is refused."""
+        key, raw = _key(client, request.id), _raw(request)
+        known = self._journal.find(key, raw)
+        if known is None:
+            refusal = self._refusal(client, request.id)
+            if refusal is not None:
+                raise RequestError(refusal.code, refusal.message, refusal.retry_after_ms)
+            known = self._journal.accept(key, raw, note, _deadline(request), durable)
+        if isinstance(known, Conflict):
+            said = f"id {request.id} is that of another request, which has no answer yet"
+            raise RequestError("busy", said, CONFLICT_MS)
+        return known
 
     def repeats(self, client: str, request: Request) -> bool:
         """Whether this request is known, as one that is being worked on or has its answer.

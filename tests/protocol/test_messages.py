@@ -19,10 +19,9 @@ from edge.protocol.messages import (
     Timings,
     ToolCall,
     Usage,
-    glance,
     parse_answer,
     parse_request,
-    salvage,
+    peek_request,
 )
 
 unicode_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
@@ -97,7 +96,7 @@ def test_noise_is_refused_in_one_line_with_the_code_bad_request(raw: bytes | str
         parse_request(raw)
     assert caught.value.code == "bad_request"
     assert str(caught.value).isprintable()
-    salvage(raw)
+    peek_request(raw)
 
 
 @given(requests, st.sampled_from([*sorted(optional), "prompt", "messages"]), json_values)
@@ -233,24 +232,40 @@ def test_the_text_format_means_no_constraint() -> None:
 
 
 @given(requests)
-def test_a_glance_at_a_request_sees_its_id_and_where_to_answer(request: Request) -> None:
-    assert glance(request.to_json().encode()) == (request.id, request.reply_to)
+def test_peeking_at_a_request_gives_its_id_and_reply_to(request: Request) -> None:
+    peeked = peek_request(request.to_json().encode())
+    assert (peeked.id, peeked.reply_to) == (request.id, request.reply_to)
+    assert peeked.parse() == request
 
 
 @pytest.mark.parametrize(
     "raw",
-    [b"", b"[]", b"\xff", b'"id"', b"{}", b'{"id":7}', b'{"id":"a b"}', b'{"id":"a","reply_to":"#"}',
+    [b"", b"[]", b"\xff", b'"id"', b"{}", b'{"id":7}', b'{"id":"a b"}',
      b"[" * 100_000, b'{"id":"a","n":' + b"9" * 9999 + b"}"],
 )  # fmt: skip
-def test_a_glance_at_something_else_sees_nothing(raw: bytes) -> None:
-    assert glance(raw) is None
+def test_peeking_at_something_else_gives_nothing(raw: bytes) -> None:
+    peeked = peek_request(raw)
+    assert (peeked.id, peeked.reply_to) == (None, None)
+    with pytest.raises(RequestError):
+        peeked.parse()
 
 
-def test_where_to_answer_a_refused_request_is_known_where_that_is_valid() -> None:
-    assert salvage('{"id":"a1","nonsense":true}') == ("a1", None)
-    assert salvage('{"id":"a b","reply_to":"a/b"}') == (None, "a/b")
-    assert salvage('{"id":"a1","reply_to":"a/#"}') == ("a1", None)
-    assert salvage("{") == (None, None)
+@pytest.mark.parametrize(
+    ("raw", "request_id", "reply_to"),
+    [
+        ('{"id":"a1","nonsense":true}', "a1", None),
+        ('{"id":"a b","reply_to":"a/b"}', None, "a/b"),
+        ('{"id":"a1","reply_to":"a/#"}', "a1", None),
+        ("{", None, None),
+    ],
+)
+def test_id_and_reply_to_of_a_refused_request_are_known_where_they_are_valid(
+    raw: str, request_id: str | None, reply_to: str | None
+) -> None:
+    peeked = peek_request(raw)
+    assert (peeked.id, peeked.reply_to) == (request_id, reply_to)
+    with pytest.raises(RequestError):
+        peeked.parse()
 
 
 tenths = st.integers(0, 10**6).map(lambda n: n / 10)

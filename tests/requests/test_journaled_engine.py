@@ -23,7 +23,7 @@ from edge.protocol.messages import (
 )
 from edge.requests.engine import Engine, Sink
 from edge.requests.journal import Journal, Limits
-from edge.requests.journaled_engine import JournaledEngine
+from edge.requests.journaled_engine import JournaledEngine, Verdict
 from tests.support.counterparts import WAIT_S, wait_for
 from tests.support.speller import Speller
 
@@ -58,7 +58,7 @@ class Run:
         """Take an answer as it is on the wire."""
         self.answers.put(parse_answer(answer.to_json()))
 
-    def ask(self, request: Request = A, redelivered: bool = False) -> bool:
+    def ask(self, request: Request = A, redelivered: bool = False) -> Verdict:
         return self.journaled.submit("mqtt:a b", request, self.hear, "note", redelivered)
 
     def last(self) -> Answer:
@@ -104,23 +104,33 @@ def test_a_repeat_gets_the_same_answer_without_any_work(run: Run) -> None:
     assert run.speller.asked == ["a"]
 
 
-def test_a_redelivery_is_answered_unless_the_answer_has_arrived(run: Run) -> None:
-    run.ask()
+def test_a_redelivery_waits_for_the_answer_that_is_on_its_way_and_a_repeat_gets_it_again(run: Run) -> None:
+    assert run.ask() is Verdict.ACCEPTED
     first = run.last()
-    assert run.ask(redelivered=True)
-    assert run.last() == first
+    assert run.ask(redelivered=True) is Verdict.IN_PROGRESS
     run.journaled.delivered("mqtt:a b", "a")
-    assert not run.ask(redelivered=True)
-    assert run.ask()
+    assert run.ask(redelivered=True) is Verdict.DELIVERED
+    assert run.ask() is Verdict.REPEATED
     assert run.last() == first
     assert run.answers.empty()
+
+
+def test_a_redelivery_with_other_content_is_a_request_of_its_own(run: Run) -> None:
+    run.ask()
+    run.last()
+    run.journaled.delivered("mqtt:a b", "a")
+    assert run.ask(replace(A, prompt="other"), redelivered=True) is Verdict.ACCEPTED
+    answer = run.last()
+    assert isinstance(answer, Final)
+    assert answer.text == "rehto "
 
 
 def test_another_request_of_the_same_id_waits_for_the_first(run: Run) -> None:
     run.speller.gate.clear()
     run.ask()
     run.speller.wait_until_held()
-    run.ask(Request("a", "other"))
+    assert run.ask() is Verdict.IN_PROGRESS
+    assert run.ask(Request("a", "other")) is Verdict.REFUSED
     assert code(run.last()) == "busy"
     run.speller.gate.set()
     assert isinstance(run.last(), Final)

@@ -25,7 +25,7 @@ from edge.protocol.framing import Damaged
 from edge.protocol.messages import Final, Request
 from edge.requests.engine import Engine, Sink
 from edge.requests.journal import Journal
-from edge.requests.journaled_engine import JournaledEngine
+from edge.requests.journaled_engine import JournaledEngine, Verdict
 from edge.routes.config import parse_routes
 from edge.routes.router import Known
 from edge.service import route_runner
@@ -439,7 +439,7 @@ def test_an_alarm_does_not_wait_for_a_disk_that_takes_no_question(
     take = journaled.submit
     asked: list[str] = []
 
-    def submit(client: str, request: Request, sink: Sink, note: str) -> bool:
+    def submit(client: str, request: Request, sink: Sink, note: str) -> Verdict:
         disk.wait(WAIT_S)
         asked.append(request.id)
         return take(client, request, sink, note)

@@ -29,11 +29,12 @@ from typing import Any, TypeGuard
 from edge.config import MqttConfig
 from edge.errors import RequestError
 from edge.protocol.checks import FieldError, mapping
-from edge.protocol.messages import Answer, Failure, Final, Partial, Request, glance, parse_request, salvage
+from edge.protocol.messages import Answer, Failure, Final, Partial, Request, peek_request
 from edge.protocol.request_fields import request_id, response_topic
 from edge.protocol.strict_json import StrictJsonError, dumps, loads, printable
+from edge.protocol.topics import ROOT, NodeTopics
 from edge.requests.engine import REFUSALS, Sink
-from edge.requests.journaled_engine import JournaledEngine
+from edge.requests.journaled_engine import JournaledEngine, Verdict
 from edge.transports.mqtt.connection import MqttConnection
 from edge.transports.mqtt.home_assistant import HomeAssistant
 from edge.transports.mqtt.messages import Outgoing, Received, Token
@@ -42,7 +43,6 @@ from edge.transports.routes import Routes
 
 log = logging.getLogger(__name__)
 
-ROOT = "edge/v1"
 CLIENT = "mqtt:"  # and the response topic: the name space of ids
 REMEMBERED = 512  # answered requests whose redelivery is recognised
 HEALTH_CHANGED_S, HEALTH_SAME_S = 1.0, 60.0  # health is published at most, and at least, this often
@@ -79,7 +79,7 @@ class MqttTransport:
         routes: Routes | None = None,
     ) -> None:
         """Prepare the transport. Raises TransportError if a TLS file can't be used."""
-        self._base = f"{ROOT}/{node}"
+        self._base = NodeTopics(node).base
         self._prefixes = (f"{self._base}/reply/", *config.reply_prefixes)
         self._engine = engine
         self._status = status
@@ -260,15 +260,15 @@ class MqttTransport:
         request: Request | None = None
         refusal: Failure | None = None
         repeat = False
+        peeked = peek_request(message.payload)
         try:
-            request = parse_request(message.payload)
-            name, reply_to = request.id, request.reply_to
+            request = peeked.parse()
+            name = request.id
             repeat = self._is_repeat(message, request)
         except RequestError as error:
-            salvaged, reply_to = salvage(message.payload)
-            refusal = Failure(salvaged, error.code, str(error), error.retry_after_ms)
+            refusal = Failure(peeked.id, error.code, str(error), error.retry_after_ms)
             name = _refused_name(message)
-        reply = message.response_topic or reply_to
+        reply = message.response_topic or peeked.reply_to
         if not self._may_answer(reply):
             self._drop(message, reply)
             return
@@ -287,11 +287,10 @@ class MqttTransport:
 
     def _refused(self, message: Received) -> bool:
         """Refuse a request that there is no room for, before anything but its id is looked at."""
-        found = glance(message.payload) if self._engine.full else None
-        if found is None:
+        peeked = peek_request(message.payload) if self._engine.full else None
+        if peeked is None or peeked.id is None:
             return False
-        name, reply_to = found
-        reply = message.response_topic or reply_to
+        name, reply = peeked.id, message.response_topic or peeked.reply_to
         key = (reply or "", name)
         if key in self._deliveries or key in self._answered or not self._may_answer(reply):
             return False
@@ -320,7 +319,9 @@ class MqttTransport:
         note = base64.b64encode(delivery.correlation).decode() if delivery.correlation else ""
         sink = partial(self._sink, key, delivery)
         try:
-            if not self._engine.submit(_client(delivery.reply), request, sink, note, repeated, durable=False):
+            client = _client(delivery.reply)
+            verdict = self._engine.submit(client, request, sink, note, repeated, durable=False)
+            if verdict is Verdict.DELIVERED:
                 self._finish(key, self._deliveries.pop(key))
         except Exception:
             log.exception("request %s could not be taken on", request.id)

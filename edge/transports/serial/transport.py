@@ -20,7 +20,7 @@ from edge.endpoints import SerialConfig
 from edge.errors import RequestError
 from edge.protocol.checks import FieldError, mapping, one_of
 from edge.protocol.framing import Damaged
-from edge.protocol.messages import Answer, Failure, Partial, parse_request, salvage
+from edge.protocol.messages import Answer, Failure, Partial, peek_request
 from edge.protocol.request_fields import request_id, response_topic
 from edge.protocol.strict_json import StrictJsonError, dumps, loads
 from edge.requests.engine import Sink
@@ -97,7 +97,7 @@ class SerialTransport:
         except StrictJsonError:
             return False
         except FieldError as error:
-            self._answer(Failure(salvage(text)[0], "bad_request", str(error)))
+            self._answer(Failure(peek_request(text).id, "bad_request", str(error)))
         return True
 
     def _reading(self, data: Mapping[str, Any]) -> None:
@@ -106,10 +106,11 @@ class SerialTransport:
             self._routes.reading(topic, dumps(data["payload"]).encode())
 
     def _request(self, text: str) -> None:
+        peeked = peek_request(text)
         try:
-            request = parse_request(text)
+            request = peeked.parse()
         except RequestError as error:
-            self._answer(Failure(salvage(text)[0], error.code, str(error)))
+            self._answer(Failure(peeked.id, error.code, str(error)))
             return
         self.port.send(dumps({"type": "ack", "id": request.id}))
         try:

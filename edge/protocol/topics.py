@@ -1,0 +1,29 @@
+"""The MQTT topics of a node: the one place that spells them."""
+
+from __future__ import annotations
+
+ROOT = "edge/v1"
+STATUS_OF_ALL = f"{ROOT}/+/status"
+
+
+class NodeTopics:
+    """Topics of one node; `+` as its name makes filters for all nodes."""
+
+    def __init__(self, node: str) -> None:
+        self.base = f"{ROOT}/{node}"
+        self.request = f"{self.base}/request"
+        self.cancel = f"{self.base}/cancel"
+        self.status = f"{self.base}/status"
+        self.health = f"{self.base}/health"
+        self.reply = f"{self.base}/reply/"
+        """Prefix of the response topics that every client may use."""
+
+    def route(self, name: str) -> str:
+        """Give the topic that shows a route's last answer to Home Assistant."""
+        return f"{self.base}/routes/{name}"
+
+
+def node_of(topic: str) -> str:
+    """Give the node that a topic belongs to, or "" if it belongs to none."""
+    root, _, rest = topic[len(ROOT) :].partition("/")
+    return rest.partition("/")[0] if topic.startswith(ROOT) and not root else ""
