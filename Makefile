@@ -8,6 +8,10 @@ STAMP := $(VENV)/.installed
 ARM64_TESTS := bundles/test_bundle.py generation protocol requests runtime service/test_end_to_end.py test_config.py \
                text/test_tokenizer.py transports/test_mqtt.py transports/test_serial.py
 
+# One worker more than there are processors, because many tests wait for a broker or a daemon.
+WORKERS ?= $(shell expr $$(nproc) + 1)
+PYTEST := $(BIN)/pytest -n $(WORKERS) --dist worksteal
+
 .DEFAULT_GOAL := help
 .PHONY: help install system lint test test-all test-arm64 test-system fuzz soak deb demo bench bench-e2b bench-check adapter adapter-score clean
 
@@ -31,10 +35,10 @@ lint: $(STAMP) ## format and lint checks, strict types
 	$(BIN)/mypy
 
 test: $(STAMP) system lint ## lint, types and the fast tests
-	$(BIN)/pytest
+	$(PYTEST)
 
 test-all: $(STAMP) system lint ## the slow tests too
-	$(BIN)/pytest -m ''
+	$(PYTEST) -m ''
 
 test-arm64: $(STAMP) ## tests of bundle, runtime and protocols in an emulated aarch64 Python
 	$(BIN)/python -c 'from tests.support import checkpoint_files as c; c.real_model()'

@@ -1,13 +1,24 @@
-"""Fixtures of the transports' tests."""
+"""Settings of a test run, and fixtures that more than one folder uses."""
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+# The fixtures' matrices are so small that BLAS threads only wait for each other: calibrating one takes six
+# times as long with two of them. Set before anything imports NumPy.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+from tests.support import scratch
 from tests.support.counterparts import DaemonProcess, Mosquitto, PtyPair
+
+
+def pytest_configure() -> None:
+    """Make the directory that all workers of a run share."""
+    scratch.share()
 
 
 @pytest.fixture

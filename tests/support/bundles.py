@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-import tempfile
-from functools import cache
 from pathlib import Path
 
 from converters.calibration.text import CalibrationText
@@ -12,24 +11,21 @@ from converters.checkpoints.opening import open_checkpoint
 from converters.convert import convert
 from edge.bundles.bundle import Bundle
 from edge.runtime.decoder import Decoder
+from tests.support import scratch
 from tests.support.checkpoint_files import FIXTURES, NAMES
 
 SMALL = NAMES
 
 
-@cache
-def _scratch() -> tempfile.TemporaryDirectory[str]:
-    """A directory that goes when the run ends."""
-    return tempfile.TemporaryDirectory(prefix="edge-gemma-tests-")
-
-
-@cache
 def bundle_directory(checkpoint: Path, recipe: str, context: int = 128, calibrated: bool = False) -> Path:
     """The bundle of a checkpoint; callers must not change it (`copy_of` gives one to change)."""
-    target = Path(_scratch().name, f"{checkpoint.name}-{recipe}-{context}" + "-calibrated" * calibrated)
-    text = CalibrationText.built_in() if calibrated else None
-    convert(open_checkpoint(checkpoint), target, recipe, context, calibration=text)
-    return target
+    name = f"{checkpoint.name}-{recipe}-{context}" + "-calibrated" * calibrated
+
+    def make(target: Path) -> None:
+        text = CalibrationText.built_in() if calibrated else None
+        convert(open_checkpoint(checkpoint), target, recipe, context, calibration=text)
+
+    return scratch.made_once(scratch.directory() / "bundles" / name, make)
 
 
 def small_bundle(name: str, recipe: str = "float32", context: int = 128) -> Path:
@@ -44,8 +40,8 @@ def copy_of(bundle: Path, target: Path) -> Path:
 
 
 def cache_directory() -> Path:
-    """Where packed weights are kept for this run."""
-    return Path(_scratch().name, "cache")
+    """Where this worker keeps packed weights during the run."""
+    return scratch.directory() / f"cache-{os.getpid()}"
 
 
 def open_decoder(directory: Path, context: int | None = None, threads: int = 2) -> Decoder:

