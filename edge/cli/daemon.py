@@ -12,6 +12,7 @@ from edge.cli.bundle import bundle
 from edge.cli.exit_codes import ExitCode, epilog
 from edge.cli.program import Group, silence_logging
 from edge.defaults import CONFIG, DIRECTORIES
+from edge.errors import ConfigError
 
 FILE = click.Path(path_type=Path)
 CONFIG_OPTION = click.option(
@@ -81,13 +82,20 @@ def routes() -> None:
     """Work with the [[route]] tables of the configuration."""
 
 
-@routes.command()
+@routes.command(
+    epilog=epilog(
+        *(ExitCode.USAGE, ExitCode.CONFIG),
+        OK="at least one reading was used",
+        FAILED="no reading was used, or a line is not a reading",
+    )
+)
 @CONFIG_OPTION
 @click.argument("recording", type=click.File(encoding="utf-8", errors="replace"))
-def test(path: Path, recording: TextIO) -> None:
+@click.pass_context
+def test(ctx: click.Context, path: Path, recording: TextIO) -> None:
     """Play a RECORDING of readings (- is stdin) through the routes; print events and questions.
 
-    Nothing is sent, and no model is needed.
+    Nothing is sent, and no model is needed. A summary on stderr counts the lines that match a route.
 
     \b
     Example:
@@ -95,7 +103,13 @@ def test(path: Path, recording: TextIO) -> None:
       edge-daemon routes test --config edge-daemon.toml readings.txt
     """
     from edge.config import load
-    from edge.routes.replay import describe, replay
+    from edge.routes.replay import Replay, describe
 
-    for at, outcome in replay(load(path).routes, recording, recording.name):
+    tables = load(path).routes
+    if not tables:
+        raise ConfigError(f"{path}: there is no [[route]] to test")
+    replay = Replay(tables, recording.name)
+    for at, outcome in replay.play(recording):
         click.echo(describe(at, outcome))
+    click.echo(replay.summary(), err=True)
+    ctx.exit(ExitCode.OK if replay.used else ExitCode.FAILED)

@@ -3,7 +3,8 @@
 [[route]]
 name = "freezers"
 topics = ["sensors/+/temperature"]       # {sensor} is what the wildcards stand for
-value = "celsius"                        # JMESPath into a JSON payload; without it payloads are numbers
+value = "celsius"                        # JMESPath into a JSON payload; without it the payload is the number
+parse_text = true                        # also read "-12.5", -12,5, -12.5 °C, on and off
 window = { readings = 120, seconds = 7200 }
 event_topic = "alarms/{sensor}"          # said at once, without the model
 answer_topic = "explanations/{sensor}"   # the model's answer, when it is there
@@ -32,16 +33,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import jmespath
-from jmespath.exceptions import JMESPathError
 from jmespath.parser import ParsedResult
 
 from edge.errors import ConfigError
 from edge.protocol import checks, strict_json
 from edge.protocol.checks import FieldError
 from edge.protocol.request_fields import CHECKS, MAX_REQUEST_BYTES
-from edge.protocol.strict_json import StrictJsonError, first_line, printable
+from edge.protocol.strict_json import StrictJsonError, printable
 from edge.protocol.topic_filter import TopicFilter
+from edge.routes.expressions import ExpressionError, compile_expression
 from edge.routes.notes import Limit
 
 MAX_ROUTES = 64
@@ -53,9 +53,13 @@ QUESTION_FIELDS = (
     *("sensor", "topic", "reason", "statistics", "readings", "notes", "limit", "payload"),
     *("count", "minimum", "mean", "maximum", "last", "trend", "gaps", "age"),
 )
+STATISTICS = (
+    *("count", "minimum", "mean", "maximum", "last", "trend", "gaps", "longest_pause_s", "span_s", "age_s"),
+)
+CONDITION_NAMES = (*STATISTICS, "sensor", "topic", "payload")
 ASK_KEYS = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop", "reasoning", "deadline_ms")
 ROUTE_KEYS = (
-    *("name", "topics", "value", "window", "max_sensors"),
+    *("name", "topics", "value", "parse_text", "window", "max_sensors"),
     *("event_topic", "answer_topic", "trigger", "ask"),
 )
 TRIGGER_KEYS = ("every_s", "when", "clear", "silence_s", "min_interval_s")
@@ -92,6 +96,7 @@ class Route:
     name: str
     topics: tuple[TopicFilter, ...]
     value: ParsedResult | None
+    parse_text: bool
     window_readings: int
     window_seconds: float
     max_sensors: int
@@ -131,12 +136,13 @@ def _route(path: str, value: Any) -> Route:
         name=_name(f"{path}.name", table["name"]),
         topics=tuple(_filter(f"{path}.topics[{index}]", topic) for index, topic in enumerate(topics)),
         value=_expression(f"{path}.value", table.get("value")),
+        parse_text=checks.flag(f"{path}.parse_text", table.get("parse_text", False)),
         window_readings=readings,
         window_seconds=checks.number(1, 31 * 86_400)(f"{path}.window.seconds", window.get("seconds", 3600)),
         max_sensors=sensors,
         event_topic=_output_topic(f"{path}.event_topic", table.get("event_topic")),
         answer_topic=_output_topic(f"{path}.answer_topic", table.get("answer_topic")),
-        trigger=_trigger(f"{path}.trigger", table["trigger"]),
+        trigger=_trigger(f"{path}.trigger", table["trigger"], "value" in table),
         ask=_ask(f"{path}.ask", table["ask"]) if "ask" in table else None,
     )
     if (route.ask is None) != (route.answer_topic is None):
@@ -148,8 +154,9 @@ def _route(path: str, value: Any) -> Route:
     return route
 
 
-def _trigger(path: str, value: Any) -> Trigger:
+def _trigger(path: str, value: Any, json_payload: bool) -> Trigger:
     table = checks.mapping(path, value, TRIGGER_KEYS)
+    scalars = (*STATISTICS, "sensor", "topic", *(() if json_payload else ("payload",)))
     if not any(key in table for key in ("every_s", "when", "silence_s")):
         raise FieldError(f"{path} never fires; allowed: at least one of every_s, when, silence_s")
     if "clear" in table and "when" not in table:
@@ -157,8 +164,8 @@ def _trigger(path: str, value: Any) -> Trigger:
     seconds = checks.number(1, 31 * 86_400)
     return Trigger(
         every_s=seconds(f"{path}.every_s", table["every_s"]) if "every_s" in table else None,
-        when=_expression(f"{path}.when", table.get("when")),
-        clear=_expression(f"{path}.clear", table.get("clear")),
+        when=_expression(f"{path}.when", table.get("when"), CONDITION_NAMES, scalars),
+        clear=_expression(f"{path}.clear", table.get("clear"), CONDITION_NAMES, scalars),
         silence_s=seconds(f"{path}.silence_s", table["silence_s"]) if "silence_s" in table else None,
         min_interval_s=checks.number(0, 31 * 86_400)(
             f"{path}.min_interval_s", table.get("min_interval_s", 60)
@@ -245,15 +252,15 @@ def _template(path: str, value: Any, allowed: tuple[str, ...]) -> str:
     return template
 
 
-def _expression(path: str, value: Any) -> ParsedResult | None:
+def _expression(
+    path: str, value: Any, names: tuple[str, ...] | None = None, scalars: tuple[str, ...] = ()
+) -> ParsedResult | None:
     if value is None:
         return None
     try:
-        return jmespath.compile(checks.text(path, value))
-    except (JMESPathError, RecursionError) as error:
-        raise FieldError(
-            f"{path} is not JMESPath: {first_line(error)}; numbers stand in backticks, texts in single quotes"
-        ) from None
+        return compile_expression(checks.text(path, value), names, scalars)
+    except ExpressionError as error:
+        raise FieldError(f"{path} {error}") from None
 
 
 def _check_names(routes: Sequence[Route]) -> None:

@@ -11,24 +11,20 @@ and a route at most `max_sensors` sensors, so memory is bounded whatever the top
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from jmespath.exceptions import JMESPathError
-from jmespath.parser import ParsedResult
-from jmespath.visitor import TreeInterpreter
-
 from edge.protocol import strict_json
 from edge.protocol.messages import Failure, Final, Message, Request
-from edge.protocol.strict_json import StrictJsonError, first_line, printable
+from edge.protocol.strict_json import StrictJsonError, printable
 from edge.routes.config import MAX_TOPIC_BYTES, Route
+from edge.routes.expressions import ExpressionError, holds
 from edge.routes.notes import Limit, notes, number
 from edge.routes.statistics import Statistics, Window
+from edge.routes.values import UnusableError, read_value
 
-MAX_PAYLOAD_BYTES = 8 * 1024
 READINGS_SHOWN = 12
 PAYLOAD_CHARACTERS_SHOWN = 400
 FORGET_S = 86_400.0  # a sensor silent for so long makes room for a new one
@@ -117,6 +113,11 @@ class Router:
     def filters(self) -> tuple[str, ...]:
         """Every topic filter to subscribe to, once."""
         return tuple(dict.fromkeys(f.text for s in self._states.values() for f in s.route.topics))
+
+    def readers(self, topic: str) -> list[str]:
+        """Give the names of the routes that read a topic."""
+        states = self._states.values()
+        return [state.route.name for state in states if _name(state.route, topic) is not None]
 
     def reading(self, topic: str, payload: bytes, now: float) -> list[Outcome]:
         """Take in one message of a sensor."""
@@ -209,8 +210,8 @@ class Router:
     ) -> Iterator[Outcome]:
         route = state.route
         try:
-            value, content = _read(route.value, payload)
-        except _UnusableError as error:
+            value, content = read_value(route.value, route.parse_text, payload)
+        except UnusableError as error:
             yield Ignored(route.name, topic, str(error))
             return
         sensor = state.sensor(topic, name, now)
@@ -232,16 +233,16 @@ class Router:
     ) -> Iterator[Outcome]:
         trigger = route.trigger
         try:
-            if not sensor.alarmed and _holds(trigger.when, facts):
+            if not sensor.alarmed and holds(trigger.when, facts):
                 sensor.alarmed, sensor.alarmed_before, sensor.pending = True, False, "condition"
                 yield from self._event(route, sensor, "condition", now)
             elif (sensor.alarmed or sensor.alarmed_before) and (
-                _holds(trigger.clear, facts) if trigger.clear is not None else not _holds(trigger.when, facts)
+                holds(trigger.clear, facts) if trigger.clear is not None else not holds(trigger.when, facts)
             ):
                 sensor.alarmed = sensor.alarmed_before = False
                 yield from self._event(route, sensor, "cleared", now)
-        except JMESPathError as error:
-            yield Ignored(route.name, sensor.topic, f"trigger: {first_line(error)}")
+        except ExpressionError as error:
+            yield Ignored(route.name, sensor.topic, f"trigger: {error}")
 
     def _due(self, route: Route, sensor: _Sensor, now: float) -> Iterator[Outcome]:
         trigger = route.trigger
@@ -340,58 +341,6 @@ def answer_payload(question: Question, answer: Final | Failure) -> str:
     except StrictJsonError:
         said = answer.text
     return strict_json.dumps(content | {"answer": said, "finish_reason": answer.finish_reason})
-
-
-class _UnusableError(ValueError):
-    """A payload that holds no number for the route."""
-
-
-def _read(expression: ParsedResult | None, payload: bytes) -> tuple[float, Any]:
-    """Return the number in a payload and the payload's content."""
-    if len(payload) > MAX_PAYLOAD_BYTES:
-        raise _UnusableError(f"{len(payload)} bytes, at most {MAX_PAYLOAD_BYTES} are read")
-    if expression is None:
-        try:
-            text = payload.decode("ascii").strip()
-            content: Any = float("" if "_" in text else text)  # Python's own 1_000 is no number elsewhere
-        except ValueError:
-            raise _UnusableError(f"not a number: {printable(payload.decode('latin-1'))}") from None
-        value = content
-    else:
-        try:
-            content = strict_json.loads(payload, MAX_PAYLOAD_BYTES)
-            value = _search(expression, content)
-        except (StrictJsonError, JMESPathError) as error:
-            raise _UnusableError(first_line(error)) from None
-    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
-        raise _UnusableError(f"value is {strict_json.kind_of(value)}, not a finite number")
-    return float(value), content
-
-
-class _Interpreter(TreeInterpreter):  # type: ignore[misc]  # jmespath.visitor has no types
-    """JMESPath as its specification has it: to compare a text with a number gives null."""
-
-    def visit_comparator(self, node: Any, value: Any) -> Any:
-        try:
-            return super().visit_comparator(node, value)
-        except TypeError:
-            return None
-
-
-def _search(expression: ParsedResult, data: Any) -> Any:
-    """Apply an expression to what a sensor sent. Raises JMESPathError, whatever the library raises."""
-    try:
-        return _Interpreter().visit(expression.parsed, data)
-    except JMESPathError:
-        raise
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise JMESPathError(str(error) or type(error).__name__) from None
-
-
-def _holds(expression: ParsedResult | None, facts: dict[str, Any]) -> bool:
-    """Apply JMESPath's own idea of truth to an expression: false, null, "", [] and {} are not."""
-    result = _search(expression, facts) if expression is not None else None
-    return not (result is None or result is False or result in ("", [], {}))
 
 
 def _facts(sensor: _Sensor, payload: Any, now: float) -> dict[str, Any]:

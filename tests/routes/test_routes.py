@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tomllib
 import tracemalloc
 from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edge.cli.daemon import daemon
 from edge.errors import ConfigError, EdgeError
 from edge.protocol.messages import Failure, Final, Timings, Usage, parse_request
 from edge.protocol.topic_filter import TopicFilter, disjoint
-from edge.routes.config import parse_routes
-from edge.routes.replay import replay
+from edge.routes.config import CONDITION_NAMES, STATISTICS, parse_routes
+from edge.routes.replay import Replay
 from edge.routes.router import Event, Ignored, Known, Outcome, Question, Router, answer_payload
-from edge.routes.statistics import Window
+from edge.routes.statistics import Statistics, Window
 
 FREEZER = """
 [[route]]
@@ -280,10 +285,12 @@ when = "last > `1000` && payload.window == 'shut'"
     ("payload", "why"),
     [
         (b"", "not a number: ''"),
-        (b"12 C", "not a number: '12 C'"),
-        (b"nan", "value is a number, not a finite number"),
-        (b"1e999", "value is a number, not a finite number"),
+        (b"12 C", "not a number: '12 C'; parse_text = true in the route reads it"),
+        (b"nan", "the value is nan; a reading must be a finite number"),
+        (b"-inf", "the value is too large; a reading must be a finite number"),
+        (b"1e999", "the value is too large; a reading must be a finite number"),
         (b"1_000", "not a number"),
+        ("\N{ARABIC-INDIC DIGIT THREE}".encode(), "not a number"),
         (b"\xff\xfe", "not a number"),
         (b"1" * 9000, "9000 bytes, at most 8192"),
     ],
@@ -377,7 +384,7 @@ def test_one_reading_serves_every_route_that_wants_it() -> None:
         ("readings = 10", "readings = 0", "route[0].window.readings is 0"),
         ("readings = 10", "redings = 0", "route[0].window has the unknown key 'redings'"),
         ("readings = 10", "readings = 9999", "route[0].max_sensors is 64 with a window of 9999"),
-        ('when = "last > `-15`"', 'when = "last\\u0085"', r"Unknown token \x85:; numbers"),
+        ('when = "last > `-15`"', 'when = "last\\u0085"', r"Unknown token \x85:; write numbers in backticks"),
         ('when = "last > `-15`"', 'when = "last > -15"', "route[0].trigger.when is not JMESPath"),
         ('when = "last > `-15`"\n', "", "route[0].trigger never fires"),
         ('when = "last > `-15`"', "silence_s = 9", "route[0].trigger.clear has nothing to end"),
@@ -413,6 +420,22 @@ def test_a_wrong_key_is_named_with_what_is_allowed(old: str, new: str, said: str
     assert "\n" not in str(caught.value)
 
 
+def documented() -> Router:
+    """The routes of docs/routes.md."""
+    guide = (Path(__file__).parents[2] / "docs" / "routes.md").read_text()
+    return router("\n".join(re.findall(r"^```toml\n(.*?)^```", guide, re.MULTILINE | re.DOTALL)))
+
+
+def test_the_documented_routes_are_accepted_and_fire() -> None:
+    routes = documented()
+    assert kinds(routes.reading("stat/well/POWER", b"ON", 0.0)) == ["condition"]
+    assert kinds(routes.reading("stat/well/POWER", b"OFF", 1.0)) == ["cleared"]
+    window = b'{"contact":false,"battery":87}'
+    assert kinds(routes.reading("zigbee2mqtt/kitchen", window, 2.0)) == ["condition"]
+    assert kinds(routes.reading("sensors/left/temperature", b"-16", 3.0)) == []
+    assert kinds(routes.reading("sensors/left/temperature", b"-12", 4.0)) == ["condition", "?condition"]
+
+
 def test_two_routes_of_one_name_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"route\[1\]\.name is 'freezers' again"):
         router(FREEZER + FREEZER)
@@ -431,23 +454,194 @@ def test_an_answer_is_published_with_its_question_s_names() -> None:
     assert json.loads(answer_payload(question, failed))["error"] == {"code": "busy", "message": "later"}
 
 
+def test_conditions_know_every_statistic() -> None:
+    assert tuple(field.name for field in fields(Statistics)) == STATISTICS
+    for name in CONDITION_NAMES:
+        one = router(variant(when=f"'{name} == {name}'"))
+        assert kinds(one.reading("s/a", b"1", 0.0))[0] == "condition"
+
+
+@pytest.mark.parametrize(
+    ("condition", "message"),
+    [
+        ("lats > `1`", "uses the unknown name 'lats'; did you mean last? known: count, minimum, mean, "),
+        ("last > `1` && !pay", "uses the unknown name 'pay'; did you mean payload? known: "),
+        ("[last, max][0] > `1`", "uses the unknown name 'max'; did you mean maximum? known: "),
+        ("@.lats > `1`", "uses the unknown name 'lats'"),
+        ("@ | [last, lats]", "uses the unknown name 'lats'"),
+        ("abs(lats) > `1`", "uses the unknown name 'lats'"),
+        ("max_by([lats], &x)", "uses the unknown name 'lats'"),
+        ("{a: lats}.a", "uses the unknown name 'lats'"),
+        ("asb(last) > `1`", "calls the unknown function 'asb'; did you mean abs? known: abs, avg, "),
+        ("payload[?asb(x)]", "calls the unknown function 'asb'"),
+        ("abs(last, mean) > `1`", "calls abs with 2 arguments; it takes 1"),
+        ("not_null()", "calls not_null with 0 arguments; it takes at least 1"),
+        ("last.value > `1`", "looks for a field in last, which is a single value"),
+        ("payload.v > `1`", "looks for a field in payload, which is a single value"),
+    ],
+)
+@pytest.mark.parametrize("key", ["when", "clear"])
+def test_a_condition_that_could_never_hold_is_refused(key: str, condition: str, message: str) -> None:
+    changes = {"when": "'last > `1`'"} | {key: f"'{condition}'"}
+    with pytest.raises(ConfigError) as caught:
+        router(variant(**changes))
+    assert str(caught.value).startswith(f"route[0].trigger.{key} {message}")
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        "payload.temperature.inside > `1`",
+        "payload.rooms[0].windows[?open].count > `1`",
+        "length(payload.rooms[?floor > `1`]) > `1`",
+        "payload | inside > `1`",
+        "max_by(payload.rooms, &celsius).celsius > `1`",
+        "payload.*.celsius | [0] > last",
+        "payload.[a, b][0] > `1`",
+        "payload.rooms[].celsius | [0]",
+        "payload.rooms[0:2].celsius | [0]",
+        "not_null(payload.a, payload.b, last) > `1`",
+        "@.last > `1`",
+        "sensor == 'left' || starts_with(topic, 's/')",
+    ],
+)
+def test_fields_of_a_json_payload_are_not_restricted(condition: str) -> None:
+    toml = variant(when=f"'''{condition}'''").replace("max_sensors", 'value = "v"\nmax_sensors')
+    assert router(toml).filters == ("s/#",)
+
+
+def test_a_condition_that_is_nested_too_deeply_is_refused() -> None:
+    for depth in (10, 100):
+        assert kinds(router(variant(when=f"'{'!!' * depth}last'")).reading("s/a", b"1", 0.0))
+    with pytest.raises(ConfigError, match="is not JMESPath: maximum recursion depth"):
+        router(variant(when=f"'{'!!' * 2000}last'"))
+
+
+def parsed(payload: bytes, value: str = "") -> float | str:
+    """The reading in a payload with `parse_text`, or why it is ignored; `value` is the route's."""
+    lines = f'parse_text = true\nvalue = "{value}"\n' if value else "parse_text = true\n"
+    one = router(variant(when="'count > `0`'").replace("max_sensors", f"{lines}max_sensors"))
+    outcome = one.reading("s/a", payload, 0.0)[0]
+    if isinstance(outcome, Ignored):
+        return outcome.why
+    assert isinstance(outcome, Event)
+    return float(json.loads(outcome.payload)["statistics"]["last"])
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("-12.5", -12.5),
+        ('"-12.5"', -12.5),
+        ("-12,5", -12.5),
+        ("-12.5 °C", -12.5),
+        ("-12,5°C", -12.5),
+        ("\N{MINUS SIGN}3 K", -3.0),
+        ('" 7 %"', 7.0),
+        ("1.5e3 W/m2", 1500.0),
+        ("12 m³/h", 12.0),
+        ("20 µg/m3", 20.0),
+        ("4.5 kΩ", 4.5),
+        (",5", 0.5),
+        ("5.", 5.0),
+        ("+3", 3.0),
+        ("ON", 1.0),
+        ("off", 0.0),
+        ("true", 1.0),
+        ('"False"', 0.0),
+        ("yes", 1.0),
+        ("No", 0.0),
+    ],
+)
+def test_parse_text_reads_numbers_in_text_and_words(text: str, number: float) -> None:
+    assert parsed(text.encode()) == number
+    assert parsed(json.dumps({"v": text}).encode(), "v") == number
+
+
+def test_parse_text_reads_json_booleans_json_numbers_and_latin_1() -> None:
+    assert parsed(b'{"v":true}', "v") == 1.0
+    assert parsed(b'{"v":false}', "v") == 0.0
+    assert parsed(b'{"v":-12.5}', "v") == -12.5
+    assert parsed(b"21,5 \xb0C") == 21.5
+
+
+OTHER_TEXT = [
+    *("", '"', '""', "-", "on fire", "12:30", "2026-11-25", "192.168.1.1", "1.234,5", "1,234.5", "1 000"),
+    *("12 V 3 A", "0x1F", "3 _", "\N{ARABIC-INDIC DIGIT THREE}", "1_000", "5 \x1b[2J", "1e999"),
+]
+
+
+@pytest.mark.parametrize("text", OTHER_TEXT)
+def test_parse_text_ignores_other_text(text: str) -> None:
+    assert isinstance(parsed(text.encode()), str)
+    assert isinstance(parsed(json.dumps({"v": text}).encode(), "v"), str)
+
+
+@pytest.mark.parametrize("payload", [b'{"v":"-12,5"}', b'{"v":true}'])
+def test_without_parse_text_the_option_is_named(payload: bytes) -> None:
+    one = router(variant(every_s=60).replace("max_sensors", 'value = "v"\nmax_sensors'))
+    (ignored,) = one.reading("s/a", payload, 0.0)
+    assert isinstance(ignored, Ignored)
+    assert ignored.why.endswith(", not a number; parse_text = true in the route reads it")
+
+
+@given(st.text(max_size=20))
+def test_parse_text_reads_any_text_as_a_finite_number_or_ignores_it(text: str) -> None:
+    result = parsed(text.encode(errors="surrogatepass"))
+    assert isinstance(result, str) or math.isfinite(result)
+
+
 def test_a_recording_shows_what_would_have_been_asked_and_when() -> None:
     routes = parse_routes(tomllib.loads(variant(silence_s=30, every_s=100, min_interval_s=0))["route"])
     recording = ["1000.5 s/a 1\n", "1010.5 s/a 2 C\n", "\n", "1200.5 s/b 3\n"]
-    shown = [(time, kinds([outcome])[0]) for time, outcome in replay(routes, recording, "x.txt")]
+    replay = Replay(routes, "x.txt")
+    shown = [(time, kinds([outcome])[0]) for time, outcome in replay.play(recording)]
     assert shown == [
         (1010.5, "ignored"),
         (1030.5, "silence"),
         (1030.5, "?silence"),
         (1100.5, "?regular"),
     ]
+    assert replay.used
+    assert replay.summary() == (
+        "x.txt: 3 of 3 lines match a route\n  r: 3 readings, 1 ignored, 1 events, 2 questions"
+    )
+
+
+@pytest.mark.parametrize(
+    ("recording", "code", "summary"),
+    [
+        ("5 s/a 1\n", 0, "1 of 1 lines match a route\n  r: 1 readings, 0 ignored, 0 events, 0 questions\n"),
+        ("5 t/a 1\n6 t/b 2\n", 1, "0 of 2 lines match a route\n  r: 0 readings, 0 ignored, "),
+        ("5 s/a warm\n", 1, "1 of 1 lines match a route\n  r: 1 readings, 1 ignored, "),
+        ("", 1, "0 of 0 lines match a route\n  r: 0 readings, "),
+    ],
+)
+def test_a_replay_counts_the_lines_that_match(
+    tmp_path: Path, recording: str, code: int, summary: str
+) -> None:
+    (tmp_path / "edge.toml").write_text(f'bundle = "b"\n[mqtt]\n{variant(every_s=60)}')
+    (tmp_path / "readings.txt").write_text(recording)
+    arguments = ["routes", "test", "--config", str(tmp_path / "edge.toml"), str(tmp_path / "readings.txt")]
+    result = CliRunner().invoke(daemon, arguments)
+    assert result.exit_code == code
+    assert result.stderr.startswith(f"{tmp_path / 'readings.txt'}: {summary}")
+
+
+def test_a_replay_needs_a_route(tmp_path: Path) -> None:
+    (tmp_path / "edge.toml").write_text('bundle = "b"\n[mqtt]\n')
+    result = CliRunner().invoke(daemon, ["routes", "test", "--config", str(tmp_path / "edge.toml"), "-"])
+    assert (result.exit_code, result.stderr) == (
+        5,
+        f"Error: {tmp_path / 'edge.toml'}: there is no [[route]] to test\n",
+    )
 
 
 @pytest.mark.parametrize("line", ["abc s/a 1", "1000", "1000 s/a", "12 s/a 1"])
 def test_a_line_that_is_no_reading_is_named(line: str) -> None:
     routes = parse_routes(tomllib.loads(variant(every_s=100))["route"])
     with pytest.raises(EdgeError, match=r"^x\.txt:2: "):
-        list(replay(routes, ["500 s/a 1", line], "x.txt"))
+        list(Replay(routes, "x.txt").play(["500 s/a 1", line]))
 
 
 values = st.floats(allow_nan=False, allow_infinity=False)
