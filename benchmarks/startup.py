@@ -24,6 +24,8 @@ from edge.protocol.messages import Failure, Final, Request, parse_answer
 from edge.protocol.strict_json import loads
 
 MAX_LINE_BYTES = 1 << 20
+ACK_S = 2.0
+"""A request that is not acknowledged for so long is sent again."""
 
 
 def program(name: str) -> str:
@@ -71,23 +73,7 @@ class Daemon:
 
     def ask(self, request: Request) -> Final:
         """Send a request over the serial line and wait for its final answer."""
-        os.write(self._master, b"\n")
-        data = encode(request.to_json())
-        decoder = FrameDecoder(MAX_LINE_BYTES)
-        until = time.monotonic() + PATIENCE_S
-        while time.monotonic() < until:
-            readable, writable, _ = select.select([self._master], [self._master] if data else [], [], 1)
-            if writable:
-                data = data[os.write(self._master, data[:1024]) :]
-            for frame in decoder.feed(os.read(self._master, 65536)) if readable else ():
-                if isinstance(frame, Damaged) or loads(frame, MAX_LINE_BYTES)["type"] in ("hello", "ack"):
-                    continue
-                answer = parse_answer(frame)
-                if isinstance(answer, Failure):
-                    raise click.ClickException(f"edge-daemon: {answer.code}: {answer.message}")
-                if isinstance(answer, Final):
-                    return answer
-        raise click.ClickException(f"edge-daemon: no answer in {PATIENCE_S} s")
+        return ask_over(self._master, request)
 
     def memory(self) -> Memory:
         """The daemon's memory."""
@@ -105,6 +91,42 @@ class Daemon:
         os.close(self._slave)
         self._log.close()
         self._directory.cleanup()
+
+
+def ask_over(line: int, request: Request) -> Final:
+    """Send a request over a serial line, an open file descriptor, and wait for its final answer.
+
+    A port discards what arrives before it is open, so the request is sent again after each `hello` and `nak`,
+    and when there is no `ack` in time (docs/protocol.md). Raises ClickException for an error or silence.
+    """
+    frame = b"\n" + encode(request.to_json())
+    data, acknowledged = frame, False
+    decoder = FrameDecoder(MAX_LINE_BYTES)
+    sent = time.monotonic()
+    until = sent + PATIENCE_S
+    while time.monotonic() < until:
+        readable, writable, _ = select.select([line], [line] if data else [], [], 0.5)
+        if writable:
+            data = data[os.write(line, data[:1024]) :]
+            sent = time.monotonic()
+        for text in decoder.feed(os.read(line, 65536)) if readable else ():
+            kind = "nak" if isinstance(text, Damaged) else loads(text, MAX_LINE_BYTES)["type"]
+            acknowledged = kind == "ack" or (acknowledged and kind not in ("hello", "nak"))
+            if kind in ("hello", "nak"):
+                data = frame
+            elif isinstance(text, str) and kind in ("final", "error"):
+                return _final(text)
+        if not (data or acknowledged) and time.monotonic() - sent > ACK_S:
+            data = frame
+    raise click.ClickException(f"edge-daemon: no answer in {PATIENCE_S} s")
+
+
+def _final(text: str) -> Final:
+    answer = parse_answer(text)
+    if isinstance(answer, Final):
+        return answer
+    assert isinstance(answer, Failure)
+    raise click.ClickException(f"edge-daemon: {answer.code}: {answer.message}")
 
 
 def filled_memory(daemon: Daemon, context: int) -> Memory:

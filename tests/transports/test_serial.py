@@ -5,6 +5,7 @@ import os
 import select
 import threading
 import time
+import tty
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import serial
 
+from benchmarks.startup import ask_over
 from edge.client import links
 from edge.client.links import SerialLink
 from edge.endpoints import SerialConfig
@@ -166,6 +168,22 @@ def test_a_malformed_or_oversized_request_is_a_typed_error(
     error = board.hear("error")
     assert (error["id"], error["code"]) == (name, "bad_request")
     assert said in error["message"]
+
+
+def test_a_client_that_repeats_on_hello_loses_nothing_that_it_sent_before_the_port_was_open() -> None:
+    master, slave = os.openpty()
+    tty.setraw(slave)
+    answers: list[Final] = []
+    asking = threading.Thread(target=lambda: answers.append(ask_over(master, Request("7", "abc def"))))
+    asking.start()
+    wait_for(lambda: select.select([slave], [], [], 0)[0])  # it has been sent: opening the port discards it
+    node = Node.start(Path(os.ttyname(slave)))
+    wait_for(lambda: answers)
+    assert answers[0].text == "cba fed "
+    assert node.speller.asked == ["7"]
+    node.stop()
+    os.close(master)
+    os.close(slave)
 
 
 def test_what_the_daemon_has_sent_itself_is_not_answered_where_the_line_echoes(
