@@ -1,13 +1,48 @@
-"""The daemon's log on stderr: one line an event, and what requests say only if it is asked for."""
+"""The daemon's log on stderr: one line an event, bounded, and without the content of requests."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
+import threading
+import time
+import traceback
+from pathlib import Path
 
 PAYLOADS = "edge.payloads"
 """The logger of requests and answers in full; silent unless `log_payloads` is set."""
+
+
+REPEAT_S = 60.0
+"""Seconds between two lines about events of the same type that others can cause as often as they like."""
+
+
+class RepeatedLog:
+    """Logs events of one type at most once in REPEAT_S, with the number of those in between. Thread-safe."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self._logger = logger
+        self._lock = threading.Lock()
+        self._logged = float("-inf")
+        self._count = 0
+
+    def warning(self, message: str, *args: object) -> None:
+        """Log a warning, unless one was logged less than REPEAT_S ago."""
+        with self._lock:
+            self._count += 1
+            if time.monotonic() - self._logged < REPEAT_S:
+                return
+            self._logged, count, self._count = time.monotonic(), self._count, 0
+        more = f" ({count} times since the last such line)" if count > 1 else ""
+        self._logger.warning(message + more.replace("%", "%%"), *args)
+
+
+def place_of(error: BaseException) -> str:
+    """Type of an exception and where it was raised, but not its text, which may quote a request."""
+    frames = traceback.extract_tb(error.__traceback__)[-8:]
+    calls = " > ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames)
+    return f"{type(error).__name__} at {calls}"
 
 
 def log_to_stderr(payloads: bool) -> None:

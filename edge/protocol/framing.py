@@ -27,14 +27,18 @@ class Damaged:
     reason: str
     line: str
 
-    def __str__(self) -> str:
-        said = {
-            "crc": "its CRC-32 does not fit; send it again",
-            "no_crc": "it has no * and CRC-32 of 8 hex digits at its end",
+    @property
+    def why(self) -> str:
+        """What is wrong with the line, without quoting it."""
+        return {
+            "crc": "its CRC-32 does not match; send it again",
+            "no_crc": "it does not end with * and a CRC-32 of 8 hex digits",
             "not_ascii": "it is not ASCII; write other characters as \\u escapes",
             "too_long": "it is too long; shorten the request",
-        }
-        return f"line {self.line} was ignored: {said[self.reason]}"
+        }[self.reason]
+
+    def __str__(self) -> str:
+        return f"line {self.line} was ignored: {self.why}"
 
 
 def encode(text: str) -> bytes:

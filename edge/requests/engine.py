@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from edge.errors import EdgeError, RequestError, RuntimeFailure
+from edge.errors import RequestError, RuntimeFailure
 from edge.generation.generator import Completion, Delta
-from edge.logs import PAYLOADS
+from edge.logs import PAYLOADS, place_of
 from edge.protocol.messages import Answer, Failure, Final, Partial, Request, Timings, Usage
 from edge.protocol.strict_json import printable
 
@@ -30,6 +30,16 @@ Sink = Callable[[Answer], None]
 ABANDON_S = 5.0  # how long the generator may take to notice that it is to stop
 IDLE_S = 1.0  # an idle decoder thread shows that it lives this often
 REFUSALS = ("busy", "unavailable")  # error codes of requests that were not taken on, or given back
+SUMMARIES = {
+    "bad_request": "a request was invalid; its client has the reason",
+    "too_long": "a request did not fit into the context",
+    "expired": "the deadline of a request passed while it waited",
+    "busy": "a request was refused because the queue was full",
+    "unavailable": "a request was refused because the daemon was stopping",
+    "internal": "a request failed; its client has the reason",
+}
+"""What log and health report of a failure: everybody can read them, so they never quote a request."""
+
 STACK_BYTES = 16 * 1024 * 1024  # of the decoder thread: twice what the largest schemas take (grammar_source)
 SHARED_LENGTH = 4  # a queue for fewer keeps no place for those who have none waiting
 FIRST_GUESS_S = 1.0  # how long a request takes, before one has been answered
@@ -227,21 +237,23 @@ class Engine:
         return taken
 
     def _answer(self, job: _Job) -> None:
-        """Answer a job that is in the queue no more."""
+        """Answer a job that has left the queue."""
         job.started = time.monotonic()
         answer: Final | Failure
+        summary = None
         try:
             job.started_work()
             answer = self._generate(job)
         except RequestError as error:
             answer = Failure(job.request.id, error.code, str(error), error.retry_after_ms)
-        except EdgeError as error:
-            log.error("request %s: %s", job.request.id, error)
-            self.decoder_failures += isinstance(error, RuntimeFailure)
+        except RuntimeFailure as error:
+            self.decoder_failures += 1
+            summary = str(error)  # names a call and a file
             answer = Failure(job.request.id, "internal", str(error))
-        except Exception:
-            log.exception("request %s failed", job.request.id)
-            answer = Failure(job.request.id, "internal", "the runtime failed; its log says why")
+        except Exception as error:
+            summary = place_of(error)
+            answer = Failure(job.request.id, "internal", "the runtime failed; see the daemon's log")
+            payloads.info("id=%s failed", job.request.id, exc_info=error)
         if self._abandoning and isinstance(answer, Final) and answer.finish_reason == "cancelled":
             answer = answer if job.cancelled else _stopping(job.request.id)
         with self._lock:
@@ -249,7 +261,7 @@ class Engine:
             self._lock.notify_all()
             if isinstance(answer, Final):
                 self._typical_s += 0.25 * (time.monotonic() - job.started - self._typical_s)
-        self._deliver(job, answer)
+        self._deliver(job, answer, summary)
 
     def _generate(self, job: _Job) -> Final:
         batch = _Batch(job, self._partial_interval_s)
@@ -281,24 +293,27 @@ class Engine:
             return "cancelled"
         return "deadline" if job.expired() else None
 
-    def _deliver(self, job: _Job, answer: Answer) -> None:
+    def _deliver(self, job: _Job, answer: Answer, summary: str | None = None) -> None:
+        """Hand over an answer, and log it. `summary` says more of a failure than its code."""
         with self._lock:
             self.answered += isinstance(answer, Final)
             self.failed += isinstance(answer, Failure)
         if isinstance(answer, Final):
             self.last_final = answer
         elif isinstance(answer, Failure):
-            self.last_error = f"{answer.code}: {answer.message}"
+            self.last_error = f"{answer.code}: {summary or SUMMARIES[answer.code]}"
         if not isinstance(answer, Partial):
-            _log_outcome(job, answer)
+            _log_outcome(job, answer, summary)
         try:
             job.sink(answer)
-        except Exception:
-            log.exception("an answer to request %s could not be handed over", job.request.id)
+        except Exception as error:
+            log.error(
+                "the answer to request %s could not be handed over: %s", job.request.id, place_of(error)
+            )
 
 
-def _log_outcome(job: _Job, answer: Final | Failure) -> None:
-    """Log a line about a request that was taken on; of those that were refused health has the number."""
+def _log_outcome(job: _Job, answer: Final | Failure, summary: str | None) -> None:
+    """Log the outcome of an accepted request, without its content; refusals are only counted in health."""
     about = f"id={job.request.id} client={printable(job.client, 200)}"
     if isinstance(answer, Final):
         used, took = answer.usage, answer.timings
@@ -309,7 +324,8 @@ def _log_outcome(job: _Job, answer: Final | Failure) -> None:
             *(took.queue_ms, took.first_token_ms, took.decode_ms),
         )
     elif answer.code not in REFUSALS:
-        log.warning("failed %s code=%s: %s", about, answer.code, answer.message)
+        level = logging.ERROR if answer.code == "internal" else logging.WARNING
+        log.log(level, "failed %s code=%s: %s", about, answer.code, summary or SUMMARIES[answer.code])
     if payloads.isEnabledFor(logging.INFO):
         payloads.info("id=%s answer=%s", job.request.id, answer.to_json())
 

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from edge.files import write_atomically
+from edge.logs import RepeatedLog
 from edge.protocol import typed_json
 from edge.protocol.checks import FieldError
 from edge.protocol.messages import Answer, Failure, Partial, Request
@@ -37,7 +38,6 @@ CLIENT = "route:"  # and the route's name: the name space of ids
 TICK_S = 1.0  # the thread shows that it lives at least this often
 MAX_WAITING = 1000  # readings that wait for the thread
 MAX_OF_TOPIC = 100  # of these, on one topic, so that one sensor does not keep the others out
-DROPPED_S = 60.0  # between two lines in the log about readings that are dropped
 MAX_QUESTIONS = 1000  # that wait for the disk
 LATER_MS = 5000  # to wait before a question that was refused is asked again
 MAX_NOTE_BYTES = 16 * 1024
@@ -82,7 +82,7 @@ class RouteRunner:
         self._work: queue.SimpleQueue[Callable[[], Sequence[Outcome]]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._waiting: Counter[str] = Counter()  # readings in the queue, by topic
-        self._dropped, self._dropped_at = 0, float("-inf")
+        self._dropped = RepeatedLog(log)
         self._ignored: set[tuple[str, str]] = set()
         self._stopping = False
         self._memory = memory
@@ -153,7 +153,8 @@ class RouteRunner:
         """Take in one message of a sensor; it is dropped if too many wait, or too many on its topic."""
         with self._lock:
             if self._work.qsize() >= MAX_WAITING or self._waiting[topic] >= MAX_OF_TOPIC:
-                self._drop(topic)
+                said = printable(topic, 200)
+                self._dropped.warning("routes: readings arrive too fast; one on %s is dropped", said)
                 return
             self._waiting[topic] += 1
             self._work.put(partial(self._read, topic, payload))
@@ -169,13 +170,6 @@ class RouteRunner:
             if not self._waiting[topic]:
                 del self._waiting[topic]
         return self._router.reading(topic, payload, time.monotonic())
-
-    def _drop(self, topic: str) -> None:
-        """Count a reading that is dropped, and say so now and then."""
-        self._dropped += 1
-        if time.monotonic() - self._dropped_at >= DROPPED_S:
-            said, self._dropped_at = printable(topic, 200), time.monotonic()
-            log.warning("routes: readings come too fast, the last on %s; dropped: %d", said, self._dropped)
 
     def _remembered(self) -> list[Known]:
         """Read the file; nothing is known if that can't be done."""

@@ -11,8 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edge.errors import EdgeError, RequestError, RuntimeFailure
+from edge.logs import PAYLOADS
 from edge.protocol.messages import Answer, Failure, Final, Partial, Request
 from edge.requests.engine import Engine
+from tests.support.counterparts import wait_for
 from tests.support.speller import WAIT_S, Speller
 
 
@@ -184,7 +187,7 @@ def test_a_deadline_that_passes_in_the_queue_is_answered_while_another_runs(benc
 @pytest.mark.parametrize(
     ("prompt", "code", "said"),
     [
-        ("abc CRASH", "internal", "the runtime failed; its log says why"),
+        ("abc CRASH", "internal", "the runtime failed; see the daemon's log"),
         ("LITERT", "internal", "Invoke failed on decoder.tflite"),
         ("LONG", "too_long", "9 tokens, at most 8 fit"),
     ],
@@ -196,6 +199,41 @@ def test_a_failing_request_is_answered_and_the_engine_lives_on(
     failure = bench.ask("a", prompt).failure()
     assert (failure.code, failure.message) == (code, said)
     assert bench.ask("b").final().text == "cba fed "
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            RequestError("bad_request", "unknown key 'SECRET'"),
+            "bad_request: a request was invalid",
+        ),
+        (RequestError("too_long", "SECRET is too long"), "too_long: a request did not fit"),
+        (KeyError("SECRET"), "internal: KeyError at engine.py:"),
+        (EdgeError("SECRET"), "internal: EdgeError at engine.py:"),
+        (RuntimeFailure("Invoke failed on decoder.tflite"), "internal: Invoke failed on decoder.tflite"),
+    ],
+)
+def test_neither_log_nor_health_quote_a_request(
+    bench: Bench,
+    error: Exception,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    logging.getLogger(PAYLOADS).setLevel(logging.WARNING)
+
+    def fail(_word: str) -> None:
+        raise error
+
+    monkeypatch.setattr(bench.speller, "step", fail)
+    failure = bench.ask("a", "SECRET prompt").failure()
+    assert isinstance(error, (KeyError, EdgeError)) or failure.message == str(error)
+    wait_for(lambda: "failed id=a" in caplog.text)
+    assert "SECRET" not in caplog.text
+    assert str(bench.engine.last_error).startswith(said)
+    assert said.partition(": ")[2] in caplog.text
 
 
 def test_a_sink_that_raises_harms_nobody(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:

@@ -152,7 +152,7 @@ def flood(daemon: DaemonProcess, mosquitto: Mosquitto) -> Iterator[None]:
 
     thread = threading.Thread(target=repeat)
     thread.start()
-    wait_for(lambda: "readings come too fast" in daemon.log.read_text())
+    wait_for(lambda: "readings arrive too fast" in daemon.log.read_text())
     yield
     sensor.shutdown(socket.SHUT_RDWR)
     thread.join(WAIT_S)
@@ -169,7 +169,7 @@ def test_a_sensor_that_repeats_itself_without_end_holds_up_no_request(
             *_, last = link.ask(Request(f"r{number}", "Pump?", max_tokens=4, stream=False), 5)
         assert isinstance(last, Final)
     assert daemon.memory() - memory < 8 * 1024 * 1024
-    assert daemon.log.read_text().count("readings come too fast") == 1
+    assert daemon.log.read_text().count("readings arrive too fast") == 1
 
 
 def test_readings_over_a_serial_line_are_readings(daemon: DaemonProcess, house: House, ptys: PtyPair) -> None:

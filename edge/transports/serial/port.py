@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import serial
 
 from edge.endpoints import SerialConfig
+from edge.logs import RepeatedLog
 from edge.protocol.framing import Damaged, FrameDecoder, encode
 from edge.protocol.strict_json import printable
 
@@ -69,6 +70,7 @@ class SerialPort:
         self._opened = opened
         self._received = received
         self._stopping = False
+        self._dropped, self._no_xon = RepeatedLog(log), RepeatedLog(log)
         self._lock = threading.Lock()
         self._port: Any = None
         self._waiting: deque[_Frame] = deque()
@@ -111,7 +113,7 @@ class SerialPort:
             full = self._waiting_bytes + len(frame.data) > MAX_WAITING_BYTES
             if full or (droppable and self._port is None):
                 if not droppable:
-                    log.warning("port %s: nobody reads what waits for it; an answer is dropped", self.name)
+                    self._dropped.warning("port %s: too much waits for it; an answer is dropped", self.name)
                 return
             self._waiting.append(frame)
             self._waiting_bytes += len(frame.data)
@@ -194,7 +196,7 @@ class SerialPort:
         if self._config.flow_control != "xonxoff" and held_s > HELD_S:
             raise serial.SerialTimeoutException(f"it takes nothing for {HELD_S:.0f} s")
         if held_s > XOFF_S:
-            log.warning("port %s: no XON for %.0f s; it may be lost, going on without it", self.name, XOFF_S)
+            self._no_xon.warning("port %s: no XON for %.0f s; writing on without it", self.name, XOFF_S)
             port.set_output_flow_control(False)
             port.set_output_flow_control(True)
             self._held_since = None

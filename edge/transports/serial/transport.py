@@ -18,6 +18,7 @@ from typing import Any
 
 from edge.endpoints import SerialConfig
 from edge.errors import RequestError
+from edge.logs import RepeatedLog, place_of
 from edge.protocol.checks import FieldError, mapping, one_of
 from edge.protocol.framing import Damaged
 from edge.protocol.messages import Answer, Failure, Partial, peek_request
@@ -45,6 +46,7 @@ class SerialTransport:
         self.client = f"serial:{config.port}"
         self._engine = engine
         self._routes = routes
+        self._noise = RepeatedLog(log)
         self._hello = dumps({"type": "hello", "protocol": PROTOCOL, "node": node})
         self.port = SerialPort(config, MAX_LINE_BYTES, self._greet, self._received)
 
@@ -71,7 +73,7 @@ class SerialTransport:
     def _received(self, item: str | Damaged) -> None:
         """Take a line, in the port's thread."""
         if isinstance(item, Damaged) and item.reason in NOISE:
-            log.info("%s: %s", self.client, item)
+            self._noise.warning("%s: a damaged line was refused: %s", self.client, item.why)
             self.port.send(dumps({"type": "nak", "reason": item.reason}))
         elif isinstance(item, Damaged):
             self._answer(Failure(None, "bad_request", str(item)))
@@ -115,9 +117,9 @@ class SerialTransport:
         self.port.send(dumps({"type": "ack", "id": request.id}))
         try:
             self._engine.submit(self.client, request, self._answer)
-        except Exception:
-            log.exception("request %s could not be taken on", request.id)
-            self._answer(Failure(request.id, "internal", "the daemon failed; its log says why"))
+        except Exception as error:
+            log.error("request %s could not be accepted: %s", request.id, place_of(error))
+            self._answer(Failure(request.id, "internal", "the daemon failed; see its log"))
 
     def _answer(self, answer: Answer) -> None:
         """Send an answer, from any thread."""
