@@ -1,6 +1,6 @@
-"""What Linux says of the board: memory, processor, temperature, throttling, disks.
+"""What Linux reports about the board: memory, processor, temperature, throttling, disks.
 
-Each fact is None where the kernel does not tell it; nothing raises.
+A fact is None where the kernel does not report it; nothing raises.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ THROTTLED_BITS = {  # of the firmware's get_throttled (Raspberry Pi documentatio
     2: "throttled",
     3: "soft temperature limit",
 }
-PAST_BITS = 16  # the same four, since the board was started
+PAST_BITS = 16  # offset of the same four since boot
 
 
 @dataclass(frozen=True)
 class Throttling:
-    """What holds the processor back: `now`, and `before` since the board was started."""
+    """Reasons why the processor is slowed down: `now`, and `before`, earlier since boot."""
 
     now: tuple[str, ...]
     before: tuple[str, ...]
@@ -30,7 +30,7 @@ class Throttling:
 
 @dataclass(frozen=True)
 class Disk:
-    """Where a path is stored: `kind` is "SD card", "disk" (rotating), "SSD", "memory" or None (unknown)."""
+    """The disk of a path; `kind` is "SD card", "disk" (rotating), "SSD", "memory" or None (unknown)."""
 
     free_bytes: int
     read_only: bool
@@ -38,7 +38,7 @@ class Disk:
 
 
 def boot_id() -> str:
-    """Name the present boot of the board; empty if the kernel does not tell."""
+    """Return the kernel's id of the current boot; empty if it has none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -46,20 +46,20 @@ def boot_id() -> str:
 
 
 class Board:
-    """The board whose files lie under `root`."""
+    """The board whose file system is below `root`."""
 
     def __init__(self, root: Path = Path("/")) -> None:
         self._root = root
 
     def read(self, path: str) -> str | None:
-        """Return the text of a file of /proc or /sys without surrounding space and NULs, or None."""
+        """Return the text of a file in /proc or /sys without surrounding space and NULs, or None."""
         try:
             return (self._root / path.lstrip("/")).read_text(errors="replace").strip("\0 \n")
         except OSError:
             return None
 
     def exists(self, path: str) -> bool:
-        """Whether a path is there."""
+        """Whether a path exists."""
         return (self._root / path.lstrip("/")).exists()
 
     @property
@@ -68,7 +68,7 @@ class Board:
         return self.read("/proc/device-tree/model")
 
     def memory(self, name: str) -> int | None:
-        """Bytes of an entry of /proc/meminfo, e.g. MemTotal, MemAvailable."""
+        """An entry of /proc/meminfo in bytes, e.g. MemTotal, MemAvailable."""
         found = re.search(rf"^{name}:\s+(\d+) kB", self.read("/proc/meminfo") or "", re.MULTILINE)
         return int(found[1]) * 1024 if found else None
 
@@ -79,7 +79,7 @@ class Board:
         return int(found[1]) * 1024 if found else None
 
     def anonymous_memory_of_unit(self, unit: str) -> int:
-        """RssAnon of all processes of a system service together; 0 if there are none."""
+        """Total RssAnon of the processes of a system service, in bytes; 0 if it is not running."""
         processes = (self.read(f"/sys/fs/cgroup/system.slice/{unit}/cgroup.procs") or "").split()
         return sum(self.anonymous_memory(process) or 0 for process in processes)
 
@@ -107,42 +107,42 @@ class Board:
         if not text or not re.fullmatch(r"(0x)?[0-9a-fA-F]+", text):
             return None
         bits = int(text, 16)
-        now = tuple(said for bit, said in THROTTLED_BITS.items() if bits >> bit & 1)
-        before = tuple(said for bit, said in THROTTLED_BITS.items() if bits >> (bit + PAST_BITS) & 1)
+        now = tuple(name for bit, name in THROTTLED_BITS.items() if bits >> bit & 1)
+        before = tuple(name for bit, name in THROTTLED_BITS.items() if bits >> (bit + PAST_BITS) & 1)
         return Throttling(now, before)
 
     @cached_property
     def _throttled_file(self) -> str | None:
-        """Below soc, or soc@107c000000: the node's name on a Pi 5 since Linux 6.12."""
+        """In soc, or in soc@107c000000: the node's name on a Pi 5 since Linux 6.12."""
         found = self._root.glob("sys/devices/platform/soc*/soc*:firmware/get_throttled")
         return next((str(path.relative_to(self._root)) for path in found), None)
 
     def cgroup_limit(self, unit: str, name: str) -> int | None:
-        """Bytes of memory.max or memory.high of a system service; None if there is no limit."""
+        """memory.max or memory.high of a system service in bytes; None without a limit."""
         text = self.read(f"/sys/fs/cgroup/system.slice/{unit}/{name}")
         return int(text) if text and text.isdigit() else None
 
     @property
     def cgroup_controllers(self) -> frozenset[str] | None:
-        """Enabled controllers of cgroup version 2; None where that is not used."""
+        """Enabled controllers of cgroup version 2; None where it is not in use."""
         text = self.read("/sys/fs/cgroup/cgroup.controllers")
         return None if text is None else frozenset(text.split())
 
     def disk(self, path: Path) -> Disk | None:
-        """Where `path`, or the nearest of its parents that exists, is stored."""
-        while not os.path.exists(path) and path != path.parent:  # false too where nobody may look
+        """The file system of `path`, or of its nearest parent that exists."""
+        while not os.path.exists(path) and path != path.parent:  # also false without permission
             path = path.parent
         try:
             stored, device = os.statvfs(path), path.stat().st_dev
         except OSError:
             return None
         kind, options = self._mount(device)
-        # Since Linux 6.15 a disk that the kernel has shut after an error says so here only.
+        # Since Linux 6.15 this is the only sign of a disk that the kernel has shut down after an error.
         read_only = bool(stored.f_flag & os.ST_RDONLY) or "emergency_ro" in options
         return Disk(stored.f_bavail * stored.f_frsize, read_only, self._disk_kind(device, kind))
 
     def _mount(self, device: int) -> tuple[str, list[str]]:
-        """Give a device's kind of file system and its options (proc_pid_mountinfo(5))."""
+        """Return a device's file system type and its options (proc_pid_mountinfo(5))."""
         mounts = self.read("/proc/self/mountinfo") or ""
         number = f"{os.major(device)}:{os.minor(device)}"
         here = re.search(rf"^\S+ \S+ {number} .* - (\S+) \S+ (\S+)$", mounts, re.MULTILINE)
@@ -154,7 +154,7 @@ class Board:
         block = (self._root / f"sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve()
         if any(part.startswith("mmcblk") for part in block.parts):
             return "SD card"
-        for folder in (block, block.parent):  # a partition has no queue of its own
+        for folder in (block, block.parent):  # a partition has no queue directory
             rotational = self.read(str(folder.relative_to(self._root.resolve()) / "queue/rotational"))
             if rotational is not None:
                 return "disk" if rotational == "1" else "SSD"
@@ -162,16 +162,50 @@ class Board:
 
     @property
     def swaps(self) -> tuple[str, ...]:
-        """Devices and files that memory is swapped to."""
+        """Devices and files in use as swap."""
         lines = (self.read("/proc/swaps") or "").splitlines()[1:]
         return tuple(line.split()[0] for line in lines if line.split())
 
     def swap_file_behind(self, swap: str) -> str | None:
-        """Where a zram device writes idle pages, e.g. /dev/loop0; None if they stay in memory."""
+        """The device that zram writes idle pages to, e.g. /dev/loop0; None if they stay in memory."""
         found = self.read(f"/sys/block/{Path(swap).name}/backing_dev")
         return None if found in (None, "", "none") else found
 
     @property
+    def kernel_parameters(self) -> tuple[str, ...]:
+        """The kernel's command line, split at spaces."""
+        return tuple((self.read("/proc/cmdline") or "").split())
+
+    @property
     def consoles(self) -> tuple[str, ...]:
-        """Serial ports that the kernel talks on, by name, e.g. ttyAMA0."""
-        return tuple(re.findall(r"\bconsole=(tty[A-Z]+\d+|serial\d+)", self.read("/proc/cmdline") or ""))
+        """Names of serial ports that the kernel uses as its console, e.g. ttyAMA0."""
+        names = (re.match(r"console=(tty[A-Z]+\d+|serial\d+)", each) for each in self.kernel_parameters)
+        return tuple(name[1] for name in names if name)
+
+    @property
+    def numa_nodes(self) -> int:
+        """How many NUMA nodes the kernel uses; 1 for a kernel without NUMA."""
+        ranges = re.findall(r"(\d+)(?:-(\d+))?", self.read("/sys/devices/system/node/online") or "0")
+        return sum(int(last or first) - int(first) + 1 for first, last in ranges)
+
+    @property
+    def bootloader_config(self) -> str | None:
+        """The configuration in a Raspberry Pi's EEPROM, as it was at boot; None without root's permissions.
+
+        It is the NVMEM device that the alias blconfig names (Raspberry Pi documentation, device trees).
+        """
+        alias = self.read("/sys/firmware/devicetree/base/aliases/blconfig")
+        if alias is None:
+            return None
+        node = (self._root / "sys/firmware/devicetree/base" / alias.lstrip("/")).resolve()
+        for device in sorted(self._root.glob("sys/bus/nvmem/devices/*")):
+            if (device / "of_node").resolve() == node:
+                return self.read(str((device / "nvmem").relative_to(self._root)))
+        return None
+
+    @property
+    def sdram_bank_low(self) -> int | None:
+        """SDRAM_BANKLOW in `bootloader_config`; None where it is not set: the bootloader chooses."""
+        config = (self.bootloader_config or "").partition("[config.txt]")[0]
+        values = re.findall(r"^\s*SDRAM_BANKLOW\s*=\s*(\d)\s*$", config, re.MULTILINE)
+        return int(values[-1]) if values else None

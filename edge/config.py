@@ -52,6 +52,7 @@ class MqttConfig:
     session_expiry_s: int
     reply_prefixes: tuple[str, ...]
     discovery_prefix: str | None = None
+    password_path: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -145,8 +146,9 @@ class _Reader:
         if secret is not None and values["username"] is None:
             raise self._error("mqtt.password_file", "mqtt.password_file needs mqtt.username")
         own = {name: values.pop(name) for name in ("session_expiry_s", "reply_prefixes", "discovery_prefix")}
-        password = None if secret is None or not self._secrets else self._secret(secret)
-        return MqttConfig(Broker(password=password, **values), **own)
+        path = None if secret is None else self._secret_path(secret)
+        password = None if path is None or not self._secrets else self._secret(path)
+        return MqttConfig(Broker(password=password, **values), password_path=path, **own)
 
     def _serial(self, index: int, table: Mapping[str, Any]) -> SerialConfig:
         return SerialConfig(**self._section(f"serial[{index}]", table, _SERIAL))
@@ -179,22 +181,23 @@ class _Reader:
                 values[name] = key.default() if callable(key.default) else key.default
         return values
 
-    def _secret(self, name: str) -> str:
-        """Read a secret: the systemd credential `name` (systemd.exec(5)) if there is one, or a file.
+    def _secret_path(self, name: str) -> Path:
+        """Find a secret: the systemd credential `name` (systemd.exec(5)) if there is one, or else a file.
 
-        Outside the unit, as for the doctor, a credential is where the unit loads it from.
+        Outside the unit, as for the doctor, a credential is the file that the unit loads it from.
         """
         credentials = os.environ.get("CREDENTIALS_DIRECTORY")
         places = [Path(credentials, name)] if credentials else []
         places += [self._from_here(name), CREDENTIAL_STORE / f"edge-gemma.{name}"]
-        path = next((place for place in places if os.path.isfile(place)), self._from_here(name))
+        return next((place for place in places if os.path.isfile(place)), self._from_here(name))
+
+    def _secret(self, path: Path) -> str:
         try:
             return path.read_text(encoding="utf-8").rstrip("\r\n")
         except (OSError, UnicodeDecodeError) as error:
-            said = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-            raise self._error(
-                "mqtt.password_file", f"mqtt.password_file {path}: can't be read: {said}"
-            ) from None
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            message = f"mqtt.password_file {path}: can't be read: {reason}"
+            raise self._error("mqtt.password_file", message) from None
 
     def _from_here(self, name: str) -> Path:
         return (self._path.parent / name).absolute()

@@ -1,1 +1,1 @@
-"""What is wrong with a board, and the command that mends it."""
+"""Checks of a board and its connections, and the command that fixes each problem."""

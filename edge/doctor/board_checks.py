@@ -1,4 +1,4 @@
-"""The doctor's checks of the board itself: processor, power, clock, memory and disk."""
+"""The doctor's checks of the board: processor, power, clock, memory and disk."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from edge.errors import EdgeError
 MB = 1024 * 1024
 MIN_FREE_BYTES = 200 * MB
 UNIT = "edge-daemon.service"
-HOT_C = 80.0  # a Pi slows down from here on
+HOT_C = 80.0  # a Raspberry Pi throttles from here on
 EARLIEST_YEAR = 2025
-TIME_ERROR = 5  # what adjtimex(2) returns while nobody disciplines the clock
+TIME_ERROR = 5  # adjtimex(2): the clock is not synchronised
 
 
 def check_system() -> Iterator[Finding]:
-    """Whether LiteRT can run on this architecture at all."""
+    """Whether LiteRT supports this architecture."""
     machine, bits = platform.machine(), struct.calcsize("P") * 8
     if machine not in ("aarch64", "arm64", "x86_64") or bits != 64:
         yield Finding(
             "system",
             "problem",
-            f"{machine}, {bits}-bit Python: LiteRT has wheels for 64-bit systems only",
+            f"{machine}, {bits}-bit Python: LiteRT needs a 64-bit system",
             "install the 64-bit edition of Raspberry Pi OS",
         )
         return
@@ -45,97 +45,97 @@ def check_system() -> Iterator[Finding]:
 
 
 def check_cpu(board: Board) -> Iterator[Finding]:
-    """Dot-product instructions, and whether the clock is held low."""
+    """Whether the processor has dot-product instructions, and may use its full clock rate."""
     features, name = board.cpu_features, board.model or platform.machine()
     if not features:
-        yield Finding("cpu", "unknown", f"{name}: the kernel does not list the processor's features")
+        yield Finding("cpu", "unknown", f"{name}: the kernel does not report the processor's features")
     elif features & {"asimddp", "avx2"}:
         yield Finding("cpu", "ok", name)
     else:
-        said = f"{name}: no dot-product instructions (a Pi 4, 3 or Zero 2 W has none): prefill is slow"
-        yield Finding("cpu", "warning", said, "keep prompts short, or use a Pi 5")
+        message = f"{name}: no dot-product instructions (as on a Pi 4, 3 and Zero 2 W): prefill is slow"
+        yield Finding("cpu", "warning", message, "keep prompts short, or use a Pi 5")
     if board.governor == "powersave":
         yield Finding(
             "cpu",
             "warning",
-            "the governor powersave keeps the clock at its lowest",
+            "the governor powersave keeps the clock at its lowest rate",
             "echo ondemand | sudo tee /sys/devices/system/cpu/cpu*/cpufreq/scaling_governor",
         )
 
 
 def check_power(board: Board) -> Iterator[Finding]:
-    """Heat and supply voltage."""
+    """Temperature, throttling and supply voltage."""
     temperature, throttling = board.temperature_c, board.throttling
     shown = "temperature unknown" if temperature is None else f"{temperature:.0f} °C"
     if throttling is not None and throttling.now:
-        said, state = f"{shown}, now: {', '.join(throttling.now)}", "problem"
+        message, state = f"{shown}, now: {', '.join(throttling.now)}", "problem"
     elif throttling is not None and throttling.before:
-        said, state = f"{shown}, since the start: {', '.join(throttling.before)}", "warning"
+        message, state = f"{shown}, since boot: {', '.join(throttling.before)}", "warning"
     elif temperature is not None and temperature >= HOT_C:
-        said, state = f"{shown}: the processor slows down at such heat", "warning"
+        message, state = f"{shown}: the processor throttles at this temperature", "warning"
     else:
         yield Finding("power", "unknown" if temperature is None else "ok", shown)
         return
-    voltage = "under-voltage" in said
-    mend = "use the board's own power supply and a short cable" if voltage else "fit a heat sink or a fan"
-    yield Finding("power", "problem" if state == "problem" else "warning", said, mend)
+    voltage = "under-voltage" in message
+    fix = "use the board's official power supply and a short cable" if voltage else "fit a heat sink or a fan"
+    yield Finding("power", "problem" if state == "problem" else "warning", message, fix)
 
 
 def check_clock() -> Iterator[Finding]:
-    """Whether the time is right; certificates and deadlines depend on it."""
+    """Whether the clock is right; certificates and deadlines depend on it."""
     year = time.gmtime().tm_year
     if year < EARLIEST_YEAR:
         yield Finding(
             "clock",
             "problem",
-            f"it shows the year {year}: TLS certificates will not be valid",
+            f"the year is {year}: TLS certificates will not be valid",
             "sudo timedatectl set-ntp true, or add a real-time clock",
         )
     elif not _clock_is_synchronised():
-        yield Finding("clock", "warning", "it is not synchronised", "sudo timedatectl set-ntp true")
+        yield Finding("clock", "warning", "not synchronised", "sudo timedatectl set-ntp true")
     else:
         yield Finding("clock", "ok", "synchronised")
 
 
 def _clock_is_synchronised() -> bool:
-    """Ask the kernel."""
+    """Read the kernel's state of the clock."""
     timex = ctypes.create_string_buffer(512)  # larger than struct timex; mode 0 only reads
     verdict: int = ctypes.CDLL(None).adjtimex(timex)
     return verdict != TIME_ERROR
 
 
 def check_memory(board: Board, config: Config) -> Iterator[Finding]:
-    """Whether the model fits into memory; one that does not is read from the disk with every token."""
+    """Whether the model fits into memory; otherwise weights are read from the disk for every token."""
     manifest = _manifest(config)
     total, available = board.memory("MemTotal"), board.memory("MemAvailable")
-    if available is not None:  # what the daemon itself has is no reason why it should have too little
+    if available is not None:  # memory of the running daemon is available to it
         available += board.anonymous_memory_of_unit(UNIT)
     if total is None or manifest is None:
-        yield Finding("memory", "unknown", "not compared: no bundle, or no /proc/meminfo")
+        yield Finding("memory", "unknown", "unknown: no bundle, or no /proc/meminfo")
         return
     needed = requirements(manifest, config.context).total
-    said = f"{needed // MB} MB needed, {total // MB} MB there"
+    message = f"{needed // MB} MB needed of {total // MB} MB"
     smaller = "use a smaller model or int4, or a smaller context in the configuration"
     if needed + SYSTEM_BYTES > total:
-        yield Finding("memory", "problem", f"{said}: it does not fit", smaller)
+        yield Finding("memory", "problem", f"{message}: the model does not fit", smaller)
     elif available is not None and needed > available:
-        said = f"{said}, {available // MB} MB of it free: other programs hold the rest"
-        yield Finding("memory", "warning", said, f"stop what is not needed, or {smaller}")
+        message = f"{message}, {available // MB} MB available: other programs use the rest"
+        yield Finding("memory", "warning", message, f"stop programs that are not needed, or {smaller}")
     else:
-        yield Finding("memory", "ok", said)
+        yield Finding("memory", "ok", message)
 
 
 def check_limits(board: Board, config: Config) -> Iterator[Finding]:
-    """The memory controller, and the unit's limits against what the model needs."""
+    """Whether the memory controller is enabled, and the unit's limits are large enough for the model."""
     controllers = board.cgroup_controllers
     if controllers is None:
-        yield Finding("limits", "unknown", "cgroup version 2 is not in use here")
+        yield Finding("limits", "unknown", "cgroup version 2 is not in use")
         return
     if "memory" not in controllers:
         yield Finding(
             "limits",
             "warning",
-            "the memory controller is off (as Raspberry Pi OS has it): MemoryMax of the unit has no effect",
+            "the memory controller is off (default of Raspberry Pi OS): the unit's MemoryMax has no effect",
             "sudo sed -i '1s/$/ cgroup_enable=memory/' /boot/firmware/cmdline.txt && sudo reboot",
         )
         return
@@ -147,22 +147,22 @@ def check_limits(board: Board, config: Config) -> Iterator[Finding]:
             yield Finding(
                 "limits",
                 "problem",
-                f"{key} of {UNIT} is {limit // MB} MB, {needed // MB} MB are needed: weights are read anew",
+                f"{key} of {UNIT} is {limit // MB} MB of {needed // MB} MB needed: weights are read again",
                 f"sudo systemctl set-property {UNIT} {key}={needed // MB + 64}M",
             )
             return
-    yield Finding("limits", "ok", "the memory controller is on, no limit is too low")
+    yield Finding("limits", "ok", "the memory controller is on, and no limit is too low")
 
 
 def check_swap(board: Board) -> Iterator[Finding]:
-    """Swap on a card wears it out, and is slower than anything else on the board."""
+    """Whether memory is swapped to a disk: it is slow, and wears out an SD card."""
     on_disk = [name for name in board.swaps if not name.startswith("/dev/zram")]
-    behind = [found for name in board.swaps if (found := board.swap_file_behind(name)) is not None]
+    behind = [device for name in board.swaps if (device := board.swap_file_behind(name)) is not None]
     if behind:
         yield Finding(
             "swap",
             "warning",
-            f"idle memory is written to {', '.join(behind)} (as Raspberry Pi OS trixie has it: /var/swap)",
+            f"idle memory is written to {', '.join(behind)} (default of Raspberry Pi OS trixie: /var/swap)",
             "sudo mkdir -p /etc/rpi/swap.conf.d && printf '[Main]\\nMechanism=zram\\n' | "
             "sudo tee /etc/rpi/swap.conf.d/edge-gemma.conf && sudo reboot",
         )
@@ -178,31 +178,33 @@ def check_swap(board: Board) -> Iterator[Finding]:
 
 
 def check_disk(board: Board, config: Config) -> Iterator[Finding]:
-    """Free space, and on what, of the directories that the daemon writes."""
+    """Free space and type of disk of the directories that the daemon writes."""
     manifest = _manifest(config)
     try:
         packed = any(config.cache_directory.glob("*.xnnpack"))
     except PermissionError:
-        packed = True  # who may not look can't be told that they are missing
+        packed = True  # without permission it is unknown whether they are missing
     weights = 0 if manifest is None or packed else manifest.files[DECODER].size
     wanted = {config.state_directory: MIN_FREE_BYTES, config.cache_directory: MIN_FREE_BYTES + weights}
     for directory, least in wanted.items():
         disk = board.disk(directory)
         if disk is None:
-            yield Finding("disk", "unknown", f"{directory} can't be looked at")
+            yield Finding("disk", "unknown", f"{directory} can't be examined")
             continue
-        said = f"{directory}: {disk.free_bytes // MB} MB free on {disk.kind or 'an unknown kind of disk'}"
+        message = f"{directory}: {disk.free_bytes // MB} MB free on {disk.kind or 'an unknown type of disk'}"
         if disk.read_only:
             yield Finding(
-                "disk", "problem", f"{said}, read-only", "sudo mount -o remount,rw /, then look at dmesg"
+                "disk", "problem", f"{message}, read-only", "sudo mount -o remount,rw /, then read dmesg"
             )
         elif disk.free_bytes < MIN_FREE_BYTES:
-            yield Finding("disk", "problem", said, f"free {least // MB} MB: sudo apt clean, old bundles")
+            yield Finding(
+                "disk", "problem", message, f"free {least // MB} MB: sudo apt clean, remove old bundles"
+            )
         elif disk.free_bytes < least:
-            said = f"{said}; packed weights that are not there yet take {weights // MB} MB"
-            yield Finding("disk", "warning", said, "remove old bundles")
+            message = f"{message}; the packed weights still need {weights // MB} MB"
+            yield Finding("disk", "warning", message, "remove old bundles")
         else:
-            yield Finding("disk", "ok", said)
+            yield Finding("disk", "ok", message)
 
 
 def _manifest(config: Config) -> Manifest | None:

@@ -10,9 +10,9 @@ State = Literal["ok", "warning", "problem", "unknown"]
 
 @dataclass(frozen=True)
 class Finding:
-    """The outcome of one check; `mend` is a command or a deed, None if there is nothing to do."""
+    """The outcome of one check; `fix` is a command or an instruction, None if there is nothing to do."""
 
     check: str
     state: State
-    said: str
-    mend: str | None = None
+    message: str
+    fix: str | None = None

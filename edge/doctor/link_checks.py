@@ -1,9 +1,10 @@
-"""The doctor's checks of what the daemon reaches out to: its bundle, serial ports and broker."""
+"""The doctor's checks of what the configuration names: bundle, secrets, serial ports and broker."""
 
 from __future__ import annotations
 
 import grp
 import os
+import shlex
 import stat
 import threading
 from collections.abc import Iterator
@@ -23,18 +24,20 @@ from edge.transports.mqtt.messages import Received
 
 MB = 1024 * 1024
 BROKER_WAIT_S = 5.0
-VERSION_WAIT_S = 2.0  # some brokers tell it to nobody
+VERSION_WAIT_S = 2.0  # some brokers do not publish it
 
 
 def check_bundle(config: Config) -> Iterator[Finding]:
-    """Whether every byte of the bundle is what the manifest says, and who has signed that."""
+    """Whether every byte of the bundle matches the manifest, and a trusted key has signed it."""
     try:
         (config.bundle / MANIFEST).stat()
     except PermissionError:
-        yield Finding("bundle", "unknown", f"{config.bundle}: only root may look", "sudo edge-daemon doctor")
+        yield Finding(
+            "bundle", "unknown", f"{config.bundle}: only root can read it", "sudo edge-daemon doctor"
+        )
         return
     except OSError:
-        pass  # said below
+        pass  # reported below
     try:
         manifest = read_manifest(config.bundle)
         if config.bundle_key_file is not None:
@@ -43,39 +46,54 @@ def check_bundle(config: Config) -> Iterator[Finding]:
     except (BundleError, ConfigError) as error:
         by_hand = config.bundle.is_dir() and not config.bundle.is_symlink()
         install = "sudo edge-daemon bundle install BUNDLE, then activate it"
-        mend = f"copy a converted bundle to {config.bundle}" if by_hand else install
-        yield Finding("bundle", "problem", str(error), mend)
+        fix = f"copy a converted bundle to {config.bundle}" if by_hand else install
+        yield Finding("bundle", "problem", str(error), fix)
         return
     size = sum(entry.size for entry in manifest.files.values())
-    said = f"{manifest.architecture.family} {manifest.recipe}, {size // MB} MB, whole"
-    yield Finding("bundle", "ok", said)
+    message = f"{manifest.architecture.family} {manifest.recipe}, {size // MB} MB, intact"
+    yield Finding("bundle", "ok", message)
 
 
 def check_store(config: Config) -> Iterator[Finding]:
-    """Whether bundles were refused or given up lately, and what there is to fall back to."""
+    """Whether a bundle was refused or failed recently, and which one is there to fall back to."""
     if not config.bundle.is_symlink():
         return
     store = BundleStore(config.bundle)
     record, current = read_record(store.directory), str(store.current)
     failures = record.recent(current)
     if failures:
-        said = f"{current} failed {len(failures)} times in the last hour: {failures[-1].why}"
-        yield Finding("bundle", "problem", said, "sudo edge-daemon bundle rollback")
+        message = f"{current} failed {len(failures)} times in the last hour: {failures[-1].why}"
+        yield Finding("bundle", "problem", message, "sudo edge-daemon bundle rollback")
     elif record.trouble is not None:
         yield Finding("bundle", "warning", record.trouble, "convert it again, or activate another one")
     else:
-        yield Finding("bundle", "ok", f"{current}; to fall back to: {store.previous or 'none'}")
+        yield Finding("bundle", "ok", f"{current}; fallback: {store.previous or 'none'}")
+
+
+def check_secrets(config: Config) -> Iterator[Finding]:
+    """Whether other users of the board can read the broker's password or the client's private key."""
+    if config.mqtt is None:
+        return
+    for path in (config.mqtt.password_path, config.mqtt.broker.key_file):
+        if path is None or not path.exists():
+            continue
+        mode = stat.S_IMODE(path.stat().st_mode)
+        if mode & (stat.S_IROTH | stat.S_IWOTH):
+            message = f"every user can read or change {path} (mode {mode:o})"
+            yield Finding("secrets", "warning", message, f"sudo chmod o= {shlex.quote(str(path))}")
+        else:
+            yield Finding("secrets", "ok", f"{path} (mode {mode:o})")
 
 
 def check_serial(board: Board, config: Config) -> Iterator[Finding]:
-    """Whether each port is there, free, and open to the group that the unit runs in."""
+    """Whether each port exists, is free, and can be opened by the unit's group."""
     for entry in config.serial:
         port = Path(entry.port)
         name = port.resolve().name
         if not port.exists():
-            said = f"{port} is not there; ports that are: {', '.join(_ports()) or 'none'}"
+            message = f"{port} does not exist; existing ports: {', '.join(_ports()) or 'none'}"
             yield Finding(
-                "serial", "problem", said, "plug the board in, or correct port in the configuration"
+                "serial", "problem", message, "plug the board in, or correct port in the configuration"
             )
             continue
         mode = port.stat()
@@ -88,14 +106,14 @@ def check_serial(board: Board, config: Config) -> Iterator[Finding]:
             yield Finding(
                 "serial",
                 "problem",
-                f"{port} is the kernel's console: its messages disturb the line",
+                f"{port} is the kernel's console, which writes its messages to it",
                 "sudo raspi-config nonint do_serial_cons 1 && sudo reboot",
             )
         elif not _may_be_opened(port, mode.st_mode, group):
             yield Finding(
                 "serial",
                 "problem",
-                f"{port} is of {group} with mode {stat.S_IMODE(mode.st_mode):o}, not of dialout with 660",
+                f"{port} has group {group} and mode {stat.S_IMODE(mode.st_mode):o}, not dialout and 660",
                 "sudo cp /usr/share/edge-gemma/udev/65-edge-gemma.rules /etc/udev/rules.d/ && "
                 "sudo udevadm control --reload && sudo udevadm trigger",
             )
@@ -104,12 +122,12 @@ def check_serial(board: Board, config: Config) -> Iterator[Finding]:
 
 
 def is_console(name: str, consoles: tuple[str, ...]) -> bool:
-    """Whether the kernel talks on the port `name`; a Pi's serial0 is its ttyAMA0 or ttyS0."""
+    """Whether the port `name` is the kernel's console; a Pi's serial0 is its ttyAMA0 or ttyS0."""
     return name in consoles or ("serial0" in consoles and name in ("ttyAMA0", "ttyS0"))
 
 
 def _may_be_opened(port: Path, mode: int, group: str) -> bool:
-    """By the unit, which is in the group dialout, or by whoever runs this."""
+    """Whether the unit, which is in the group dialout, or this user can open the port."""
     return (group == "dialout" and mode & 0o060 == 0o060) or os.access(port, os.R_OK | os.W_OK)
 
 
@@ -126,7 +144,7 @@ def _ports() -> list[str]:
 
 
 class _Listener:
-    """Waits for the broker's retained version."""
+    """Waits for the retained version of the broker."""
 
     def __init__(self) -> None:
         self.connection: MqttConnection | None = None
@@ -135,13 +153,13 @@ class _Listener:
         self.version = ""
 
     def connected(self) -> None:
-        """Ask for the version."""
+        """Subscribe to the version."""
         self.online.set()
         if self.connection is not None:
             self.connection.subscribe("$SYS/broker/version", retained=True)
 
     def received(self, message: Received) -> None:
-        """Keep the version."""
+        """Store the version."""
         self.version = message.payload.decode(errors="replace")
         self.told.set()
 
@@ -159,7 +177,7 @@ class _Listener:
 
 
 def check_broker(config: Config) -> Iterator[Finding]:
-    """Whether the broker answers, lets the node in, and what it is."""
+    """Whether the broker answers and accepts the node, and its version."""
     if config.mqtt is None:
         return
     broker = config.mqtt.broker
@@ -167,7 +185,7 @@ def check_broker(config: Config) -> Iterator[Finding]:
     try:
         connection = MqttConnection(broker, f"edge-{config.node}-doctor", listener, session_expiry_s=0)
     except TransportError as error:
-        yield Finding("broker", "problem", str(error), "correct the file's name in [mqtt]")
+        yield Finding("broker", "problem", str(error), "correct the name of the file in [mqtt]")
         return
     listener.connection = connection
     connection.start()
@@ -181,16 +199,18 @@ def check_broker(config: Config) -> Iterator[Finding]:
 
 def _broker_finding(broker: Broker, listener: _Listener, connection: MqttConnection) -> Finding:
     if connection.refused:
-        said = f"{broker.address} refuses: {connection.refused}"
-        return Finding("broker", "problem", said, "correct username and password_file in [mqtt]")
-    said = f"{broker.address}: {connection.problem or 'no answer'}"
+        message = f"{broker.address} refuses the connection: {connection.refused}"
+        return Finding("broker", "problem", message, "correct username and password_file in [mqtt]")
+    message = f"{broker.address}: {connection.problem or 'no answer'}"
     local = broker.host in ("localhost", "127.0.0.1", "::1")
-    mend = "sudo apt install mosquitto" if local else f"ping {broker.host}, and look at its firewall"
-    return Finding("broker", "problem", said, mend)
+    fix = "sudo apt install mosquitto" if local else f"ping {broker.host}, and check its firewall"
+    return Finding("broker", "problem", message, fix)
 
 
 def _version_finding(broker: Broker, listener: _Listener) -> Finding:
-    version = listener.version or "a broker that does not tell its version"
+    version = listener.version or "a broker that does not publish its version"
     old = version.startswith("mosquitto version 1.")
-    said = f"{broker.address}: {version}" + (", without MQTT 5 before 1.6" if old else "")
-    return Finding("broker", "warning" if old else "ok", said, "sudo apt upgrade mosquitto" if old else None)
+    message = f"{broker.address}: {version}" + (", which has MQTT 5 from 1.6 on" if old else "")
+    return Finding(
+        "broker", "warning" if old else "ok", message, "sudo apt upgrade mosquitto" if old else None
+    )

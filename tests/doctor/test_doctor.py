@@ -1,9 +1,10 @@
-"""The doctor: what is wrong is named with what mends it, on boards as their kernels describe themselves."""
+"""The doctor names each problem with its fix, on boards as their kernels describe themselves."""
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,6 +24,7 @@ from edge.config import Config, load
 from edge.doctor import board_checks, link_checks
 from edge.doctor.doctor import as_json, as_text, examine
 from edge.doctor.finding import Finding
+from edge.doctor.sdram_check import check_sdram
 from tests.support.counterparts import Mosquitto, PtyPair, free_port
 
 PI_4 = {
@@ -57,7 +59,7 @@ ARCHITECTURE = Architecture(
 
 @pytest.fixture
 def board(tmp_path: Path) -> Callable[..., Board]:
-    """A board whose kernel says PI_4 and `changes`; None removes a file."""
+    """A Pi 4 with `changes` to the files of its kernel; None removes a file."""
 
     def make(**changes: str | None) -> Board:
         root = tmp_path / "root"
@@ -118,18 +120,18 @@ def only(findings: list[Finding]) -> Finding:
     return finding
 
 
-def test_a_pi_4_without_dot_products_is_told_what_to_expect(board: Callable[..., Board]) -> None:
+def test_a_pi_4_without_dot_products_gets_a_warning(board: Callable[..., Board]) -> None:
     finding = only(list(board_checks.check_cpu(board())))
-    assert (finding.state, "Raspberry Pi 4 Model B" in finding.said) == ("warning", True)
+    assert (finding.state, "Raspberry Pi 4 Model B" in finding.message) == ("warning", True)
 
 
-def test_a_pi_5_is_fine_unless_its_clock_is_held_low(board: Callable[..., Board]) -> None:
+def test_a_pi_5_is_fine_unless_its_governor_is_powersave(board: Callable[..., Board]) -> None:
     assert only(list(board_checks.check_cpu(board(proc__cpuinfo=PI_5_CPU)))).state == "ok"
     governor = "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"
     findings = list(board_checks.check_cpu(board(**{"proc__cpuinfo": PI_5_CPU, governor: "powersave"})))
     assert [finding.state for finding in findings] == ["ok", "warning"]
-    assert findings[1].mend is not None
-    assert "scaling_governor" in findings[1].mend
+    assert findings[1].fix is not None
+    assert "scaling_governor" in findings[1].fix
 
 
 @pytest.mark.parametrize(
@@ -137,13 +139,13 @@ def test_a_pi_5_is_fine_unless_its_clock_is_held_low(board: Callable[..., Board]
     [
         ("0", "48199", "ok", "48 °C", None),
         ("50005", "60000", "problem", "60 °C, now: under-voltage, throttled", "power supply"),
-        ("0x50000", "60000", "warning", "60 °C, since the start: under-voltage, throttled", "power supply"),
+        ("0x50000", "60000", "warning", "60 °C, since boot: under-voltage, throttled", "power supply"),
         ("80008", "81000", "problem", "81 °C, now: soft temperature limit", "heat sink"),
-        (None, "85000", "warning", "85 °C: the processor slows down at such heat", "heat sink"),
+        (None, "85000", "warning", "85 °C: the processor throttles at this temperature", "heat sink"),
         (None, None, "unknown", "temperature unknown", None),
     ],
 )
-def test_heat_and_voltage_are_told_apart(
+def test_heat_and_low_voltage_have_different_fixes(
     tmp_path: Path, throttled: str | None, temperature: str | None, state: str, said: str, mend: str | None
 ) -> None:
     for name, text in {
@@ -154,12 +156,12 @@ def test_heat_and_voltage_are_told_apart(
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_text(text)
     finding = only(list(board_checks.check_power(Board(tmp_path))))
-    assert (finding.state, finding.said) == (state, said)
-    assert (finding.mend is None) if mend is None else (mend in str(finding.mend))
+    assert (finding.state, finding.message) == (state, said)
+    assert (finding.fix is None) if mend is None else (mend in str(finding.fix))
 
 
 @pytest.mark.parametrize("soc", ["soc", "soc@107c000000"])  # the latter: a Pi 5 since Linux 6.12
-def test_throttling_bits_are_the_firmware_s(tmp_path: Path, soc: str) -> None:
+def test_throttling_bits_are_decoded(tmp_path: Path, soc: str) -> None:
     path = tmp_path / f"sys/devices/platform/{soc}/{soc}:firmware/get_throttled"
     path.parent.mkdir(parents=True)
     path.write_text("70002\n")
@@ -173,20 +175,20 @@ def test_throttling_bits_are_the_firmware_s(tmp_path: Path, soc: str) -> None:
 @pytest.mark.parametrize(
     ("weights", "state", "said"),
     [
-        (270_000_000, "ok", "MB needed, 3793 MB there"),
-        (3_500_000_000, "warning", "3360 MB of it free"),
-        (3_900_000_000, "problem", "it does not fit"),
+        (270_000_000, "ok", "MB needed of 3793 MB"),
+        (3_500_000_000, "warning", "3360 MB available"),
+        (3_900_000_000, "problem", "the model does not fit"),
     ],
 )
-def test_memory_is_compared_with_weights_cache_and_the_rest(
+def test_memory_is_compared_with_what_the_model_needs(
     board: Callable[..., Board], config: Callable[..., Config], weights: int, state: str, said: str
 ) -> None:
     finding = only(list(board_checks.check_memory(board(), config(weights))))
     assert finding.state == state
-    assert said in finding.said
+    assert said in finding.message
 
 
-def test_what_the_daemon_holds_itself_is_not_called_other_programs(
+def test_memory_of_the_running_daemon_counts_as_available(
     board: Callable[..., Board], config: Callable[..., Config]
 ) -> None:
     free = "MemTotal: 475000 kB\nMemAvailable: 225000 kB\n"  # a Zero 2 W on which it runs
@@ -203,7 +205,7 @@ def test_a_disabled_memory_controller_comes_with_the_command_that_enables_it(
 ) -> None:
     finding = only(list(board_checks.check_limits(board(), config())))
     assert finding.state == "warning"
-    assert "cgroup_enable=memory" in str(finding.mend)
+    assert "cgroup_enable=memory" in str(finding.fix)
 
 
 @pytest.mark.parametrize(("limit", "state"), [("max", "ok"), ("4000000000", "ok"), ("200000000", "problem")])
@@ -214,6 +216,124 @@ def test_limits_below_the_model_are_a_problem(
     limited = board(**{"sys__fs__cgroup__cgroup.controllers": "cpu memory pids", cgroup: limit})
     finding = only(list(board_checks.check_limits(limited, config(270_000_000))))
     assert finding.state == state
+
+
+PI_5_ARGUMENTS = "reboot=w coherent_pool=1M numa_policy=interleave numa=fake=8 console=tty1 rootwait"
+
+
+def pi_5(root: Path, nodes: str | None, arguments: str, bootloader: str | None) -> Board:
+    """A Pi 5; `nodes` are its NUMA nodes, and `bootloader` is its configuration, None if it can't be read."""
+    node = root / "sys/firmware/devicetree/base/reserved-memory/nvram@1"
+    node.mkdir(parents=True)
+    files = {
+        "proc/device-tree/model": "Raspberry Pi 5 Model B Rev 1.0\0",
+        "proc/cmdline": f"{arguments}\n",
+        "sys/devices/system/node/online": nodes,
+        "sys/firmware/devicetree/base/aliases/blconfig": "/reserved-memory/nvram@1\0",
+        "sys/bus/nvmem/devices/rmem0/nvmem": "another device",
+        "sys/bus/nvmem/devices/rmem1/nvmem": bootloader,
+    }
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        if text is not None:
+            (root / name).write_text(text)
+    (root / "sys/bus/nvmem/devices/rmem1/of_node").symlink_to(node)
+    return Board(root)
+
+
+BOOTLOADER = "[all]\nBOOT_UART=1\nPOWER_OFF_ON_HALT=0\nBOOT_ORDER=0xf461\n"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "arguments", "bootloader", "state", "message", "fix"),
+    [
+        ("0-7\n", PI_5_ARGUMENTS, BOOTLOADER, "ok", "8 NUMA nodes, interleaved", None),
+        ("0-7\n", PI_5_ARGUMENTS, f"{BOOTLOADER}SDRAM_BANKLOW=1\n", "ok", "8 NUMA nodes", None),
+        ("0-7\n", PI_5_ARGUMENTS, None, "ok", "8 NUMA nodes", None),
+        (
+            "0-1\n",
+            PI_5_ARGUMENTS,
+            f"{BOOTLOADER}SDRAM_BANKLOW=3\n",
+            "warning",
+            "=3 in the boot",
+            "remove the",
+        ),
+        ("0,2-4\n", "numa=fake=4", BOOTLOADER, "warning", "4 NUMA nodes, but pages are not", "cmdline.txt"),
+        (
+            "0\n",
+            PI_5_ARGUMENTS,
+            BOOTLOADER,
+            "warning",
+            "expects NUMA, and this kernel has none",
+            "SDRAM_BANKLOW=3",
+        ),
+        (None, "rootwait", f"{BOOTLOADER}SDRAM_BANKLOW=1\n", "warning", "up to 45% less", "apt full-upgrade"),
+        (
+            None,
+            "rootwait",
+            f"SDRAM_BANKLOW=1\nSDRAM_BANKLOW = 3\n{BOOTLOADER}",
+            "ok",
+            "SDRAM_BANKLOW=3",
+            None,
+        ),
+        (
+            None,
+            "rootwait",
+            f"{BOOTLOADER}[config.txt]\nSDRAM_BANKLOW=3\n",
+            "warning",
+            "older than",
+            "rpi-eeprom-update",
+        ),
+        (
+            "0\n",
+            "numa=fake=8 numa=fake=1",
+            BOOTLOADER,
+            "warning",
+            "numa=fake=1 on the kernel",
+            "remove numa=fake=1",
+        ),
+        (None, "rootwait", None, "unknown", "only be read by root", "sudo edge-daemon doctor"),
+    ],
+)
+def test_bank_layout_and_numa_of_a_pi_5_must_match(
+    tmp_path: Path, nodes: str, arguments: str, bootloader: str, state: str, message: str, fix: str | None
+) -> None:
+    finding = only(list(check_sdram(pi_5(tmp_path, nodes, arguments, bootloader))))
+    assert finding.state == state
+    assert message in finding.message
+    assert finding.fix is None if fix is None else fix in str(finding.fix)
+
+
+def test_other_boards_have_no_bank_layout_to_check(board: Callable[..., Board]) -> None:
+    assert list(check_sdram(board())) == []
+
+
+@pytest.mark.parametrize(
+    ("mode", "state"), [(0o600, "ok"), (0o640, "ok"), (0o644, "warning"), (0o602, "warning")]
+)
+@pytest.mark.parametrize("secret", ["mqtt password", "node.key"])
+def test_secrets_that_every_user_can_read_are_reported(
+    config: Callable[..., Config], tmp_path: Path, secret: str, mode: int, state: str
+) -> None:
+    for name in ("mqtt password", "node.key", "node.pem"):
+        (tmp_path / name).write_text("x")
+        (tmp_path / name).chmod(mode if name == secret else 0o600)
+    settings = config(
+        lines='[mqtt]\nusername = "u"\npassword_file = "mqtt password"\ntls = true\n'
+        'certificate_file = "node.pem"\nkey_file = "node.key"\n'
+    )
+    findings = [
+        each for each in link_checks.check_secrets(settings) if str(tmp_path / secret) in each.message
+    ]
+    assert only(findings).state == state
+    if state == "warning":
+        subprocess.run(str(only(findings).fix).removeprefix("sudo "), shell=True, check=True)
+        assert all(each.state == "ok" for each in link_checks.check_secrets(settings))
+
+
+def test_without_a_password_or_a_broker_there_is_no_secret(config: Callable[..., Config]) -> None:
+    assert list(link_checks.check_secrets(config())) == []
+    assert list(link_checks.check_secrets(config(lines='[[serial]]\nport = "/dev/ttyS0"\n'))) == []
 
 
 @pytest.mark.parametrize(
@@ -237,7 +357,7 @@ def test_swap_on_the_card_is_a_warning(
 def test_free_space_is_checked_where_the_daemon_writes(config: Callable[..., Config], tmp_path: Path) -> None:
     findings = list(board_checks.check_disk(Board(), config()))
     assert [finding.state for finding in findings] == ["ok", "ok"]
-    assert f"{tmp_path}/state: " in findings[0].said
+    assert f"{tmp_path}/state: " in findings[0].message
     findings = list(board_checks.check_disk(Board(), config(weights=10**15)))
     assert [finding.state for finding in findings] == ["ok", "warning"]
     (tmp_path / "cache").mkdir()
@@ -245,7 +365,7 @@ def test_free_space_is_checked_where_the_daemon_writes(config: Callable[..., Con
     assert [f.state for f in board_checks.check_disk(Board(), config(weights=10**15))] == ["ok", "ok"]
 
 
-def test_an_sd_card_is_known_by_its_device(tmp_path: Path) -> None:
+def test_an_sd_card_is_recognised_by_its_device(tmp_path: Path) -> None:
     device = tmp_path.stat().st_dev
     root = tmp_path / "root"
     link = root / "sys/dev/block" / f"{os.major(device)}:{os.minor(device)}"
@@ -258,32 +378,30 @@ def test_an_sd_card_is_known_by_its_device(tmp_path: Path) -> None:
     assert (disk.kind, disk.read_only) == ("SD card", False)
 
 
-def test_a_whole_bundle_is_ok_and_a_damaged_one_named(config: Callable[..., Config]) -> None:
+def test_a_damaged_bundle_is_a_problem(config: Callable[..., Config]) -> None:
     assert only(list(link_checks.check_bundle(config()))).state == "ok"
     finding = only(list(link_checks.check_bundle(config(intact=False))))
     assert finding.state == "problem"
-    assert "decoder.tflite" in finding.said
+    assert "decoder.tflite" in finding.message
 
 
-def test_a_port_that_is_not_there_is_named_with_those_that_are(
-    board: Callable[..., Board], config: Callable[..., Config]
-) -> None:
+def test_a_missing_port_is_a_problem(board: Callable[..., Board], config: Callable[..., Config]) -> None:
     lines = '[[serial]]\nport = "/dev/ttyNOWHERE"\n'
     finding = only(list(link_checks.check_serial(board(), config(lines=lines))))
-    assert (finding.state, finding.said.startswith("/dev/ttyNOWHERE is not there")) == ("problem", True)
+    assert (finding.state, finding.message.startswith("/dev/ttyNOWHERE does not exist")) == ("problem", True)
 
 
-def test_ports_are_looked_at(
+def test_a_file_that_is_not_a_port_is_a_problem(
     board: Callable[..., Board], config: Callable[..., Config], ptys: PtyPair
 ) -> None:
     lines = f'[[serial]]\nport = "{ptys.near}"\n'
     assert only(list(link_checks.check_serial(board(), config(lines=lines)))).state == "ok"
     plain = f'[[serial]]\nport = "{Path(__file__)}"\n'
     finding = only(list(link_checks.check_serial(board(), config(lines=plain))))
-    assert "is not a serial port" in finding.said
+    assert "is not a serial port" in finding.message
 
 
-def test_the_kernel_s_console_is_recognised(board: Callable[..., Board]) -> None:
+def test_the_console_of_the_kernel_is_recognised(board: Callable[..., Board]) -> None:
     pi = board().consoles
     assert pi == ("serial0",)
     assert [link_checks.is_console(name, pi) for name in ("ttyAMA0", "ttyS0", "ttyUSB0")] == [
@@ -296,24 +414,26 @@ def test_the_kernel_s_console_is_recognised(board: Callable[..., Board]) -> None
     assert board(proc__cmdline="console=tty1 quiet").consoles == ()
 
 
-def test_a_running_broker_tells_its_version(config: Callable[..., Config], mosquitto: Mosquitto) -> None:
+def test_the_version_of_a_running_broker_is_reported(
+    config: Callable[..., Config], mosquitto: Mosquitto
+) -> None:
     finding = only(list(link_checks.check_broker(config(lines=f"[mqtt]\nport = {mosquitto.port}\n"))))
-    assert (finding.state, finding.mend) == ("ok", None)
-    assert "mosquitto version 2." in finding.said
+    assert (finding.state, finding.fix) == ("ok", None)
+    assert "mosquitto version 2." in finding.message
 
 
-def test_a_broker_that_is_not_there_is_a_problem_with_a_command(
+def test_a_missing_broker_is_a_problem_with_a_fix(
     config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(link_checks, "BROKER_WAIT_S", 1.0)
     port = free_port()
     finding = only(list(link_checks.check_broker(config(lines=f"[mqtt]\nport = {port}\n"))))
     assert finding.state == "problem"
-    assert str(port) in finding.said
-    assert finding.mend == "sudo apt install mosquitto"
+    assert str(port) in finding.message
+    assert finding.fix == "sudo apt install mosquitto"
 
 
-def test_a_broker_that_refuses_is_told_from_one_that_is_away(
+def test_a_broker_that_refuses_the_login_has_another_fix(
     config: Callable[..., Config],
     start_mosquitto: Callable[..., Mosquitto],
     monkeypatch: pytest.MonkeyPatch,
@@ -322,11 +442,11 @@ def test_a_broker_that_refuses_is_told_from_one_that_is_away(
     strict = start_mosquitto("allow_anonymous false")
     finding = only(list(link_checks.check_broker(config(lines=f"[mqtt]\nport = {strict.port}\n"))))
     assert finding.state == "problem"
-    assert "refuses" in finding.said
-    assert "password_file" in str(finding.mend)
+    assert "refuses" in finding.message
+    assert "password_file" in str(finding.fix)
 
 
-def test_everything_is_examined_and_reported_in_both_forms(
+def test_all_checks_run_and_are_reported_as_text_and_json(
     board: Callable[..., Board], config: Callable[..., Config], mosquitto: Mosquitto
 ) -> None:
     findings = examine(config(lines=f"[mqtt]\nport = {mosquitto.port}\n"), board())
@@ -335,13 +455,13 @@ def test_everything_is_examined_and_reported_in_both_forms(
     }
     text = as_text(findings)
     assert "warning  limits   the memory controller is off" in text
-    assert "mend: sudo sed -i" in text
+    assert "fix: sudo sed -i" in text
     data = json.loads(as_json(findings))
     assert len(data["findings"]) == len(findings)
     assert data["problems"] == sum(finding.state == "problem" for finding in findings)
 
 
-def test_the_unit_s_directories_are_looked_at_and_not_those_of_who_asks(
+def test_the_directories_of_the_unit_are_checked(
     config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = config().path
@@ -355,7 +475,7 @@ def test_the_unit_s_directories_are_looked_at_and_not_those_of_who_asks(
     assert [text.partition(":")[0] for text in disks] == ["/var/lib/edge-gemma", "/var/cache/edge-gemma"]
 
 
-def test_who_may_not_look_is_told_so_and_not_that_the_bundle_is_missing(
+def test_without_permission_a_bundle_is_unknown_and_not_missing(
     config: Callable[..., Config],
 ) -> None:
     settings = config()
@@ -370,11 +490,11 @@ def test_who_may_not_look_is_told_so_and_not_that_the_bundle_is_missing(
     finally:
         os.seteuid(us)
         settings.bundle.chmod(0o700)
-    assert (bundle.state, bundle.mend) == ("unknown", "sudo edge-daemon doctor")
+    assert (bundle.state, bundle.fix) == ("unknown", "sudo edge-daemon doctor")
     assert [finding.state for finding in disks] == ["ok", "ok"]
 
 
-def test_a_check_that_fails_hides_no_other(
+def test_a_check_that_fails_does_not_hide_the_others(
     board: Callable[..., Board], config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(_timestamp: float | None = None) -> time.struct_time:
@@ -391,7 +511,7 @@ def test_a_clock_at_the_epoch_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> N
     assert only(list(board_checks.check_clock())).state == "problem"
 
 
-def test_a_bundle_that_was_refused_or_fails_is_named(config: Callable[..., Config], tmp_path: Path) -> None:
+def test_refused_and_failing_bundles_are_reported(config: Callable[..., Config], tmp_path: Path) -> None:
     assert list(link_checks.check_store(config())) == []
     store = BundleStore(tmp_path / "bundles" / "current")
     store.create()
@@ -399,12 +519,12 @@ def test_a_bundle_that_was_refused_or_fails_is_named(config: Callable[..., Confi
         (tmp_path / "bundles" / name).mkdir()
         store.activate(name)
     linked = replace(config(), bundle=store.link)
-    assert only(list(link_checks.check_store(linked))).said == "new; to fall back to: old"
+    assert only(list(link_checks.check_store(linked))).message == "new; fallback: old"
     record = DaemonRecord(store.directory)
     record.change(trouble="bundle newer is refused")
     assert only(list(link_checks.check_store(linked))).state == "warning"
     record.fail("new", "the daemon was killed or crashed")
     record.close()
     finding = only(list(link_checks.check_store(linked)))
-    assert finding.said == "new failed 1 times in the last hour: the daemon was killed or crashed"
-    assert finding.mend == "sudo edge-daemon bundle rollback"
+    assert finding.message == "new failed 1 times in the last hour: the daemon was killed or crashed"
+    assert finding.fix == "sudo edge-daemon bundle rollback"

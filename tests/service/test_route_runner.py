@@ -277,7 +277,7 @@ def test_the_doctor_names_what_is_wrong_and_says_so_by_its_exit_code(
     done = command("doctor", "--config", str(config))
     assert done.returncode == 1
     assert f"problem  bundle   {tmp_path}/nowhere/manifest.json" in done.stdout
-    assert "mend: sudo edge-daemon bundle install BUNDLE, then activate it" in done.stdout
+    assert "fix: sudo edge-daemon bundle install BUNDLE, then activate it" in done.stdout
     done = command("doctor", "--json", "--config", str(config))
     found = json.loads(done.stdout)
     assert done.returncode == 1
