@@ -44,7 +44,7 @@ def cache_directory() -> Path:
     return scratch.directory() / f"cache-{os.getpid()}"
 
 
-def open_decoder(directory: Path, context: int | None = None, threads: int = 2) -> Decoder:
+def open_decoder(directory: Path, context: int | None = None, threads: int = 1) -> Decoder:
     """A decoder over a bundle, with the run's shared cache of packed weights."""
     bundle = Bundle.open(directory, cache_directory())
     return Decoder(bundle, cache_directory(), threads, context or bundle.manifest.context)

@@ -139,7 +139,7 @@ class DaemonProcess:
         self._file = directory / "edge.toml"
         self._file.write_text(
             f'node = "pump"\nbundle = "{bundle}"\ncache_directory = "{directory}/cache"\n'
-            f'state_directory = "{directory}/state"\nthreads = 2\n{config}'
+            f'state_directory = "{directory}/state"\nthreads = 1\n{config}'
         )
         self.within: tuple[str, ...] = ()
         self._notices = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
