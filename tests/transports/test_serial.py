@@ -4,7 +4,6 @@ import json
 import os
 import select
 import threading
-import time
 import tty
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from edge.client import links
 from edge.client.links import SerialLink
 from edge.endpoints import SerialConfig
 from edge.errors import TransportError
-from edge.protocol.framing import Damaged, FrameDecoder, encode
+from edge.protocol.framing import encode
 from edge.protocol.messages import Answer, Final, Request, Timings, Usage
 from edge.requests.engine import Engine
 from edge.requests.journal import Journal
@@ -29,50 +28,8 @@ from edge.transports.serial import port as serial_port
 from edge.transports.serial.port import MAX_WAITING_BYTES
 from edge.transports.serial.transport import MAX_LINE_BYTES, SerialTransport
 from tests.support.counterparts import WAIT_S, PtyPair, wait_for
+from tests.support.serial_board import SerialBoard
 from tests.support.speller import Speller
-
-
-class Board:
-    """A microcontroller at the other end of the line."""
-
-    def __init__(self, port: Path) -> None:
-        self._file = os.open(port, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
-        self._decoder = FrameDecoder(10**6)
-        self._heard: list[dict[str, Any]] = []
-
-    def say(self, text: str) -> None:
-        self.write(encode(text))
-
-    def write(self, data: bytes) -> None:
-        while data:
-            select.select([], [self._file], [], WAIT_S)
-            data = data[os.write(self._file, data) :]
-
-    def read(self) -> bytes:
-        """What has come, after a wait of at most 50 ms."""
-        return os.read(self._file, 65536) if select.select([self._file], [], [], 0.05)[0] else b""
-
-    def hear(self, *kinds: str) -> dict[str, Any]:
-        """The next frame of one of the kinds; others are passed over."""
-        until = time.monotonic() + WAIT_S
-        while time.monotonic() < until:
-            while self._heard:
-                frame = self._heard.pop(0)
-                if not kinds or frame["type"] in kinds:
-                    return frame
-            for item in self._decoder.feed(self.read()):
-                assert not isinstance(item, Damaged), item
-                self._heard.append(json.loads(item))
-        raise AssertionError(f"no {kinds} came")
-
-    def request(self) -> None:
-        """Wait for the next request."""
-        until = time.monotonic() + WAIT_S
-        while not any("prompt" in str(item) for item in list(self._decoder.feed(self.read()))):
-            assert time.monotonic() < until
-
-    def close(self) -> None:
-        os.close(self._file)
 
 
 @dataclass
@@ -101,14 +58,14 @@ class Node:
 
 
 @pytest.fixture
-def board(ptys: PtyPair) -> Iterator[Board]:
-    board = Board(ptys.far)
+def board(ptys: PtyPair) -> Iterator[SerialBoard]:
+    board = SerialBoard(ptys.far)
     yield board
     board.close()
 
 
 @pytest.fixture
-def node(ptys: PtyPair, board: Board) -> Iterator[Node]:
+def node(ptys: PtyPair, board: SerialBoard) -> Iterator[Node]:
     node = Node.start(ptys.near)
     wait_for(lambda: node.transport.port.is_open)  # opening it discards what came before
     yield node
@@ -119,36 +76,36 @@ def request(name: str, prompt: str = "abc def", **fields: Any) -> str:
     return Request(name, prompt, **fields).to_json()
 
 
-def test_the_daemon_says_hello_when_the_port_opens_and_when_asked(node: Node, board: Board) -> None:
+def test_the_daemon_says_hello_when_the_port_opens_and_when_asked(node: Node, board: SerialBoard) -> None:
     hello = {"type": "hello", "protocol": 1, "node": "pump"}
-    assert board.hear() == hello
-    board.say('{"type":"hello"}')
-    assert board.hear() == hello
+    assert board.receive() == hello
+    board.send('{"type":"hello"}')
+    assert board.receive() == hello
 
 
-def test_a_request_is_acknowledged_and_gets_parts_and_one_final(node: Node, board: Board) -> None:
-    board.hear("hello")
-    board.say(request("7"))
-    assert board.hear() == {"type": "ack", "id": "7"}
-    assert board.hear() == {"type": "partial", "id": "7", "seq": 0, "text": "cba "}
-    assert board.hear() == {"type": "partial", "id": "7", "seq": 1, "text": "fed "}
-    final = board.hear()
+def test_a_request_is_acknowledged_and_gets_parts_and_one_final(node: Node, board: SerialBoard) -> None:
+    board.receive("hello")
+    board.send(request("7"))
+    assert board.receive() == {"type": "ack", "id": "7"}
+    assert board.receive() == {"type": "partial", "id": "7", "seq": 0, "text": "cba "}
+    assert board.receive() == {"type": "partial", "id": "7", "seq": 1, "text": "fed "}
+    final = board.receive()
     assert (final["type"], final["id"], final["text"]) == ("final", "7", "cba fed ")
 
 
-def test_a_spoilt_frame_is_refused_so_that_it_is_sent_again(node: Node, board: Board) -> None:
+def test_a_spoilt_frame_is_refused_so_that_it_is_sent_again(node: Node, board: SerialBoard) -> None:
     frame = encode(request("7"))
     board.write(frame.replace(b"abc", b"abd"))
-    assert board.hear("nak", "ack") == {"type": "nak", "reason": "crc"}
+    assert board.receive("nak", "ack") == {"type": "nak", "reason": "crc"}
     board.write(frame[:-9] + b"\n" + frame)
-    assert board.hear("nak", "ack") == {"type": "nak", "reason": "no_crc"}
-    assert board.hear("nak", "ack") == {"type": "ack", "id": "7"}
-    assert board.hear("final")["text"] == "cba fed "
+    assert board.receive("nak", "ack") == {"type": "nak", "reason": "no_crc"}
+    assert board.receive("nak", "ack") == {"type": "ack", "id": "7"}
+    assert board.receive("final")["text"] == "cba fed "
 
 
-def test_noise_and_half_lines_do_not_spoil_the_next_frame(node: Node, board: Board) -> None:
+def test_noise_and_half_lines_do_not_spoil_the_next_frame(node: Node, board: SerialBoard) -> None:
     board.write(b"\x00\xff\x11{{" + bytes(range(128, 256)) + b"\n\n\r\n" + encode(request("7")))
-    assert board.hear("final")["id"] == "7"
+    assert board.receive("final")["id"] == "7"
 
 
 @pytest.mark.parametrize(
@@ -162,10 +119,10 @@ def test_noise_and_half_lines_do_not_spoil_the_next_frame(node: Node, board: Boa
     ],
 )
 def test_a_malformed_or_oversized_request_is_a_typed_error(
-    node: Node, board: Board, text: str, name: str | None, said: str
+    node: Node, board: SerialBoard, text: str, name: str | None, said: str
 ) -> None:
-    board.say(text)
-    error = board.hear("error")
+    board.send(text)
+    error = board.receive("error")
     assert (error["id"], error["code"]) == (name, "bad_request")
     assert said in error["message"]
 
@@ -187,79 +144,81 @@ def test_a_client_that_repeats_on_hello_loses_nothing_that_it_sent_before_the_po
 
 
 def test_what_the_daemon_has_sent_itself_is_not_answered_where_the_line_echoes(
-    node: Node, board: Board
+    node: Node, board: SerialBoard
 ) -> None:
-    said = [board.hear("hello")]
-    board.say(request("7"))
-    said += [board.hear(kind) for kind in ("ack", "partial", "final")]
+    said = [board.receive("hello")]
+    board.send(request("7"))
+    said += [board.receive(kind) for kind in ("ack", "partial", "final")]
     others = [{"type": "error", "id": None}, {"type": "nak", "reason": "crc"}, {"type": "message"}]
     for frame in said + others:
-        board.say(json.dumps(frame))
-    board.say(request("8"))
-    heard = board.hear("ack", "nak", "error", "hello")
+        board.send(json.dumps(frame))
+    board.send(request("8"))
+    heard = board.receive("ack", "nak", "error", "hello")
     assert heard == {"type": "ack", "id": "8"}
 
 
-def test_a_request_is_cancelled_by_a_frame(node: Node, board: Board) -> None:
+def test_a_request_is_cancelled_by_a_frame(node: Node, board: SerialBoard) -> None:
     node.speller.gate.clear()
-    board.say(request("7"))
+    board.send(request("7"))
     node.speller.wait_until_held()
-    board.say('{"type":"cancel","id":"7"}')
-    assert board.hear("final")["finish_reason"] == "cancelled"
+    board.send('{"type":"cancel","id":"7"}')
+    assert board.receive("final")["finish_reason"] == "cancelled"
 
 
-def test_a_repeat_while_it_is_answered_is_acknowledged_and_answered_once(node: Node, board: Board) -> None:
+def test_a_repeat_while_it_is_answered_is_acknowledged_and_answered_once(
+    node: Node, board: SerialBoard
+) -> None:
     node.speller.gate.clear()
-    board.say(request("7"))
+    board.send(request("7"))
     node.speller.wait_until_held()
-    board.say(request("7"))
-    assert [board.hear("ack"), board.hear("ack")] == [{"type": "ack", "id": "7"}] * 2
+    board.send(request("7"))
+    assert [board.receive("ack"), board.receive("ack")] == [{"type": "ack", "id": "7"}] * 2
     node.speller.gate.set()
-    assert board.hear("final")["id"] == "7"
+    assert board.receive("final")["id"] == "7"
     assert node.speller.asked == ["7"]
 
 
-def test_a_repeat_after_the_answer_gets_it_again(node: Node, board: Board) -> None:
+def test_a_repeat_after_the_answer_gets_it_again(node: Node, board: SerialBoard) -> None:
     for _ in range(2):
-        board.say(request("7"))
-        assert board.hear("final")["text"] == "cba fed "
+        board.send(request("7"))
+        assert board.receive("final")["text"] == "cba fed "
     assert node.speller.asked == ["7"]
 
 
-def test_a_person_may_type_where_the_port_is_lenient(ptys: PtyPair, board: Board) -> None:
+def test_a_person_may_type_where_the_port_is_lenient(ptys: PtyPair, board: SerialBoard) -> None:
     node = Node.start(ptys.near, lenient=True)
     wait_for(lambda: node.transport.port.is_open)
     board.write('{"id":"a","prompt":"größe"}\r\n'.encode())
-    assert board.hear("final")["text"] == "eßörg "
+    assert board.receive("final")["text"] == "eßörg "
     node.stop()
 
 
 def test_a_board_that_resets_when_the_port_opens_says_hello_when_it_is_up(ptys: PtyPair) -> None:
-    node, board = Node.start(ptys.near), Board(ptys.far)
+    node, board = Node.start(ptys.near), SerialBoard(ptys.far)
     wait_for(lambda: node.transport.port.is_open)
     while board.read():  # the first hello: nobody was there yet
         pass
     board.write(b"\xfe\x00ets Jun  8 2016\r\nrst:0x1 (POWERON_RESET)\r\nload:0x3f")
-    board.say('{"type":"hello"}')  # spoilt by the half line before it
-    assert board.hear("hello", "nak")["type"] == "nak"
-    board.say('{"type":"hello"}')
-    assert board.hear("hello")["protocol"] == 1
-    board.say(request("7"))
-    assert board.hear("final")["text"] == "cba fed "
+    board.send('{"type":"hello"}')  # spoilt by the half line before it
+    assert board.receive("hello", "nak")["type"] == "nak"
+    board.send('{"type":"hello"}')
+    assert board.receive("hello")["protocol"] == 1
+    board.send(request("7"))
+    assert board.receive("final")["text"] == "cba fed "
     assert node.speller.asked == ["7"]
     board.close()
     node.stop()
 
 
 def test_a_board_that_says_xoff_is_written_to_after_its_xon(ptys: PtyPair) -> None:
-    board, node = Board(ptys.far), Node.start(ptys.near, flow_control="xonxoff")
-    board.hear("hello")
+    board, node = SerialBoard(ptys.far), Node.start(ptys.near, flow_control="xonxoff")
+    board.receive("hello")
     board.write(b"\x13")
-    board.say(request("7"))
+    board.send(request("7"))
     wait_for(lambda: node.engine.answered == 1)
     assert board.read() == b""
     board.write(b"\x11")
-    assert board.hear("final")["text"] == "cba fed "
+    assert board.receive("final")["text"] == "cba fed "
     board.close()
     node.stop()
 
@@ -272,19 +231,19 @@ def test_a_request_after_xoff_is_taken_at_once_and_an_xon_that_is_lost_is_not_wa
     ptys: PtyPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(serial_port, "XOFF_S", 1.5)
-    board, node = Board(ptys.far), Node.start(ptys.near, flow_control="xonxoff")
+    board, node = SerialBoard(ptys.far), Node.start(ptys.near, flow_control="xonxoff")
     for number in range(10):  # XOFF as early as can be: with the last byte that was written
-        board.hear("hello")
+        board.receive("hello")
         board.write(b"\x13")
-        board.say(request(str(number)))
+        board.send(request(str(number)))
         wait_for(partial(_has_answered, node, number + 1))
         board.write(b"\x11")
-        assert board.hear("final")["id"] == str(number)
-        board.say('{"type": "hello"}')
-    board.hear("hello")
+        assert board.receive("final")["id"] == str(number)
+        board.send('{"type": "hello"}')
+    board.receive("hello")
     board.write(b"\x13")
-    board.say(request("lost"))
-    assert board.hear("final")["id"] == "lost"
+    board.send(request("lost"))
+    assert board.receive("final")["id"] == "lost"
     board.close()
     node.stop()
 
@@ -292,7 +251,7 @@ def test_a_request_after_xoff_is_taken_at_once_and_an_xon_that_is_lost_is_not_wa
 def test_several_ports_have_ids_and_answers_of_their_own(ptys: PtyPair, tmp_path: Path) -> None:
     second = PtyPair(tmp_path / "near-2", tmp_path / "far-2")
     second.plug()
-    boards = [Board(pair.far) for pair in (ptys, second)]
+    boards = [SerialBoard(pair.far) for pair in (ptys, second)]
     engine = Engine(Speller(), queue_length=3, partial_interval_s=0)
     journaled = JournaledEngine(engine, Journal(None))
     engine.start()
@@ -303,9 +262,9 @@ def test_several_ports_have_ids_and_answers_of_their_own(ptys: PtyPair, tmp_path
     for port in ports:
         port.start()
     for board, prompt in zip(boards, ("one", "two"), strict=True):
-        board.hear("hello")
-        board.say(request("7", prompt))
-    assert [board.hear("final")["text"] for board in boards] == ["eno ", "owt "]
+        board.receive("hello")
+        board.send(request("7", prompt))
+    assert [board.receive("final")["text"] for board in boards] == ["eno ", "owt "]
     engine.stop(WAIT_S)
     for port, board in zip(ports, boards, strict=True):
         port.stop(WAIT_S)
@@ -314,10 +273,10 @@ def test_several_ports_have_ids_and_answers_of_their_own(ptys: PtyPair, tmp_path
 
 
 def test_an_answer_waits_for_a_cable_that_came_out(ptys: PtyPair) -> None:
-    board, node = Board(ptys.far), Node.start(ptys.near)
-    board.hear("hello")
+    board, node = SerialBoard(ptys.far), Node.start(ptys.near)
+    board.receive("hello")
     node.speller.gate.clear()
-    board.say(request("7"))
+    board.send(request("7"))
     node.speller.wait_until_held()
     ptys.unplug()
     board.close()
@@ -325,8 +284,8 @@ def test_an_answer_waits_for_a_cable_that_came_out(ptys: PtyPair) -> None:
     node.speller.gate.set()
     wait_for(lambda: node.engine.answered == 1)
     ptys.plug()
-    board = Board(ptys.far)
-    assert board.hear("hello", "final")["type"] == "final"
+    board = SerialBoard(ptys.far)
+    assert board.receive("hello", "final")["type"] == "final"
     board.close()
     node.stop()
 
@@ -339,15 +298,15 @@ def test_a_port_that_is_not_there_is_named_once_and_opened_when_it_comes(
     wait_for(lambda: node.transport.port.progress > 2)
     assert caplog.text.count(f"port {ptys.near}: it is not there; plug it in") == 1
     ptys.plug()
-    board = Board(ptys.far)
+    board = SerialBoard(ptys.far)
     wait_for(lambda: node.transport.port.is_open)
-    board.say(request("7"))
-    assert board.hear("final")["id"] == "7"
+    board.send(request("7"))
+    assert board.receive("final")["id"] == "7"
     board.close()
     node.stop()
 
 
-def test_a_port_that_another_program_holds_is_named(ptys: PtyPair, board: Board) -> None:
+def test_a_port_that_another_program_holds_is_named(ptys: PtyPair, board: SerialBoard) -> None:
     holder = serial.Serial(str(ptys.near), 115_200, exclusive=True)
     node = Node.start(ptys.near)
     wait_for(lambda: node.transport.port.problem)
@@ -374,7 +333,7 @@ def test_nobody_waits_for_a_port_that_takes_nothing(ptys: PtyPair) -> None:
 
 
 @pytest.fixture
-def link(ptys: PtyPair, board: Board) -> Iterator[SerialLink]:
+def link(ptys: PtyPair, board: SerialBoard) -> Iterator[SerialLink]:
     """The near end as edge-ask has it."""
     link = SerialLink(SerialConfig(str(ptys.near), 115_200, "none", lenient=False))
     yield link
@@ -382,26 +341,26 @@ def link(ptys: PtyPair, board: Board) -> Iterator[SerialLink]:
 
 
 def test_edge_ask_asks_again_when_the_answer_was_lost_without_a_trace(
-    link: SerialLink, board: Board, monkeypatch: pytest.MonkeyPatch
+    link: SerialLink, board: SerialBoard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(links, "REMIND_S", 0.1)
     answers: list[Answer] = []
     threading.Thread(target=lambda: answers.extend(link.ask(Request("7", "x"), WAIT_S))).start()
     final = Final("7", "y", "stop", Usage(1, 0, 0, 1), Timings(0.0, 0.0, 0.0, 0.0))
     for data in (encode(final.to_json())[:-1], b"\n" + encode(final.to_json())):
-        board.request()
-        board.say('{"type":"ack","id":"7"}')
+        board.wait_for_request()
+        board.send('{"type":"ack","id":"7"}')
         board.write(data)
     wait_for(lambda: answers)
     assert answers == [final]
 
 
 def test_edge_ask_waits_for_no_daemon_that_has_gone(
-    link: SerialLink, board: Board, monkeypatch: pytest.MonkeyPatch
+    link: SerialLink, board: SerialBoard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(links, "REMIND_S", 0.1)
     monkeypatch.setattr(links, "LOST_S", 1.0)
     answers = link.ask(Request("7", "x"))
-    threading.Timer(0.2, partial(board.say, '{"type":"ack","id":"7"}')).start()
+    threading.Timer(0.2, partial(board.send, '{"type":"ack","id":"7"}')).start()
     with pytest.raises(TransportError, match=r"port .*near: nothing has come for 1 s; is edge-daemon there"):
         next(answers)

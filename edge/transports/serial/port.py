@@ -8,10 +8,12 @@ well-behaved programs.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
 import select
+import termios
 import threading
 import time
 from collections import deque
@@ -35,6 +37,7 @@ XOFF_S = (
     30.0  # after so long without XON, which noise may have swallowed or XOFF made of something else, go on
 )
 MAX_WAITING_BYTES = 1024 * 1024  # of frames that wait for the port
+MAX_DROPPABLE_BYTES = MAX_WAITING_BYTES // 4  # with more waiting, the rest is for answers
 
 
 class _Frame(NamedTuple):
@@ -110,7 +113,8 @@ class SerialPort:
         """
         frame = _Frame(encode(text), droppable, written)
         with self._lock:
-            full = self._waiting_bytes + len(frame.data) > MAX_WAITING_BYTES
+            room = MAX_DROPPABLE_BYTES if droppable else MAX_WAITING_BYTES
+            full = self._waiting_bytes + len(frame.data) > room
             if full or (droppable and self._port is None):
                 if not droppable:
                     self._dropped.warning("port %s: too much waits for it; an answer is dropped", self.name)
@@ -203,11 +207,15 @@ class SerialPort:
         select.select([port], [port], [], TICK_S)
 
     def _close(self) -> None:
+        held = self._held_since is not None
         with self._lock:
             port, self._port, self._rest = self._port, None, b""
             self._waiting = deque(frame for frame in self._waiting if not frame.droppable)
             self._waiting_bytes = sum(len(frame.data) for frame in self._waiting)
         if port is not None:
+            if held:  # otherwise closing a UART waits up to 30 s for a board that takes nothing
+                with contextlib.suppress(OSError, termios.error):
+                    port.reset_output_buffer()
             port.close()
 
     def _trouble(self, error: Exception) -> None:

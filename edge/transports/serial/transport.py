@@ -74,7 +74,7 @@ class SerialTransport:
         """Take a line, in the port's thread."""
         if isinstance(item, Damaged) and item.reason in NOISE:
             self._noise.warning("%s: a damaged line was refused: %s", self.client, item.why)
-            self.port.send(dumps({"type": "nak", "reason": item.reason}))
+            self.port.send(dumps({"type": "nak", "reason": item.reason}), droppable=True)
         elif isinstance(item, Damaged):
             self._answer(Failure(None, "bad_request", str(item)))
         elif not self._control(item):
@@ -114,7 +114,7 @@ class SerialTransport:
         except RequestError as error:
             self._answer(Failure(peeked.id, error.code, str(error)))
             return
-        self.port.send(dumps({"type": "ack", "id": request.id}))
+        self.port.send(dumps({"type": "ack", "id": request.id}), droppable=True)
         try:
             self._engine.submit(self.client, request, self._answer)
         except Exception as error:
