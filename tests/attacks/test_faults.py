@@ -433,7 +433,7 @@ def test_a_clock_that_jumps_by_years_disturbs_no_answer_and_no_deadline_and_is_s
     assert "the clock was set back by 3650 days" in daemon.log.read_text()
     clock.jump("-3650d")
     (said,) = doctor(daemon, clock.environment)["clock"]
-    assert said.startswith("it shows the year 20")
+    assert said.startswith("the year is 20")
     assert daemon.stop() == 0
     assert "Traceback" not in daemon.log.read_text()
 
