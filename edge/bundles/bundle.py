@@ -117,10 +117,15 @@ class Manifest:
         return manifest
 
 
+def is_plain_name(name: str) -> bool:
+    """Whether `name` can be that of a file in a bundle: printable, and in the bundle's own directory."""
+    reserved = ("", ".", "..", MANIFEST, SIGNATURE)
+    return name not in reserved and name.isprintable() and not any(c in name for c in "/\\")
+
+
 def _check_plain(name: str) -> None:
-    """Raise FieldError unless `name` is that of a file in the bundle's own directory."""
-    if name in ("", ".", "..", MANIFEST, SIGNATURE) or any(c in name for c in "/\\\0"):
-        raise FieldError(f"files has {printable(name)}, which is no file name")
+    if not is_plain_name(name):
+        raise FieldError(f"files has {printable(name)}, which is not a file name")
 
 
 def read_manifest(directory: Path) -> Manifest:

@@ -18,7 +18,7 @@ from tests.support import bundles
 from tests.support.checkpoint_files import real_model
 
 BLOCKS = 400  # more than the packed weights of the real model have
-SYSTEM = "You watch the pumps of a waterworks and explain their readings to the person on duty. " * 3
+SYSTEM = "You watch the pumps of a waterworks and explain their readings to the person on duty. " * 5
 QUESTIONS = ("Pump 7: 9.4 bar. Why?", "Pump 2: 0.1 bar. What now?")
 """Two with the same start, which is stored as a prefix snapshot."""
 
