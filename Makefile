@@ -13,7 +13,7 @@ WORKERS ?= $(shell expr $$(nproc) + 1)
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install system lint test test-all test-arm64 test-system fuzz soak deb demo bench bench-e2b bench-check adapter adapter-score clean
+.PHONY: help install system lint test test-all test-pythons test-arm64 test-system fuzz soak deb demo bench bench-e2b bench-check adapter adapter-score clean
 
 help: ## show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -39,6 +39,15 @@ test: $(STAMP) system lint ## lint, types and the fast tests
 
 test-all: $(STAMP) system lint ## the slow tests too
 	$(PYTEST) -m ''
+
+PYTHONS := 3.11 3.12 3.13
+
+test-pythons: system ## the fast tests on each supported Python that is installed; PYTHONS="3.12 3.13"
+	@for version in $(PYTHONS); do \
+	  python$$version -c '' 2>/dev/null || { echo "python$$version is not installed: skipped"; continue; }; \
+	  echo "python$$version"; \
+	  $(MAKE) --no-print-directory PYTHON=python$$version VENV=.cache/venv-$$version test || exit; \
+	done
 
 test-arm64: $(STAMP) ## tests of bundle, runtime and protocols in an emulated aarch64 Python
 	$(BIN)/python -c 'from tests.support import checkpoint_files as c; c.real_model()'

@@ -28,7 +28,7 @@ from edge.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from edge.generation.grammar import GrammarCompiler
-    from edge.runtime.compiled_model import CompiledModel
+    from edge.runtime.litert import CompiledModel
 
 __all__ = ["Completion", "Delta", "Generator", "Interrupted"]
 
