@@ -143,6 +143,7 @@ class Journal:
         self._keys: set[str] = set()  # all that have an entry, and perhaps some that had one
         self._owed = False  # whether something was accepted that `sync` is to bring to the disk
         self._looked = time.monotonic()
+        self._damaged_requests = 0
         self._entries = self._bytes = 0  # the latter never less than the truth
         self._store = SqliteStore(path, TABLES, self._measure)
         self._crashes, self._uptime = Crashes(), uptime
@@ -153,6 +154,11 @@ class Journal:
     def problem(self) -> str | None:
         """One line on why nothing is written to the disk, or None if all is well."""
         return self._store.problem
+
+    @property
+    def damage(self) -> int:
+        """How many records, or pages of them, the disk was found to have damaged since the start."""
+        return self._store.damage + self._damaged_requests
 
     @property
     def writes(self) -> tuple[int, int]:
@@ -264,6 +270,7 @@ class Journal:
                 f" WHERE answer IS NULL ORDER BY {CRASHES}, number"
             )
             left = [_unfinished(*row) for row in rows if row[1] not in self._alive]
+            self._damaged_requests += sum(entry.request is None for entry in left)
             self._alive.update({entry.key: False for entry in left})
             return left
 

@@ -19,6 +19,7 @@ from typing import TypeVar
 
 from edge.errors import EdgeError
 from edge.files import sync_file
+from edge.requests.wal_repair import repair
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -37,6 +38,7 @@ class SqliteStore:
     The first column of each is the integer primary key, which only gives the order and may be numbered anew.
 
     `writes` counts transactions that changed something, `syncs` those that waited for the disk (fsync).
+    `damage` counts the records and pages that the disk was found to have changed.
     `problem` is None, or one line on why the tables are not on the disk. `opened` is called with the
     connection whenever another database takes over. Raises EdgeError if another process holds the file.
     """
@@ -45,6 +47,7 @@ class SqliteStore:
         self, path: Path | None, tables: Mapping[str, str], opened: Callable[[sqlite3.Connection], None]
     ) -> None:
         self.writes = self.syncs = 0
+        self.damage = 0
         self.problem: str | None = None
         self._path, self._tables, self._opened = path, tables, opened
         self._lock = threading.RLock()
@@ -158,6 +161,7 @@ class SqliteStore:
                 try:
                     new.execute(insert, row)
                 except sqlite3.IntegrityError as error:
+                    self.damage += 1
                     log.error("%s: a damaged record is left out: %s", self._path, error)
         new.execute("COMMIT")
 
@@ -174,6 +178,7 @@ class SqliteStore:
                 rows.update((row[0], row[1:]) for row in found)
                 break
             except FAILED as error:
+                self.damage += 1
                 log.error("%s: %d records could be saved before: %s", self._path, len(rows), error)
         return names, [rows[number] for number in sorted(rows)]
 
@@ -207,6 +212,10 @@ class SqliteStore:
     def _open_file(self, path: Path) -> sqlite3.Connection:
         path.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        damaged = repair(path)
+        if damaged:
+            self.damage += damaged
+            log.error("%s-wal: the disk has damaged %d pages; the others are kept", path, damaged)
         database = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
         try:
             database.execute("PRAGMA locking_mode = EXCLUSIVE")
@@ -268,6 +277,7 @@ class SqliteStore:
             with contextlib.closing(sqlite3.connect(_beside(self._path, ASIDE), isolation_level=None)) as old:
                 self._copy_rows(old, new, replacing=False)
         except FAILED as error:  # no table, or one of another kind
+            self.damage += 1
             log.error("%s: no record could be saved: %s", self._path, error)
             if new.in_transaction:
                 new.execute("ROLLBACK")

@@ -16,7 +16,8 @@ def health(engine: Engine, journal: Journal, board: Board) -> Mapping[str, Any]:
     """Gather it. What the board or the engine can't tell (yet) is null.
 
     `tokens_per_s` and `first_token_ms` are those of the last answer, `memory_mib` is anonymous memory
-    (RssAnon), `throttling` lists what holds a Raspberry Pi's processor back now.
+    (RssAnon), `throttling` lists what holds a Raspberry Pi's processor back now, `journal_damage` counts
+    records that the disk has damaged.
     """
     final = engine.last_final
     throttling, temperature = board.throttling, board.temperature_c
@@ -32,6 +33,7 @@ def health(engine: Engine, journal: Journal, board: Board) -> Mapping[str, Any]:
         "throttling": None if throttling is None else list(throttling.now),
         "last_error": engine.last_error,
         "journal": journal.problem,
+        "journal_damage": journal.damage,
     }
 
 

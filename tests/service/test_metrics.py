@@ -26,6 +26,7 @@ HEALTH = {
     "throttling": ["throttled"],
     "last_error": "busy: x",
     "journal": None,
+    "journal_damage": 3,
 }
 UNKNOWN = dict.fromkeys(("tokens_per_s", "first_token_ms", "memory_mib", "temperature_c", "throttling"))
 
@@ -43,8 +44,8 @@ def samples(text: str) -> dict[str, float]:
 
 
 def test_health_is_written_in_base_units() -> None:
-    assert samples(as_text("pump", STATUS, HEALTH)) == {
-        'info 1 gemma3 a"b\\c\n': 1.0,
+    assert samples(as_text("pump", STATUS, HEALTH).decode()) == {
+        'info a"b\\c\n gemma3 1': 1.0,
         "queued_requests": 2.0,
         "working": 1.0,
         "answers_total": 12.0,
@@ -58,13 +59,14 @@ def test_health_is_written_in_base_units() -> None:
         "throttled throttled": 1.0,
         "throttled soft temperature limit": 0.0,
         "journal_on_disk": 1.0,
+        "journal_damage_total": 3.0,
     }
 
 
 def test_what_is_not_known_is_left_out() -> None:
-    found = samples(as_text("pump", STATUS, HEALTH | UNKNOWN | {"journal": "disk full"}))
+    found = samples(as_text("pump", STATUS, HEALTH | UNKNOWN | {"journal": "disk full"}).decode())
     assert found["journal_on_disk"] == 0
-    assert len(found) == 6
+    assert len(found) == 7
 
 
 def test_a_disk_that_fails_is_said_once_and_stops_nobody(
