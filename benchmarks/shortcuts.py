@@ -17,8 +17,11 @@ import click
 
 from benchmarks import models, workload
 from benchmarks.tasks import CONTEXT
+from edge.generation.answer_format import AnswerFormat
 from edge.generation.generator import Completion, Generator
+from edge.generation.grammar import GrammarCompiler
 from edge.generation.sampling import Sampler, Sampling
+from edge.generation.token_choice import choose, take
 from edge.protocol.messages import Request
 
 
@@ -29,21 +32,24 @@ def with_all(generator: Generator, request: Request) -> str:
     return last.text
 
 
-def with_none(generator: Generator, request: Request) -> str:
+def with_none(generator: Generator, compiler: GrammarCompiler, request: Request) -> str:
     """The answer with nothing of an earlier prompt, token by token, each from the whole head."""
     decoder = generator.decoder
-    grammar = generator.grammars.compile(request)
-    assert grammar is not None
-    constraint = grammar.constrain(request.max_tokens)
+    answer_format = AnswerFormat.of(request)
+    assert answer_format is not None
+    constraint = compiler.compile(answer_format).constrain(request.max_tokens)
     sampler = Sampler(Sampling(), generator.bundle.manifest.architecture.logit_softcap)
     decoder.rewind(())
     decoder.advance(generator.prompt_of(request), lambda: None)
     tokens: list[int] = []
     while not constraint.complete and constraint.remaining:
-        token = constraint.choose(sampler, decoder.logits().copy())
-        if token in generator.bundle.manifest.stop_ids:
+        forced = constraint.forced()
+        if forced:
+            token: int | None = take(constraint, forced[0], follow=False).token
+        else:
+            token = choose(constraint, sampler, decoder.logits(), follow=False).token
+        if token is None or token in generator.bundle.manifest.stop_ids:
             break
-        constraint.accept(token)
         tokens.append(token)
         decoder.advance([token], lambda: None)
     return generator.tokenizer.decode(tokens)
@@ -58,11 +64,12 @@ def main(recipes: tuple[str, ...], requests: int, threads: int) -> None:
     for recipe in recipes:
         with tempfile.TemporaryDirectory(prefix="edge-shortcuts-") as cache:
             generator = Generator.open(models.bundle(recipe), Path(cache), threads, CONTEXT)
+            compiler = GrammarCompiler(generator.tokenizer, generator.bundle.manifest.stop_ids)
             same, shared, length = 0, 0, 0
             for done, item in enumerate(workload.load()[:requests]):
                 click.echo(f"{recipe}: {same} of {done}", err=True)
                 request = item.request(chat=True)
-                fast, plain = with_all(generator, request), with_none(generator, request)
+                fast, plain = with_all(generator, request), with_none(generator, compiler, request)
                 same += fast == plain
                 shared += sum(
                     1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(fast, plain, strict=False))

@@ -13,7 +13,7 @@ from edge.bundles.bundle import MANIFEST, SIGNATURE, Golden
 from edge.errors import EdgeError
 from edge.files import write_atomically
 from edge.generation.generator import Generator
-from edge.generation.golden import record
+from edge.generation.self_test import record
 
 MOST_CHARACTERS = 1000
 """Of a text: 64 tokens are never more in practice, and the manifest stays short."""

@@ -15,6 +15,7 @@ from converters.checkpoints.opening import open_checkpoint
 from converters.convert import convert
 from converters.reference_decoder import ReferenceDecoder
 from edge.bundles.bundle import read_manifest
+from edge.generation.answer_format import AnswerFormat
 from edge.generation.grammar import GrammarCompiler
 from edge.protocol.messages import parse_request
 from tests.support import bundles, real_vocabulary
@@ -53,9 +54,10 @@ def test_every_request_is_one_that_a_daemon_takes(chat: bool) -> None:
 def test_every_schema_compiles_to_a_grammar() -> None:
     compiler = GrammarCompiler(real_vocabulary.tokenizer("gemma3"), (1,))
     for item in workload.load():
-        grammar = compiler.compile(item.request(chat=False))
-        assert grammar is not None
-        assert grammar.constrain(workload.MAX_TOKENS).closing() is not None
+        answer_format = AnswerFormat.of(item.request(chat=False))
+        assert answer_format is not None
+        grammar = compiler.compile(answer_format)
+        assert grammar.constrain(workload.MAX_TOKENS).completion() is not None
 
 
 def run(decode: float = 80.0, ready: float = 0.5, peer: float | None = 70.0) -> Results:

@@ -20,6 +20,7 @@ import click
 from adapters.field_270m.scenarios import MAX_TOKENS, Scenario, scenarios
 from adapters.field_270m.sensors import TRAINING
 from converters.checkpoints.opening import open_checkpoint
+from edge.generation.answer_format import AnswerFormat
 from edge.generation.grammar import Grammar, GrammarCompiler
 from edge.text.prompt import render
 from edge.text.tokenizer import Tokenizer
@@ -50,8 +51,9 @@ class Encoder:
         """The scenario with its right answer."""
         request = scenario.request("example")
         ids = render(request, "plain", self._tokenizer, self._bos_id)
-        grammar = self._grammars.compile(request)
-        assert grammar is not None
+        answer_format = AnswerFormat.of(request)
+        assert answer_format is not None
+        grammar = self._grammars.compile(answer_format)
         choices = []
         for token, allowed in self._path(grammar, scenario.answer):
             if allowed:
@@ -64,18 +66,17 @@ class Encoder:
         constraint, rest = grammar.constrain(MAX_TOKENS), answer.encode()
         while not constraint.complete:
             forced = constraint.forced()
+            constraint.accept(forced)
             for token in forced:
-                constraint.accept(token)
                 rest = rest[len(self._tokenizer.piece_bytes(token)) :]
                 yield token, []
             if forced:
                 continue
-            few = constraint.allowed()
-            assert few is not None  # answers are made of enums
-            allowed = few.tolist()
+            allowed = constraint.allowed()
+            assert allowed is not None  # answers are made of enums
             fitting = [token for token in allowed if rest.startswith(self._tokenizer.piece_bytes(token))]
             token = max(fitting, key=lambda token: len(self._tokenizer.piece_bytes(token)))
-            constraint.accept(token)
+            constraint.accept([token])
             rest = rest[len(self._tokenizer.piece_bytes(token)) :]
             yield token, allowed
 

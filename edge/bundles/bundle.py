@@ -51,7 +51,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Golden:
-    """A text, its token ids with `<bos>`, and what a bundle makes of it: see `edge.generation.golden`.
+    """A text, its token ids with `<bos>`, and what a bundle makes of it: see `edge.generation.self_test`.
 
     `loss` is the mean negative log-likelihood of all ids but the first, in nats.
     """

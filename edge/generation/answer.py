@@ -12,18 +12,14 @@ import time
 from collections.abc import Callable, Iterator
 from collections.abc import Generator as Coroutine
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from edge.generation.constraint import Interruption
 from edge.generation.drafting import Drafter
-from edge.generation.sampling import Sampler
+from edge.generation.token_choice import TokenChooser
 from edge.protocol.messages import Timings, ToolCall, Usage
 from edge.runtime.decoder import Decoder
-from edge.runtime.kv_cache import Floats
 from edge.runtime.prefix_cache import SHORTEST
 from edge.text.prompt import OutputParser
-
-if TYPE_CHECKING:
-    from edge.generation.grammar import Constraint
 
 Interrupted = Callable[[], str | None]
 """Polled once per prefill chunk and decode step: None to go on, or the finish reason to stop with."""
@@ -49,77 +45,7 @@ class Completion:
     tool_calls: tuple[ToolCall, ...]
 
 
-class Choice:
-    """Chooses tokens by sampler and grammar; whatever it returns counts as said.
-
-    `formatted`: the grammar describes the whole answer, and not only the tool calls in it.
-    """
-
-    def __init__(
-        self, sampler: Sampler, constraint: Constraint | None, stop_ids: tuple[int, ...], formatted: bool
-    ) -> None:
-        self._sampler, self._constraint, self.stop_ids = sampler, constraint, stop_ids
-        self._formatted = formatted
-        self.forced = 0
-
-    @property
-    def complete(self) -> bool:
-        """Whether the grammar allows nothing more."""
-        return self._constraint is not None and self._constraint.complete
-
-    @property
-    def whole(self) -> bool:
-        """Whether the answer is what its format asks for, if it ends here."""
-        return self._constraint is not None and self._formatted and self._constraint.accepting
-
-    def next(self, decoder: Decoder) -> list[int]:
-        """Return a token chosen by the decoder's logits, and those that the grammar forces after it."""
-        constraint = self._constraint
-        if constraint is None:
-            return [self._sampler.sample(decoder.logits())]
-        few = constraint.allowed()
-        logits = decoder.logits() if few is None else decoder.logits_for(few)
-        token = self._accepted(constraint, constraint.choose(self._sampler, logits, few))
-        return [token, *self.forced_after(token)]
-
-    def forced_after(self, last: int | None) -> list[int]:
-        """Return the tokens that the grammar forces after token `last`; None before the first one."""
-        constraint = self._constraint
-        if constraint is None or constraint.complete or last in self.stop_ids:
-            return []
-        tokens = constraint.forced()
-        self.forced += len(tokens)
-        for token in tokens:
-            constraint.accept(token)
-        return tokens
-
-    def check(self, guesses: list[int], rows: Floats) -> list[int]:
-        """Return the guesses that are what would have been chosen, and the first choice that no guess met.
-
-        `rows` are the logits before each guess and after the last one, [len(guesses) + 1, vocabulary].
-        """
-        chosen: list[int] = []
-        for guess, logits in zip([*guesses, None], rows, strict=True):
-            constraint = self._constraint
-            if constraint is None:
-                chosen.append(self._sampler.sample(logits))
-            else:
-                chosen.append(self._accepted(constraint, constraint.choose(self._sampler, logits)))
-            if chosen[-1] != guess or guess in self.stop_ids or self.complete:
-                break
-        return chosen
-
-    def possible(self, guesses: list[int]) -> list[int]:
-        """Return as many of `guesses` as the grammar would let pass."""
-        return guesses if self._constraint is None else guesses[: self._constraint.validate(guesses)]
-
-    def _accepted(self, constraint: Constraint, token: int) -> int:
-        if token not in self.stop_ids:
-            constraint.accept(token)
-        return token
-
-
-class Answer:
+class AnswerLoop:
     """One answer in the making. `budget` is the most tokens it may have; `tokens` are those it has.
 
     The first `stable` tokens of the prompt are worth remembering for others.
@@ -130,29 +56,37 @@ class Answer:
         decoder: Decoder,
         prompt: list[int],
         stable: int,
-        choice: Choice,
+        chooser: TokenChooser,
         output: OutputParser,
         drafter: Drafter,
         budget: int,
     ) -> None:
         self._decoder, self._prompt, self._stable = decoder, prompt, stable
-        self._choice, self._output, self._drafter, self._budget = choice, output, drafter, budget
+        self._chooser, self._output, self._drafter, self._budget = chooser, output, drafter, budget
         self.tokens: list[int] = []
         self._cached = 0
         self._started = self._prefilled = self._first_token = time.monotonic()
 
     def run(self, interrupted: Interrupted) -> Iterator[Delta | Completion]:
-        """Yield text as it becomes certain, and at last one Completion."""
-        self._started = time.monotonic()
-        opening = self._choice.forced_after(None)
+        """Yield text as it becomes certain, and finally one Completion."""
+        self._started = self._prefilled = time.monotonic()
+        try:
+            reason = yield from self._run(interrupted)
+        except Interruption as interruption:
+            reason = interruption.reason
+        rest = self._output.finish()
+        if rest.text or rest.reasoning:
+            yield Delta(rest.text, rest.reasoning)
+        yield self._completion("tool_calls" if reason == "stop" and self._output.tool_calls else reason)
+
+    def _run(self, interrupted: Interrupted) -> Coroutine[Delta, None, str]:
+        """Generate the answer; returns the finish reason."""
+        opening = self._chooser.forced_here()
         reason = self._prefill(opening, interrupted)
         self._prefilled = time.monotonic()
         if reason is None:
             reason = yield from self._decode(opening, interrupted)
-        last = self._output.finish()
-        if last.text or last.reasoning:
-            yield Delta(last.text, last.reasoning)
-        yield self._completion("tool_calls" if reason == "stop" and self._output.tool_calls else reason)
+        return reason
 
     def _prefill(self, opening: list[int], interrupted: Interrupted) -> str | None:
         """Run the prompt, as far as it is not at hand, and what the answer must begin with.
@@ -179,7 +113,7 @@ class Answer:
             ended = yield from self._say(opening)
             if ended is not None:
                 return ended
-        chosen = pending = self._choice.next(self._decoder)
+        chosen = pending = self._chooser.next(self._decoder)
         if not opening:
             self._first_token = time.monotonic()
         while True:
@@ -192,7 +126,7 @@ class Answer:
             guesses = self._guesses(pending)
             if guesses:
                 accepted = self._verify(pending, guesses)
-                forced = self._choice.forced_after(accepted[-1])
+                forced = self._chooser.forced_here()
                 chosen, pending = accepted + forced, accepted[-1:] + forced
                 continue
             started = time.perf_counter()
@@ -200,15 +134,15 @@ class Answer:
             if reason is not None:
                 return reason
             single = len(pending) == 1
-            chosen = pending = self._choice.next(self._decoder)
+            chosen = pending = self._chooser.next(self._decoder)
             if single:
-                self._drafter.payoff.stepped(time.perf_counter() - started)
+                self._drafter.gate.stepped(time.perf_counter() - started)
 
     def _say(self, chosen: list[int]) -> Coroutine[Delta, None, str | None]:
         """Show tokens one by one; returns the finish reason if one of them ends the answer."""
         for token in chosen:
             self.tokens.append(token)
-            if token in self._choice.stop_ids:
+            if token in self._chooser.stop_ids:
                 return "stop"
             increment = self._output.push(token)
             yield Delta(increment.text, increment.reasoning)
@@ -216,25 +150,25 @@ class Answer:
                 return "stop"
             if len(self.tokens) >= self._budget:
                 break
-        if self._choice.complete:
+        if self._chooser.complete:
             return "stop"
         if len(self.tokens) < self._budget:
             return None
-        return "stop" if self._choice.whole else "length"
+        return "stop" if self._chooser.whole else "length"
 
     def _guesses(self, pending: list[int]) -> list[int]:
         """Guesses for what follows `pending`, as many as one pass can check."""
         room = self._decoder.verify_width - len(pending)
         room = min(room, self._budget - len(self.tokens) - 1)
         guesses = self._drafter.guess(self.tokens, room) if room > 0 else []
-        return self._choice.possible(guesses)
+        return self._chooser.possible(guesses)
 
     def _verify(self, pending: list[int], guesses: list[int]) -> list[int]:
         started = time.perf_counter()
         rows = self._decoder.verify([*pending, *guesses])
-        chosen = self._choice.check(guesses, rows[len(pending) - 1 :])
+        chosen = self._chooser.check(guesses, rows[len(pending) - 1 :])
         self._decoder.commit(len(pending) + len(chosen) - 1)
-        self._drafter.payoff.verified(len(chosen) - 1, time.perf_counter() - started)
+        self._drafter.gate.verified(len(chosen) - 1, time.perf_counter() - started)
         return chosen
 
     def _completion(self, reason: str) -> Completion:
@@ -246,6 +180,6 @@ class Answer:
             decode_ms=(now - self._prefilled) * 1000,
             first_token_ms=(first - self._started) * 1000,
         )
-        usage = Usage(len(self._prompt), self._cached, self._choice.forced, len(self.tokens))
+        usage = Usage(len(self._prompt), self._cached, self._chooser.forced, len(self.tokens))
         output = self._output
         return Completion(output.text, reason, usage, timings, output.reasoning or None, output.tool_calls)

@@ -1,7 +1,7 @@
 """Guesses for the next tokens by prompt lookup: what followed the last few tokens where they stood before.
 
 A sensor's answer repeats its prompt (names, units, numbers) and earlier answers of its kind. A guess costs
-one look into a dictionary, checking it a verify pass of more than one step's time. So `Payoff` watches how
+one look into a dictionary, checking it a verify pass of more than one step's time. So `DraftGate` watches how
 many tokens are accepted and stops drafting where it does not pay. Guesses never change what is generated:
 they are checked against the model's own choice (`edge.generation.sampling`).
 """
@@ -63,8 +63,8 @@ class PromptLookup:
 class Drafter:
     """Guesses for one answer, as long as guessing pays. `history` as in `PromptLookup`."""
 
-    def __init__(self, history: Sequence[Sequence[int]], payoff: Payoff) -> None:
-        self._history, self.payoff = history, payoff
+    def __init__(self, history: Sequence[Sequence[int]], gate: DraftGate) -> None:
+        self._history, self.gate = history, gate
         self._lookup: PromptLookup | None = None
         self._seen = 0
 
@@ -75,10 +75,10 @@ class Drafter:
         self._lookup.extend(answer[self._seen :])
         self._seen = len(answer)
         guessed = self._lookup.guess(count)
-        return guessed if guessed and self.payoff.allows() else []
+        return guessed if guessed and self.gate.allows() else []
 
 
-class Payoff:
+class DraftGate:
     """Whether drafting pays, judged by a moving average over verify passes, best over many answers.
 
     `cost` is the time of a verify pass in decode steps, until both have been timed. It pays if the tokens

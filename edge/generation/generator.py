@@ -11,15 +11,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge.bundles.bundle import TOKENIZER, Bundle
 from edge.errors import RequestError
-from edge.generation.answer import Answer, Choice, Completion, Delta, Interrupted
-from edge.generation.drafting import Drafter, Payoff
+from edge.generation.answer import AnswerLoop, Completion, Delta, Interrupted
+from edge.generation.answer_format import AnswerFormat
+from edge.generation.drafting import Drafter, DraftGate
+from edge.generation.grammar_client import GrammarWorker
 from edge.generation.sampling import Sampler, Sampling
+from edge.generation.token_choice import TokenChooser
 from edge.protocol.messages import Message, Request
 from edge.runtime.decoder import Decoder
 from edge.runtime.memory import return_free_memory
@@ -27,7 +29,6 @@ from edge.text.prompt import OutputParser, render
 from edge.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from edge.generation.grammar import GrammarCompiler
     from edge.runtime.litert import CompiledModel
 
 __all__ = ["Completion", "Delta", "Generator", "Interrupted"]
@@ -56,9 +57,10 @@ class Generator:
         self.context = min(context or manifest.context, manifest.context)
         digest = manifest.files[TOKENIZER].sha256
         self.tokenizer = Tokenizer.open(bundle.path(TOKENIZER), digest, cache_directory)
+        self.grammars = GrammarWorker(bundle.path(TOKENIZER), digest, cache_directory, manifest.stop_ids)
         self._previous: list[int] = []
         self._answers: deque[list[int]] = deque(maxlen=_EARLIER_ANSWERS)
-        self._payoff = Payoff(_VERIFY_COST)
+        self._gate = DraftGate(_VERIFY_COST)
         self.decoder = Decoder(bundle, cache_directory, threads, self.context, compiled)
 
     @classmethod
@@ -69,15 +71,9 @@ class Generator:
         """
         return cls(Bundle.open(directory, cache_directory), cache_directory, threads, context)
 
-    @cached_property
-    def grammars(self) -> GrammarCompiler:
-        """Imported with the first request that needs it: the engine behind it is a tenth of a start."""
-        from edge.generation.grammar import GrammarCompiler
-
-        return GrammarCompiler(self.tokenizer, self.bundle.manifest.stop_ids)
-
     def close(self) -> None:
         """Give all memory back; the generator can't be used after that."""
+        self.grammars.close()
         self.decoder.close()
 
     def generate(self, request: Request, interrupted: Interrupted) -> Iterator[Delta | Completion]:
@@ -93,23 +89,22 @@ class Generator:
                 "too_long", f"the prompt has {len(prompt)} tokens, the context is {self.context}; shorten it"
             )
         budget = min(request.max_tokens, self.context - len(prompt))
-        limited = request.response_format is not None or request.tools
-        grammar = self.grammars.compile(request) if limited else None
+        answer_format = AnswerFormat.of(request)
         stable = self._stable_length(request, prompt)
         sampling = Sampling(request.temperature, request.top_k, request.top_p, request.seed)
-        choice = Choice(
+        chooser = TokenChooser(
             Sampler(sampling, manifest.architecture.logit_softcap),
-            None if grammar is None else grammar.constrain(budget),
+            None if answer_format is None else self.grammars.constrain(answer_format, budget, interrupted),
             manifest.stop_ids,
             request.response_format is not None,
         )
         output = OutputParser(manifest.prompt_format, self.tokenizer, prompt, request.stop)
-        drafter = Drafter([*self._answers, prompt], self._payoff)
-        answer = Answer(self.decoder, prompt, stable, choice, output, drafter, budget)
+        drafter = Drafter([*self._answers, prompt], self._gate)
+        answer = AnswerLoop(self.decoder, prompt, stable, chooser, output, drafter, budget)
         return self._remembering(answer, prompt, interrupted)
 
     def _remembering(
-        self, answer: Answer, prompt: list[int], interrupted: Interrupted
+        self, answer: AnswerLoop, prompt: list[int], interrupted: Interrupted
     ) -> Iterator[Delta | Completion]:
         self._previous = prompt
         for item in answer.run(interrupted):

@@ -30,7 +30,7 @@ from edge.config import Config
 from edge.errors import BundleError, EdgeError
 from edge.files import write_atomically
 from edge.generation.generator import Generator
-from edge.generation.golden import self_test
+from edge.generation.self_test import self_test
 from edge.requests.engine import Engine
 from edge.runtime.litert import forget_packed_weights, weight_cache_name
 

@@ -23,8 +23,6 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
 from edge.errors import BundleError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -43,6 +41,8 @@ def flatten(model: bytes) -> bytes:
 
     Raises BundleError if it is not one.
     """
+    import numpy as np  # not needed to use a vocabulary, and a process that does not saves 8 MB
+
     try:
         pieces, trainer = _read(model)
     except (ValueError, TypeError, KeyError, IndexError, struct.error):

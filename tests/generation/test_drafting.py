@@ -7,7 +7,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge.generation.drafting import Payoff, PromptLookup
+from edge.generation.drafting import DraftGate, PromptLookup
 
 few_tokens = st.lists(st.integers(0, 4), max_size=60)
 
@@ -48,31 +48,31 @@ def test_a_guess_is_a_continuation_that_was_there(
         assert any(text[i : i + len(seen)] == seen for text in texts for i in range(len(text)))
 
 
-def drafted_share(payoff: Payoff, accepted: list[int]) -> float:
+def drafted_share(gate: DraftGate, accepted: list[int]) -> float:
     """Of so many opportunities, how many were used."""
     used = 0
     for count in accepted:
-        if payoff.allows():
-            payoff.observe(count)
+        if gate.allows():
+            gate.observe(count)
             used += 1
     return used / len(accepted)
 
 
 def test_drafting_that_is_accepted_goes_on() -> None:
-    assert drafted_share(Payoff(cost=2.0), [3] * 200) == 1
+    assert drafted_share(DraftGate(cost=2.0), [3] * 200) == 1
 
 
 def test_drafting_that_is_never_accepted_stops_but_is_tried_again() -> None:
-    payoff = Payoff(cost=2.0)
-    assert 0 < drafted_share(payoff, [0] * 2000) < 0.02
-    assert not payoff.pays
-    assert drafted_share(payoff, [7] * 4000) > 0.8
-    assert payoff.pays
+    gate = DraftGate(cost=2.0)
+    assert 0 < drafted_share(gate, [0] * 2000) < 0.02
+    assert not gate.pays
+    assert drafted_share(gate, [7] * 4000) > 0.8
+    assert gate.pays
 
 
 def test_drafting_at_a_loss_costs_little_and_at_a_gain_is_used() -> None:
     chance = random.Random(1)
     loss = [chance.choice([0, 0, 0, 0, 2]) for _ in range(3000)]
     gain = [chance.choice([0, 2, 4, 7]) for _ in range(3000)]
-    assert drafted_share(Payoff(cost=2.0), loss) < 0.1
-    assert drafted_share(Payoff(cost=2.0), gain) > 0.9
+    assert drafted_share(DraftGate(cost=2.0), loss) < 0.1
+    assert drafted_share(DraftGate(cost=2.0), gain) > 0.9

@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from edge.errors import RequestError
+from edge.generation.answer_format import AnswerFormat
 from edge.generation.generator import Completion, Delta, Generator
+from edge.generation.grammar import GrammarCompiler
 from edge.protocol.messages import Message, Request
 from tests.support import bundles
 
@@ -38,6 +40,11 @@ def schema_format(schema: dict[str, Any]) -> dict[str, Any]:
 @cache
 def generator(name: str = "gemma3-one-kv-head", recipe: str = "float32") -> Generator:
     return Generator.open(bundles.small_bundle(name, recipe), bundles.cache_directory(), 2, None)
+
+
+@cache
+def compiler(g: Generator) -> GrammarCompiler:
+    return GrammarCompiler(g.tokenizer, g.bundle.manifest.stop_ids)
 
 
 def run(
@@ -185,9 +192,9 @@ class _Plain:
     def answer(self, request: Request) -> str:
         g = self.g
         prompt = g.prompt_of(request)
-        grammar = g.grammars.compile(request)
-        assert grammar is not None
-        constraint = grammar.constrain(request.max_tokens)
+        answer_format = AnswerFormat.of(request)
+        assert answer_format is not None
+        constraint = compiler(g).compile(answer_format).constrain(request.max_tokens)
         d = g.decoder
         d.rewind(())
         for token in prompt:
@@ -195,12 +202,13 @@ class _Plain:
         tokens: list[int] = []
         while not constraint.complete and len(tokens) < request.max_tokens:
             forced = constraint.forced()
-            logits: NDArray[np.float32] = d.logits().copy()
-            constraint.mask(logits)
-            token = forced[0] if forced else int(logits.argmax())
+            logits: NDArray[np.float32] = d.logits()
+            bits = np.frombuffer(constraint.mask(), np.uint8)
+            allowed = np.unpackbits(bits, count=len(logits), bitorder="little")
+            token = forced[0] if forced else int(np.where(allowed, logits, -np.inf).argmax())
             if token in g.bundle.manifest.stop_ids:
                 break
-            constraint.accept(token)
+            constraint.accept([token])
             tokens.append(token)
             d.advance([token], lambda: None)
         return g.tokenizer.decode(tokens)
@@ -229,7 +237,7 @@ def test_drafting_changes_no_answer(
         return verify(ids)
 
     monkeypatch.setattr(g.decoder, "verify", counted)
-    monkeypatch.setattr("edge.generation.drafting.Payoff.allows", lambda _self: True)
+    monkeypatch.setattr("edge.generation.drafting.DraftGate.allows", lambda _self: True)
     drafted = run(g, request)[1]
     monkeypatch.setattr("edge.generation.drafting.PromptLookup.guess", lambda _self, _count: [])
     assert run(g, request)[1].text == drafted.text

@@ -22,8 +22,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from edge.errors import RequestError
-from edge.generation.grammar import CACHED_GRAMMARS, Constraint, GrammarCompiler
+from edge.generation.answer_format import AnswerFormat
+from edge.generation.constraint import Step
+from edge.generation.grammar import GrammarCompiler, GrammarConstraint
 from edge.generation.sampling import Sampler, Sampling
+from edge.generation.token_choice import choose, take
 from edge.protocol.messages import Request, ToolCall, parse_request
 from edge.text.prompt import OutputParser
 from edge.text.tokenizer import Tokenizer
@@ -72,16 +75,42 @@ def for_tool(parameters: Mapping[str, Any], **fields: Any) -> Request:
     return asked(tools=[{"function": {"name": "f", "parameters": parameters}}], **fields)
 
 
-def constrain(request: Request, max_tokens: int = 400, compiler: GrammarCompiler | None = None) -> Constraint:
-    grammar = (compiler or small()).compile(request)
-    assert grammar is not None
-    return grammar.constrain(max_tokens)
+def format_of(request: Request) -> AnswerFormat:
+    answer_format = AnswerFormat.of(request)
+    assert answer_format is not None
+    return answer_format
 
 
-def follow(constraint: Constraint, tokens: list[int]) -> Constraint:
-    for token in tokens:
-        constraint.accept(token)
+def constrain(
+    request: Request, max_tokens: int = 400, compiler: GrammarCompiler | None = None
+) -> GrammarConstraint:
+    return (compiler or small()).compile(format_of(request)).constrain(max_tokens)
+
+
+def follow(constraint: GrammarConstraint, tokens: list[int]) -> GrammarConstraint:
+    constraint.accept(tokens)
     return constraint
+
+
+def masked(constraint: GrammarConstraint, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    bits = np.frombuffer(constraint.mask(), np.uint8)
+    return np.where(np.unpackbits(bits, count=len(logits), bitorder="little"), logits, -np.inf)
+
+
+def drawn(
+    constraint: GrammarConstraint,
+    sampler: Sampler,
+    logits: NDArray[np.float32],
+    ids: list[int] | None = None,
+    follow: bool = False,
+) -> Step:
+    """Take what the decoder's loop would take, with the logits of `ids` or all logits."""
+    if ids is not None:
+        return take(constraint, sampler.sample(logits[ids], np.asarray(ids, np.int32)), follow)
+    forced = constraint.forced()
+    if forced:
+        return take(constraint, forced[0], follow)
+    return choose(constraint, sampler, logits.copy(), follow)
 
 
 def noise(random: np.random.Generator) -> NDArray[np.float32]:
@@ -91,7 +120,7 @@ def noise(random: np.random.Generator) -> NDArray[np.float32]:
     return logits
 
 
-def generate(constraint: Constraint, seed: int, start: tuple[int, ...] = ()) -> list[int]:
+def generate(constraint: GrammarConstraint, seed: int, start: tuple[int, ...] = ()) -> list[int]:
     """As the decoder does it, with noise for logits; forced and listed tokens are used at random or not."""
     random, sampler = np.random.default_rng(seed), Sampler(Sampling(1.0, 64, 1.0, seed))
     tokens = list(start)
@@ -102,16 +131,16 @@ def generate(constraint: Constraint, seed: int, start: tuple[int, ...] = ()) -> 
         tokens += forced
         if forced:
             continue
-        logits, ids = noise(random), constraint.allowed() if random.random() < 0.5 else None
-        token = constraint.choose(sampler, logits if ids is None else logits[ids], ids)
-        if token in STOPS:
+        ids, following = constraint.allowed() if random.random() < 0.5 else None, random.random() < 0.5
+        step = drawn(constraint, sampler, noise(random), ids, following)
+        assert step.token is not None
+        if step.token in STOPS:
             break
-        constraint.accept(token)
-        tokens.append(token)
+        tokens += [step.token, *(step.forced if following else [])]
     return tokens
 
 
-def text_of(constraint: Constraint, seed: int) -> str:
+def text_of(constraint: GrammarConstraint, seed: int) -> str:
     return small_tokenizer().decode(generate(constraint, seed))
 
 
@@ -215,9 +244,9 @@ ENDLESS_LIST = {  # once cut off: what it forces was taken in other tokens than 
 def test_json_is_valid_and_complete_within_the_shortest_budget_and_any_larger(
     schema: dict[str, Any], seed: int, extra: int
 ) -> None:
-    closing = constrain(for_schema(schema)).closing()
-    assert closing is not None
-    constraint = constrain(for_schema(schema), len(closing) + extra)
+    completion = constrain(for_schema(schema)).completion()
+    assert completion is not None
+    constraint = constrain(for_schema(schema), len(completion) + extra)
     answer = text_of(constraint, seed)
     assert constraint.accepting
     assert valid(json.loads(answer), schema), answer
@@ -260,18 +289,18 @@ def test_a_repetition_in_a_pattern_hides_no_end(pattern: str, extra: int) -> Non
     }
     regex = asked(response_format={"type": "regex", "regex": pattern[1:-1]})
     for request in (regex, for_schema(schema)):
-        closing = constrain(request).closing()
-        assert closing is not None
+        completion = constrain(request).completion()
+        assert completion is not None
         for seed in range(5):
-            constraint = constrain(request, len(closing) + extra)
+            constraint = constrain(request, len(completion) + extra)
             answer = text_of(constraint, seed)
             assert constraint.accepting
             assert re.search(pattern, answer if request is regex else json.loads(answer)["v"], re.DOTALL)
     tool = for_tool(schema)
-    closing = follow(constrain(tool), [CALL]).closing()
-    assert closing is not None
+    completion = follow(constrain(tool), [CALL]).completion()
+    assert completion is not None
     parser = OutputParser("gemma4", small_tokenizer(), [])
-    for token in generate(constrain(tool, 1 + len(closing) + extra), extra, start=(CALL,)):
+    for token in generate(constrain(tool, 1 + len(completion) + extra), extra, start=(CALL,)):
         parser.push(token)
     parser.finish()
     assert all(re.search(pattern, call.arguments["v"], re.DOTALL) for call in parser.tool_calls)
@@ -284,9 +313,9 @@ def test_a_repetition_in_a_pattern_hides_no_end(pattern: str, extra: int) -> Non
 def test_tool_calls_are_valid_and_complete_within_the_budget(
     schema: dict[str, Any], seed: int, extra: int
 ) -> None:
-    closing = follow(constrain(for_tool(schema)), [CALL]).closing()
-    assert closing is not None
-    constraint = constrain(for_tool(schema), 1 + len(closing) + extra)
+    completion = follow(constrain(for_tool(schema)), [CALL]).completion()
+    assert completion is not None
+    constraint = constrain(for_tool(schema), 1 + len(completion) + extra)
     parser = OutputParser("gemma4", small_tokenizer(), [])
     for token in generate(constraint, seed, start=(CALL,)):
         parser.push(token)
@@ -300,17 +329,16 @@ def test_tool_calls_are_valid_and_complete_within_the_budget(
 def test_the_mask_the_list_and_the_check_agree_at_every_step(schema: dict[str, Any], seed: int) -> None:
     constraint = constrain(for_schema(schema), 400)  # so many that forced tokens need not be spared
     for token in generate(constrain(for_schema(schema), 40), seed):
-        logits = np.zeros(small_tokenizer().vocabulary_size, np.float32)
-        constraint.mask(logits)
-        masked = set(np.flatnonzero(np.isfinite(logits)).tolist())
+        logits = masked(constraint, np.zeros(small_tokenizer().vocabulary_size, np.float32))
+        unmasked = set(np.flatnonzero(np.isfinite(logits)).tolist())
         forced = constraint.forced()
         checked = {i for i in range(len(logits)) if constraint.validate([i])}
         listed = constraint.allowed()
-        assert masked == ({forced[0]} if forced else checked)
-        assert checked >= masked
-        assert listed is None or set(listed.tolist()) == masked
+        assert unmasked == ({forced[0]} if forced else checked)
+        assert checked >= unmasked
+        assert listed is None or set(listed) == unmasked
         assert listed is not None or len(checked) > 100
-        constraint.accept(token)
+        constraint.accept([token])
 
 
 def test_where_a_control_token_is_due_only_that_one_is_listed() -> None:
@@ -328,16 +356,16 @@ def test_choosing_draws_what_masking_everything_first_draws(temperature: float, 
     random = np.random.default_rng(8)
     prefix = small_tokenizer().encode('{"status":"ok","reason":"the')
     for length in range(len(prefix)):
-        constraint = follow(constrain(for_schema(SENSOR)), prefix[:length])
         plain, ours, listed = Sampler(sampling), Sampler(sampling), Sampler(sampling)
-        ids = constraint.allowed()
-        for _ in range(20):
+        for _ in range(8):
             logits = noise(random)
-            masked = logits.copy()
-            constraint.mask(masked)
-            expected = plain.sample(masked)
-            assert constraint.choose(ours, logits.copy()) == expected
-            assert ids is None or constraint.choose(listed, logits[ids], ids) == expected
+            constraint = follow(constrain(for_schema(SENSOR)), prefix[:length])
+            ids = constraint.allowed()
+            expected = plain.sample(masked(constraint, logits))
+            assert drawn(constraint, ours, logits).token == expected
+            if ids is not None:
+                constraint = follow(constrain(for_schema(SENSOR)), prefix[:length])
+                assert drawn(constraint, listed, logits, ids).token == expected
 
 
 def test_forced_tokens_are_those_of_the_whole_text() -> None:
@@ -357,17 +385,17 @@ def test_forced_tokens_are_those_of_the_whole_text() -> None:
     assert count >= 6
 
 
-def test_the_closing_of_a_sensor_answer_is_the_shortest_text() -> None:
+def test_the_completion_of_a_sensor_answer_is_the_shortest_text() -> None:
     constraint = constrain(for_schema(SENSOR), 100, real())
     shortest = '{"status":"ok","reason":"","action":"","value":0}'
-    closing = constraint.closing()
-    assert closing is not None
-    assert len(closing) == len(real_vocabulary.tokenizer("gemma4").encode(shortest))
+    completion = constraint.completion()
+    assert completion is not None
+    assert len(completion) == len(real_vocabulary.tokenizer("gemma4").encode(shortest))
 
 
 def test_too_small_a_budget_gives_a_valid_beginning_and_says_so() -> None:
     constraint = constrain(for_schema(SENSOR), 8)
-    assert constraint.closing() is None
+    assert constraint.completion() is None
     answer = text_of(constraint, 1)
     assert not constraint.accepting
     assert constraint.remaining == 0
@@ -395,31 +423,10 @@ def test_where_an_answer_may_end_or_go_on_the_model_decides() -> None:
     assert (constraint.accepting, constraint.complete) == (True, True)
 
 
-def test_tokens_can_be_taken_back() -> None:
-    tokens = small_tokenizer().encode('{"status":"ok","reason":"')
-    constraint = constrain(for_schema(SENSOR), 100)
-    before = constraint.closing()
-    follow(constraint, tokens)
-    constraint.rollback(len(tokens))
-    assert constraint.remaining == 100
-    assert constraint.closing() == before
-    assert constraint.validate([*tokens, CALL]) == len(tokens)
-    assert follow(constraint, tokens).remaining == 100 - len(tokens)
-
-
-def test_a_complete_answer_can_be_taken_back_too() -> None:
-    constraint = follow(constrain(asked(response_format={"type": "choice", "choice": ["ok"]})), [])
-    tokens = small_tokenizer().encode("ok")
-    assert follow(constraint, tokens).complete
-    constraint.rollback(len(tokens))
-    assert not constraint.complete
-    assert follow(constraint, tokens).complete
-
-
 def test_a_token_that_is_not_allowed_is_not_accepted() -> None:
     constraint = constrain(for_schema(SENSOR))
     with pytest.raises(ValueError, match=f"token {CALL} is not allowed"):
-        constraint.accept(CALL)
+        constraint.accept([CALL])
     follow(constraint, small_tokenizer().encode('{"status'))
 
 
@@ -441,8 +448,8 @@ def test_a_call_is_not_begun_when_it_could_not_be_finished() -> None:
     logits = np.zeros(small_tokenizer().vocabulary_size, np.float32)
     logits[CALL] = 9
     greedy = Sampler(Sampling())
-    assert constrain(for_tool(TOOL), 100).choose(greedy, logits.copy()) == CALL
-    assert constrain(for_tool(TOOL), 5).choose(greedy, logits.copy()) in STOPS
+    assert drawn(constrain(for_tool(TOOL), 100), greedy, logits).token == CALL
+    assert drawn(constrain(for_tool(TOOL), 5), greedy, logits).token in STOPS
 
 
 def test_a_tool_without_parameters_is_called_without_arguments() -> None:
@@ -525,7 +532,7 @@ REFUSED = {
 def test_what_can_not_be_followed_is_refused_by_name(case: str) -> None:
     request, message = REFUSED[case]
     with pytest.raises(RequestError, match=message) as caught:
-        small().compile(request)
+        small().compile(format_of(request))
     assert caught.value.code == "bad_request"
     assert "\n" not in str(caught.value)
 
@@ -537,7 +544,7 @@ def test_what_can_not_be_followed_is_refused_by_name(case: str) -> None:
 def test_schemas_of_the_wrong_shape_are_refused_not_crashed_on(weird: Any) -> None:
     for request in (for_schema({"properties": {"x": weird}}), for_tool({"properties": {"x": weird}})):
         with pytest.raises(RequestError):
-            small().compile(request)
+            small().compile(format_of(request))
 
 
 def chain(count: int, *wrapped: str) -> dict[str, Any]:
@@ -573,27 +580,27 @@ BOMBS = {
 @pytest.mark.parametrize("case", BOMBS)
 def test_a_schema_that_would_take_all_memory_time_or_stack_is_refused(case: str) -> None:
     with pytest.raises(
-        RequestError, match=r"more than 1024 objects|common multiple|behind the other"
+        RequestError, match=r"more than 1024 objects|common multiple|chained too deep"
     ) as caught:
-        small().compile(BOMBS[case])
+        small().compile(format_of(BOMBS[case]))
     assert caught.value.code == "bad_request"
 
 
 LARGEST = """
 import sys, threading
 from tests.generation import test_grammar as tests
-from edge.requests import engine
+from edge.generation import grammar_channel
 
 shapes = [tests.chain(1000), tests.chain(330, "x", "properties")]
 shapes += [tests.chain(500, key) for key in ("items", "additionalProperties", "prefixItems", "anyOf")]
 
 def work():
     for shape in shapes:
-        tests.small().compile(tests.for_schema(shape))
+        tests.small().compile(tests.format_of(tests.for_schema(shape)))
         done.append(shape)
 
 done = []
-threading.stack_size(engine.STACK_BYTES // 2)
+threading.stack_size(grammar_channel.STACK_BYTES // 2)
 thread = threading.Thread(target=work)
 thread.start()
 thread.join()
@@ -609,7 +616,7 @@ def test_the_largest_schemas_that_are_taken_leave_half_of_the_stack() -> None:
 
 @pytest.mark.parametrize("multiple", [0.01, 0.25, 5, 15, 360, 1000, 86_400, 10**6, 1e-9])
 def test_multiples_that_people_use_are_followed(multiple: float) -> None:
-    assert small().compile(for_schema({"type": "number", "multipleOf": multiple})) is not None
+    assert constrain(for_schema({"type": "number", "multipleOf": multiple})).allowed() is not None
 
 
 HOSTILE = [
@@ -632,30 +639,26 @@ def test_hostile_formats_give_a_beginning_or_a_typed_error(request_: Request) ->
     try:
         constraint = constrain(request_, 30, real())
         while not constraint.complete and constraint.remaining:
-            token = constraint.choose(Sampler(Sampling()), logits.copy())
-            if token in STOPS:
+            if drawn(constraint, Sampler(Sampling()), logits).token in STOPS:
                 break
-            constraint.accept(token)
     except RequestError as error:
         refused = error
         assert refused.code == "bad_request"
 
 
 def test_requests_without_a_format_need_no_grammar() -> None:
-    assert small().compile(asked()) is None
+    assert AnswerFormat.of(asked()) is None
 
 
-def test_compiled_grammars_are_shared_kept_and_forgotten_in_turn() -> None:
+def test_a_compiled_grammar_serves_many_answers_until_it_is_forgotten() -> None:
     compiler = GrammarCompiler(small_tokenizer(), STOPS)
 
-    def choice(number: int) -> Request:
-        return asked(response_format={"type": "choice", "choice": [f"n{number}"]})
+    def choice(number: int) -> AnswerFormat:
+        return format_of(asked(response_format={"type": "choice", "choice": [f"n{number}"]}))
 
     first = compiler.compile(choice(0))
-    assert first is not None
-    for number in range(1, CACHED_GRAMMARS + 5):
-        assert compiler.compile(choice(0)) is not None
-        assert compiler.compile(choice(number)) is not None
-    assert compiler.cached == CACHED_GRAMMARS
-    assert follow(first.constrain(9), small_tokenizer().encode("n0")).complete
-    assert follow(first.constrain(9), small_tokenizer().encode("n0")).complete
+    compiler.compile(choice(1))
+    compiler.compile(choice(0))
+    assert [compiler.forget_oldest() for _ in range(3)] == [True, True, False]
+    for _ in range(2):
+        assert follow(first.constrain(9), small_tokenizer().encode("n0")).complete

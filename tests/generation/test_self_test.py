@@ -15,7 +15,7 @@ from converters.golden import record_golden
 from edge.bundles.bundle import SIGNATURE, Golden, read_manifest
 from edge.errors import BundleError, EdgeError
 from edge.generation.generator import Generator
-from edge.generation.golden import TOLERANCE, self_test
+from edge.generation.self_test import TOLERANCE, self_test
 from tests.support import bundles
 
 TEXT = "The hut stands on a shoulder of the hill, where the wind does not reach it with its full strength."
