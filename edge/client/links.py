@@ -102,7 +102,11 @@ class MqttLink:
         self._connection.post(lambda: self._handle(message))
 
     def _handle(self, message: Outgoing) -> None:
-        self._connection.publish(message)
+        self._connection.publish(message, done=self._published)
+
+    def _published(self, refused: str | None) -> None:
+        """Note a refusal; that a request has arrived is known from its answer."""
+        self._refused = refused or self._refused
 
     def _find_node(self) -> str:
         """Wait for the connection and for the node's status. Raises TransportError."""
@@ -157,10 +161,6 @@ class MqttLink:
         """Pass it on."""
         self._events.put(message)
         self._connection.acknowledge(message.token)
-
-    def published(self, number: int, refused: str | None) -> None:
-        """Note a refusal; that a request has arrived is known from its answer."""
-        self._refused = refused or self._refused
 
     def tick(self) -> None:
         """Do nothing."""

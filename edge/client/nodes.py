@@ -78,9 +78,6 @@ class Nodes:
         """Pass it on: the connection comes back."""
         self._heard.put(None)
 
-    def published(self, number: int, refused: str | None) -> None:
-        """Do nothing: nothing is published."""
-
     def tick(self) -> None:
         """Do nothing."""
 

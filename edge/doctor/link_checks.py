@@ -169,9 +169,6 @@ class _Listener:
     def disconnected(self) -> None:
         """Nothing to do."""
 
-    def published(self, number: int, refused: str | None) -> None:
-        """Nothing to do."""
-
     def tick(self) -> None:
         """Nothing to do."""
 

@@ -40,7 +40,8 @@ def loads(raw: bytes | str, max_bytes: int) -> dict[str, Any]:
         raise StrictJsonError(f"not JSON: {error.msg} at character {error.pos}") from None
     if not isinstance(value, dict):
         raise StrictJsonError(f"a JSON object is needed, not {kind_of(value)}")
-    _check_tree(value)
+    if "\\u" in text or text.count("{") + text.count("[") > MAX_DEPTH:  # otherwise nothing can be wrong
+        _check_tree(value)
     return value
 
 

@@ -116,7 +116,7 @@ def interrupted_after(module: str, *arguments: str) -> tuple[int, list[str]]:
 
 @pytest.mark.parametrize(
     "module",
-    ["signal", "click.core", "edge.cli.program", "edge.protocol.messages", "paho.mqtt.client", "ssl"],
+    ["signal", "click.core", "edge.cli.program", "edge.protocol.messages", "edge.transports.mqtt.codec"],
 )
 def test_ctrl_c_during_imports_is_one_line_and_130(module: str) -> None:
     port = str(free_port())
@@ -187,5 +187,5 @@ def test_a_client_of_a_daemon_imports_neither_routes_nor_jmespath_nor_numpy() ->
     code = "import sys, edge.cli.ask, edge.client.links, edge.client.nodes; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
-    assert "paho.mqtt.client" in loaded
-    assert loaded.isdisjoint({"edge.routes", "edge.config", "jmespath", "numpy", "edge.runtime"})
+    assert "edge.transports.mqtt.codec" in loaded
+    assert loaded.isdisjoint({"edge.routes", "edge.config", "jmespath", "numpy", "edge.runtime", "ssl"})

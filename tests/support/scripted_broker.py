@@ -12,7 +12,7 @@ from edge.endpoints import Broker
 from tests.support.counterparts import WAIT_S, wait_for
 
 PROPERTIES: Any = Properties  # paho leaves its constructor untyped
-CONNECT, PUBLISH, SUBSCRIBE, PINGREQ = 0x10, 0x30, 0x80, 0xC0
+CONNECT, PUBLISH, PUBACK, SUBSCRIBE, PINGREQ, DISCONNECT = 0x10, 0x30, 0x40, 0x80, 0xC0, 0xE0
 REFUSED_VERSION = b"\x20\x02\x00\x01"  # CONNACK of MQTT 3.1.1: unacceptable protocol version
 
 
@@ -35,7 +35,10 @@ class ScriptedBroker:
         self.versions: list[int] = []
         self.asked: list[Any] = []  # properties of each CONNECT of MQTT 5
         self.published: list[Published] = []
+        self.acknowledged: list[int] = []  # packet identifiers of what we published
+        self.disconnects: list[bytes] = []  # the body of each DISCONNECT
         self.pings = 0
+        self.answers_pings = self.keeps_sessions = True
         self.refuses = 0  # connections, for a reason
         self.acknowledges = False  # by itself, but for what is forbidden
         self.forbidden = ""  # a topic that it ends the connection for
@@ -104,7 +107,12 @@ class ScriptedBroker:
                 connection.sendall(bytes([0x90, len(answer)]) + answer)
             elif kind == PINGREQ:
                 self.pings += 1
-                connection.sendall(b"\xd0\x00")
+                if self.answers_pings:
+                    connection.sendall(b"\xd0\x00")
+            elif kind == PUBACK:
+                self.acknowledged.append(int.from_bytes(body[:2], "big"))
+            elif kind == DISCONNECT:
+                self.disconnects.append(body)
             elif kind == PUBLISH and first[0] & 0x06:
                 end = 2 + int.from_bytes(body[:2], "big")
                 identifier = int.from_bytes(body[end : end + 2], "big")
@@ -131,7 +139,9 @@ class ScriptedBroker:
         properties = PROPERTIES(PacketTypes.CONNACK)
         for name, value in self.limits.items():
             setattr(properties, name, value)
-        packed: bytes = bytes([len(self.asked) > 1 and not self.refuses, self.refuses])
+        packed: bytes = bytes(
+            [self.keeps_sessions and len(self.asked) > 1 and not self.refuses, self.refuses]
+        )
         packed += properties.pack()
         return bytes([0x20, len(packed)]) + packed
 

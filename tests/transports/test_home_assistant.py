@@ -12,6 +12,7 @@ from paho.mqtt import publish
 from edge.board import Board
 from edge.config import MqttConfig
 from edge.protocol.messages import Failure, Final, Request, Timings, Usage
+from edge.protocol.topics import NodeTopics
 from edge.requests.engine import Engine
 from edge.requests.journal import Journal
 from edge.requests.journaled_engine import JournaledEngine
@@ -41,7 +42,7 @@ UNITS = {"temperature": "°C", "data_size": "MiB", "duration": "ms"}  # that go 
 
 STATUS = {"version": "1.2", "model": "gemma3", "bundle": "0123", "context": 2048}
 QUESTION = Question("freezers", "left", "sensors/left", "condition", "explanations/left", Request("q1"))
-HOME = HomeAssistant("homeassistant", "pump", "edge/v1/pump", lambda: STATUS, ["freezers"])
+HOME = HomeAssistant("homeassistant", "pump", NodeTopics("pump"), lambda: STATUS, ["freezers"])
 
 
 def described(home: HomeAssistant = HOME) -> dict[str, Any]:

@@ -25,9 +25,10 @@ from edge.protocol.messages import MAX_REQUEST_BYTES, Answer, Failure, Final, Pa
 from edge.requests.engine import Engine
 from edge.requests.journal import Journal
 from edge.requests.journaled_engine import JournaledEngine
-from edge.transports.mqtt import paho_client
+from edge.transports.mqtt import stream
 from edge.transports.mqtt.transport import MqttTransport
 from tests.support.counterparts import WAIT_S, Mosquitto, free_port, wait_for
+from tests.support.scripted_broker import ScriptedBroker
 from tests.support.speller import Speller
 
 REPLY = "edge/v1/pump/reply/sensor"
@@ -422,6 +423,78 @@ def test_a_lost_connection_does_not_make_the_broker_ask_twice(
     assert node.speller.asked == ["a", "b"]
 
 
+def publish_packet(payload: str, identifier: int, duplicate: bool) -> bytes:
+    """A request of QoS 1 as a broker of MQTT 3.1.1 delivers it."""
+    body = (
+        len(REQUEST).to_bytes(2, "big") + REQUEST.encode() + identifier.to_bytes(2, "big") + payload.encode()
+    )
+    head, more = len(body) & 0x7F | 0x80, len(body) >> 7
+    return bytes([0x32 | duplicate << 3, head, more]) + body
+
+
+@pytest.fixture
+def scripted_node() -> Iterator[tuple[ScriptedBroker, Node]]:
+    """A node at a broker that delivers what the test says, over MQTT 3.1.1."""
+    broker = ScriptedBroker(knows_5=False)
+    broker.acknowledges = True
+    node = Node.start(broker.broker)
+    wait_for(lambda: node.transport.online)
+    yield broker, node
+    node.stop()
+    broker.close()
+
+
+def answers(broker: ScriptedBroker) -> list[Answer]:
+    """Last answers that the broker has got."""
+    return [parse_answer(one.body) for one in broker.published if one.topic == REPLY]
+
+
+def test_a_redelivery_with_the_id_of_an_answered_request_and_other_content_is_answered(
+    scripted_node: tuple[ScriptedBroker, Node],
+) -> None:
+    broker, _ = scripted_node
+    broker.say(publish_packet(request("1", "abc", stream=False, reply_to=REPLY), 1, False))
+    wait_for(lambda: broker.acknowledged == [1])
+    broker.say(publish_packet(request("1", "other", stream=False, reply_to=REPLY), 2, True))
+    wait_for(lambda: broker.acknowledged == [1, 2])
+    assert [getattr(answer, "text", "") for answer in answers(broker)] == ["cba ", "rehto "]
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [request("1", "abc", stream=False, reply_to=REPLY), json.dumps({"id": "1", "reply_to": REPLY})],
+)
+def test_a_redelivery_of_an_answered_request_is_acknowledged_and_not_answered_again(
+    scripted_node: tuple[ScriptedBroker, Node], payload: str
+) -> None:
+    broker, _ = scripted_node
+    broker.say(publish_packet(payload, 1, False))
+    wait_for(lambda: broker.acknowledged == [1])
+    broker.say(publish_packet(payload, 2, True))
+    wait_for(lambda: broker.acknowledged == [1, 2])
+    assert len(answers(broker)) == 1
+
+
+def test_a_redelivery_over_a_new_connection_is_what_is_acknowledged_after_the_final(
+    scripted_node: tuple[ScriptedBroker, Node],
+) -> None:
+    broker, node = scripted_node
+    node.speller.gate.clear()
+    payload = request("1", "abc", stream=False, reply_to=REPLY)
+    broker.say(publish_packet(payload, 1, False))
+    node.speller.wait_until_held()
+    connections = broker.connections
+    broker.drop()
+    wait_for(lambda: broker.connections > connections and node.transport.online)
+    broker.say(publish_packet(payload, 9, True))
+    broker.say(publish_packet(request("2", "x", reply_to="elsewhere"), 10, False))
+    wait_for(lambda: broker.acknowledged == [10])
+    node.speller.gate.set()
+    wait_for(lambda: broker.acknowledged == [10, 9])
+    assert len(answers(broker)) == 1
+    assert node.speller.asked == ["1"]
+
+
 def test_two_nodes_of_one_name_take_the_session_from_each_other_ever_more_rarely(
     mosquitto: Mosquitto, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -436,8 +509,7 @@ def test_two_nodes_of_one_name_take_the_session_from_each_other_ever_more_rarely
 
 def cut_connection(node: Node) -> None:
     """Shut the transport's socket as a network would."""
-    buffered: Any = node.transport.connection._client.socket()
-    buffered._sock.shutdown(socket.SHUT_RDWR)
+    node.transport.connection.shut_down()
     wait_for(lambda: not node.transport.online)
 
 
@@ -465,15 +537,46 @@ def test_a_broker_that_is_not_there_is_named_once_and_tried_again(
     node.stop()
 
 
-def test_a_broker_that_refuses_the_password_says_so(
-    tmp_path: Path, start_mosquitto: Callable[..., Mosquitto]
+def test_a_problem_of_both_connections_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    broker = Broker(port=free_port())
+    transport = MqttTransport(
+        MqttConfig(broker, 60, ()),
+        "pump",
+        JournaledEngine(Engine(Speller(), queue_length=3), Journal(None)),
+        dict,
+        dict,
+        NoRoutes(),
+    )
+    transport.start()
+    wait_for(lambda: all(connection.problem for connection in transport.connections.values()))
+    transport.stop(WAIT_S)
+    assert len(transport.connections) == 2
+    assert caplog.text.count("can't be reached") == 1
+
+
+class NoRoutes:
+    """Routes that read one topic and do nothing with it."""
+
+    answering = ()
+    filters = ("sensors/#",)
+
+    def listen(self, on: bool) -> None:
+        pass
+
+    def reading(self, topic: str, payload: bytes) -> None:
+        pass
+
+
+def test_a_first_connection_that_is_refused_is_not_tried_again_in_the_log(
+    tmp_path: Path, start_mosquitto: Callable[..., Mosquitto], caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "passwords").touch(mode=0o600)
     broker = start_mosquitto("allow_anonymous false", f"password_file {tmp_path / 'passwords'}").broker
     node = Node.start(broker)
     wait_for(lambda: node.transport.connection.refused)
-    said = f"broker {broker.address}: it refuses the connection: Not authorized; check user name, password"
-    assert str(node.transport.connection.refused).startswith(said)
+    why = f"broker {broker.address}: it refuses the connection: Not authorized; "
+    assert node.transport.connection.refused == f"{why}check user name, password and its access list"
+    assert "Trying again" not in caplog.text
     node.stop()
 
 
@@ -550,7 +653,7 @@ def test_a_port_without_tls_is_said(mosquitto: Mosquitto) -> None:
 def test_a_broker_that_is_silent_in_the_handshake_is_given_up_and_its_thread_is_not_hung(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(paho_client, "HANDSHAKE_S", 1)
+    monkeypatch.setattr(stream, "HANDSHAKE_S", 1)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         node = Node.start(Broker("127.0.0.1", silent.getsockname()[1], tls=True, keepalive_s=600))
         connection = node.transport.connection

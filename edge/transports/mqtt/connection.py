@@ -1,21 +1,17 @@
-"""A supervised MQTT connection: paho-mqtt, all of it in one thread of our own.
+"""A supervised MQTT connection, all of it in one thread of its own.
 
-paho is not given its own thread, because an exception in a callback would end that thread while
-`is_connected()` stays true. Here one thread connects, reads, writes, calls the Listener and comes back with
-backoff from whatever happens; other threads only `post` work to it. Nothing in a Listener may block.
+The thread connects, reads, writes, calls the Listener and comes back with backoff from whatever happens;
+other threads only `post` work to it. Nothing in a Listener may block.
 
 Acknowledgements are manual. A delivery's token names its connection, because a packet identifier means
 nothing on the next one (MQTT 5, 4.4): the broker delivers again what was not acknowledged.
 
-The broker's Receive Maximum, Maximum Packet Size and Server Keep Alive, which paho never reads, are honoured,
-and our own limits announced. A message that it ends the connection for, and would again each time that it
-is sent, is found by sending one at a time, and given up. MQTT 5 is spoken, and 3.1.1 with a broker that
-refuses version 5.
+The broker's Receive Maximum, Maximum Packet Size and Server Keep Alive are honoured, and our own limits
+announced. MQTT 5 is spoken, and 3.1.1 with a broker that refuses version 5.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import random
 import select
@@ -24,47 +20,41 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
-
-from paho.mqtt.client import Client, ConnectFlags, DisconnectFlags, MQTTv5, MQTTv311
-from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
-from paho.mqtt.properties import Properties
-from paho.mqtt.reasoncodes import ReasonCode
-from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from edge.endpoints import Broker
-from edge.errors import TransportError
-from edge.transports.mqtt.messages import Listener, Outgoing, Received, Token, connect_properties
-from edge.transports.mqtt.paho_client import PahoClient
-from edge.transports.mqtt.reasons import (
-    BLAMED,
-    NO_ROOM,
-    SESSION_TAKEN_OVER,
-    UNSUPPORTED_VERSION,
-    advice,
-    diagnose,
-)
+from edge.transports.mqtt import codec, reasons
+from edge.transports.mqtt.codec import Acknowledgement, Connack, MalformedPacket
+from edge.transports.mqtt.messages import Listener, Outgoing, Token
+from edge.transports.mqtt.outgoing import Done, OutgoingQueue
+from edge.transports.mqtt.problems import Problems
+from edge.transports.mqtt.stream import CHUNK_BYTES, Stream, tls_context
 
 log = logging.getLogger(__name__)
 
 TICK_S = 1.0  # the thread shows that it lives at least this often
 CONNACK_S = 10.0  # a broker that has not answered CONNECT by then is given up
-CONNECTING_S = 120.0  # it is not hung before that: a name that no name server answers for takes a minute
+CONNECTING_S = 120.0  # the thread is not hung before that: a name that no server answers for takes a minute
 FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.5, 10.0
 RESUBSCRIBE_S = 10.0  # after the broker has refused a subscription
-READ_S = 0.05  # what comes without end is read for so long before answers go out
-MAX_PACKET_BYTES = 1024 * 1024  # what the broker may send us; a longer request is dropped by the broker
+READ_S = 0.05  # messages that come without end are read for so long before answers go out
+MAX_PACKET_BYTES = 1024 * 1024  # that the broker may send us; it drops a longer request
+MAX_UNSENT_BYTES = 1024 * 1024  # waiting for the network; messages of QoS 0 are dropped beyond it
 RECEIVE_MAXIMUM = 2048  # unacknowledged messages that the broker may send us: twice the longest queue
-MAX_INFLIGHT = 20  # QoS 1 messages without an acknowledgement, if the broker takes so many
-MAX_QUEUED = 1024  # QoS 1 messages that wait for the broker
-NO_LIMIT_BYTES = 2**28  # of a packet, by MQTT's own encoding
+
+
+class ConnectionEnded(Exception):
+    """The connection has ended; the message says why. `reason` is that of the broker's DISCONNECT."""
+
+    def __init__(self, why: str, reason: int | None = None) -> None:
+        super().__init__(why)
+        self.reason = reason
 
 
 class MqttConnection:
     """Keeps a connection to one broker.
 
-    `refused` is the broker's reason if it has refused the very first connection, as for a wrong password, and
-    not only for now.
+    `refused` is the broker's reason if it has refused the very first connection for good, as for a wrong
+    password. `problem` is what is wrong now, or None.
     """
 
     def __init__(
@@ -74,40 +64,41 @@ class MqttConnection:
         listener: Listener,
         session_expiry_s: int,
         will: Outgoing | None = None,
+        problems: Problems | None = None,
     ) -> None:
         """Prepare a connection with a persistent session of `session_expiry_s` seconds (0: a clean one).
 
-        Raises TransportError if a TLS file can't be used.
+        Connections to the same broker share `problems`. Raises TransportError if a TLS file can't be used.
         """
         self.connected = False
         self.refused: str | None = None
-        self.problem: str | None = None
-        self._broker = broker
+        self._broker, self._listener = broker, listener
         self._client_id, self._session_expiry_s, self._will = client_id, session_expiry_s, will
-        self.max_packet_bytes = NO_LIMIT_BYTES
-        self._window = MAX_INFLIGHT
-        self._steps = self._count = 0
-        self._connecting: float | None = None  # since when it waits for a name, the network or TLS
-        self._waiting: deque[tuple[int, Outgoing]] = deque()
-        self._inflight: dict[int, tuple[int, Outgoing]] = {}  # by paho's message id
-        self._suspects = 0  # of those that wait, the first so many; they go out one at a time
-        self._subscribed = False  # the subscriptions, over this connection
-        self._listener = listener
-        self._generation = 0
-        self._ever_connected = self._stopping = self._rejected = self._renew = False
-        self._connected_at = self._stop_by = 0.0
-        self._subscribe_at = float("inf")  # once more, after a refusal
-        self._backoff_s = FIRST_BACKOFF_S
+        self._problems = problems or Problems()
+        self._context = tls_context(broker)
+        self._version = codec.V5
+        self._stream: Stream | None = None
+        self._received = bytearray()
+        self._queue = OutgoingQueue()
         self._outbox: deque[Callable[[], None]] = deque()
-        self._version: MQTTProtocolVersion = MQTTv5
-        self._client = self._make_client()
+        self._generation = 0  # of connections
+        self._max_packet_bytes = codec.NO_LIMIT
+        self._keepalive_s = broker.keepalive_s
+        self._read_at = self._wrote_at = self._connected_at = self._stop_by = 0.0
+        self._ping_at: float | None = None  # when a PINGREQ was sent that has no answer yet
+        self._subscribed = False  # over this connection
+        self._subscribe_at = float("inf")  # once more, after a refusal
+        self._ever_connected = self._stopping = self._warned = False
+        self._backoff_s = FIRST_BACKOFF_S
+        self._steps = 0
+        self._connecting: float | None = None  # since when it waits for a name, the network or TLS
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
         self._wake_out.setblocking(False)
         self._thread = threading.Thread(target=self._run, name="mqtt", daemon=True)
 
     def start(self) -> None:
-        """Start the thread; the connection comes when the broker is there."""
+        """Start the thread; it connects as soon as the broker is there."""
         self._thread.start()
 
     def stop(self, timeout_s: float) -> None:
@@ -116,6 +107,11 @@ class MqttConnection:
         self._stopping = True
         self.post(lambda: None)
         self._thread.join(timeout_s)
+
+    @property
+    def problem(self) -> str | None:
+        """What is wrong with the connection, in one line; None if nothing is."""
+        return self._problems.of(self)
 
     @property
     def progress(self) -> float:
@@ -131,97 +127,82 @@ class MqttConnection:
     def post(self, work: Callable[[], None]) -> None:
         """Have `work` done in the connection's thread; callable from any thread, never blocks."""
         self._outbox.append(work)
-        try:
-            self._wake_in.send(b"\0")
-        except OSError:
-            return  # full: the thread is awake already; closed: it has ended
+        if threading.current_thread() is not self._thread:
+            try:
+                self._wake_in.send(b"\0")
+            except OSError:
+                return  # full: the thread is awake already; closed: it has ended
 
     # The rest is for the connection's own thread: listeners and posted work.
 
-    def publish(self, message: Outgoing, keep: bool = False) -> int | None:
-        """Publish a message; at QoS 1 it waits for the broker and gets a number, which `published` is told.
+    def publish(self, message: Outgoing, keep: bool = False, done: Done | None = None) -> bool:
+        """Publish a message. At QoS 1 it waits for the broker, and `done` is called when that is over.
 
-        Returns None at QoS 0, and at QoS 1 if it is dropped because MAX_QUEUED messages wait already; with
-        `keep` it is not: then it is the caller who bounds them.
+        Returns False if it is dropped: at QoS 0 while it can't be sent, at QoS 1 because too many wait
+        already; with `keep` it is not, and it is the caller who bounds them.
         """
-        if message.qos == 0:
-            if self.connected and not self._suspects and message.packet_bytes <= self.max_packet_bytes:
-                self._hand_over(message)
-            return None
-        if len(self._waiting) >= MAX_QUEUED and not keep:
-            return None
-        self._count += 1
-        self._waiting.append((self._count, message))
-        return self._count
+        if message.qos:
+            return self._queue.add(message, done, keep)
+        if not self.connected or self._queue.suspicious or self._unsent_bytes > MAX_UNSENT_BYTES:
+            return False
+        packet = codec.publish(message, self._version)
+        if len(packet) > self._max_packet_bytes:
+            return False
+        self._write(packet)
+        return True
+
+    def packet_bytes(self, message: Outgoing) -> int:
+        """Give the size of a message's packet."""
+        return len(codec.publish(message, self._version))
+
+    @property
+    def max_packet_bytes(self) -> int:
+        """The largest packet that the broker takes."""
+        return self._max_packet_bytes
 
     def subscribe(self, *topics: str, retained: bool = False, at_most_once: Sequence[str] = ()) -> None:
-        """Subscribe at QoS 1; what is retained there comes only if wanted (MQTT 5, 3.8.3.1; always in 3.1.1).
+        """Subscribe at QoS 1; retained messages come only if wanted (MQTT 5, 3.8.3.1; always in 3.1.1).
 
         Topics `at_most_once` are subscribed to at QoS 0: nothing of them is kept for an absent client.
         """
-        handling = (
-            SubscribeOptions.RETAIN_SEND_ON_SUBSCRIBE if retained else SubscribeOptions.RETAIN_DO_NOT_SEND
-        )
-        wanted = [(topic, 1) for topic in topics] + [(topic, 0) for topic in at_most_once]
-        if self._version == MQTTv311:
-            self._client.subscribe(wanted)
-            return
-        self._client.subscribe(
-            [(topic, SubscribeOptions(qos=qos, retainHandling=handling)) for topic, qos in wanted]
-        )
+        filters = [(topic, 1) for topic in topics] + [(topic, 0) for topic in at_most_once]
+        self._write(codec.subscribe(self._version, self._queue.new_identifier(), filters, retained))
 
     def acknowledge(self, token: Token | None) -> None:
         """Acknowledge a delivery, unless it came over an earlier connection."""
-        if token is not None and self.pending(token):
-            self._client.ack(token[1], 1)
+        if token is not None and self.can_acknowledge(token):
+            self._write(codec.puback(token[1]))
 
-    def pending(self, token: Token | None) -> bool:
+    def can_acknowledge(self, token: Token | None) -> bool:
         """Whether a delivery can be acknowledged: there is one, and it came over this connection."""
         return token is not None and token[0] == self._generation and self.connected
 
-    def _make_client(self) -> PahoClient:
-        broker, will, clean = self._broker, self._will, self._session_expiry_s == 0
-        client = PahoClient(
-            self._on_message,
-            CallbackAPIVersion.VERSION2,
-            self._client_id,
-            clean_session=clean if self._version == MQTTv311 else None,
-            protocol=self._version,
-            manual_ack=True,
-        )
-        client.connect_timeout = 5.0
-        if broker.username is not None:
-            client.username_pw_set(broker.username, broker.password)
-        if broker.tls:
-            files = [
-                str(f) if f else None for f in (broker.ca_file, broker.certificate_file, broker.key_file)
-            ]
-            try:
-                client.tls_set(files[0], files[1], files[2])
-            except (OSError, ValueError) as error:
-                raise TransportError(f"broker {broker.address}: a TLS file can't be used: {error}") from None
-        if will is not None:
-            client.will_set(will.topic, will.payload, will.qos, will.retain)
-        client.on_connect = self._on_connect
-        client.on_disconnect = self._on_disconnect
-        client.on_subscribe = self._on_subscribe
-        client.on_publish = self._on_publish
-        if self._version == MQTTv311:
-            client.connect_async(broker.host, broker.port, broker.keepalive_s)
-            return client
-        properties = connect_properties(self._session_expiry_s, MAX_PACKET_BYTES, RECEIVE_MAXIMUM)
-        client.connect_async(
-            broker.host, broker.port, broker.keepalive_s, clean_start=clean, properties=properties
-        )
-        return client
+    def shut_down(self) -> None:
+        """End the present connection as a network failure would, from any thread; a new one is made."""
+        stream = self._stream
+        if stream is not None:
+            stream.shut_down()
 
     def _run(self) -> None:
         while not self._stopping:
             try:
                 self._serve()
+                if self.connected:
+                    self._ended("we disconnected")
+            except ConnectionEnded as error:
+                self._ended(str(error), error.reason)
+            except OSError as error:
+                self._ended(error.strerror or type(error).__name__)
+            except MalformedPacket as error:
+                self._write(codec.disconnect(self._version, reasons.MALFORMED_PACKET))
+                self._ended(f"the broker sent a malformed packet: {error}")
             except Exception:
                 log.exception("broker %s: the connection failed", self._broker.address)
-            self.connected = False
+                self._ended("internal error")
+            finally:
+                if self._stream is not None:
+                    self._stream.close()
+                self._stream = None
             if not self._stopping:
                 self._wait(self._backoff_s * random.uniform(0.8, 1.2))
                 self._backoff_s = min(2 * self._backoff_s, LAST_BACKOFF_S)
@@ -229,98 +210,217 @@ class MqttConnection:
         self._wake_out.close()
 
     def _serve(self) -> None:
-        """Connect and stay until the connection ends."""
-        self._rejected = False
-        if self._renew:
-            self._start_over()
+        """Connect and stay until the connection ends. Raises ConnectionEnded, OSError or MalformedPacket."""
         self._connecting = time.monotonic()
         try:
-            self._client.reconnect()
+            self._stream = Stream(self._broker, self._context)
         except OSError as error:
-            self._trouble(*diagnose(error))
+            self._trouble(*reasons.diagnose(error))
             return
         finally:
             self._connecting = None
+        self._begin()
         asked = time.monotonic()
-        while (sock := self._client.socket()) is not None:
+        while True:
             self._steps += 1
-            self._exchange(sock)
+            self._exchange(self._stream)
             self._work()
-            self._client.loop_misc()
+            if self._stream is None:
+                return  # refused
             if self.connected:
+                self._send_waiting()
+                self._stream.flush()  # answers do not wait for the disk
                 self._listener.tick()
                 self._subscribe_again()
                 self._send_waiting()
             elif time.monotonic() - asked > CONNACK_S:
                 self._trouble("no answer to CONNECT", "is it an MQTT broker?")
                 return
-            if self._stopping and (not self._unsent or time.monotonic() > self._stop_by):
-                self._client.disconnect()
-            self._flush()
+            self._keep_alive()
+            if self._stopping and self._may_stop:
+                self._write(codec.disconnect(self._version))
+                return
+            self._stream.flush()
 
     @property
-    def _unsent(self) -> bool:
-        return self._to_write or (self.connected and bool(self._waiting))
+    def _may_stop(self) -> bool:
+        """Whether all is sent, or the time for that is over."""
+        unsent = self._unsent_bytes > 0 or (self.connected and self._queue.waiting)
+        return not unsent or time.monotonic() > self._stop_by
 
     @property
-    def _to_write(self) -> bool:
-        sock: Any = self._client.socket()
-        return self._client.want_write() or (sock is not None and bool(sock.unsent))
+    def _unsent_bytes(self) -> int:
+        return 0 if self._stream is None else len(self._stream.unsent)
 
-    def _exchange(self, sock: Any) -> None:
-        """Wait for something to read, to write or to do; read what has come at once, for a moment at most."""
-        pending = sock.pending() > 0
-        writing = [sock] if self._to_write else []
-        readable, writable, _ = select.select([sock, self._wake_out], writing, [], 0 if pending else TICK_S)
+    def _begin(self) -> None:
+        """Ask for the session."""
+        self._received.clear()
+        self._ping_at, self._keepalive_s = None, self._broker.keepalive_s
+        self._read_at = time.monotonic()
+        broker = self._broker
+        limits = {codec.RECEIVE_MAXIMUM: RECEIVE_MAXIMUM, codec.MAXIMUM_PACKET_SIZE: MAX_PACKET_BYTES}
+        self._write(
+            codec.connect(
+                *(self._version, self._client_id, broker.keepalive_s, self._session_expiry_s),
+                *(broker.username, broker.password, self._will, limits),
+            )
+        )
+
+    def _write(self, packet: bytes) -> None:
+        """Hand a packet over to be sent; without a connection it is dropped."""
+        if self._stream is not None:
+            self._stream.unsent += packet
+            self._wrote_at = time.monotonic()
+
+    def _exchange(self, stream: Stream) -> None:
+        """Wait for something to read, to write or to do, and read what has come, for a moment at most."""
+        silence_s = max(0.0, self._silence_left()) if self.connected else TICK_S
+        wait_s = 0.0 if self._outbox or stream.pending else min(TICK_S, silence_s)
+        ends: tuple[Stream | socket.socket, ...] = (stream, self._wake_out)
+        readable, writable, _ = select.select(ends, ends[:1] if stream.unsent else (), (), wait_s)
         if self._wake_out in readable:
             self._wake_out.recv(4096)
-        if sock in readable or pending:
-            until = time.monotonic() + READ_S
-            self._client.loop_read()
-            while sock.pending() and self._client.socket() is sock and time.monotonic() < until:
-                self._client.loop_read()
-        if writable and self._client.socket() is not None:
-            self._client.loop_write()
+        if writable:
+            stream.flush()
+        if stream not in readable and not stream.pending:
+            return
+        until = time.monotonic() + READ_S
+        more = True
+        while more and self._stream is stream and (data := stream.read()) is not None:
+            if not data:
+                raise ConnectionEnded("the broker closed it")
+            self._received += data
+            self._read_at = time.monotonic()
+            limit = MAX_PACKET_BYTES if self._version == codec.V5 else codec.NO_LIMIT
+            for first, body in codec.split(self._received, limit):
+                self._take(first, body)
+            more = (len(data) == CHUNK_BYTES or stream.pending) and self._read_at < until
+
+    def _take(self, first: int, body: bytes) -> None:
+        """Do what a packet says. Raises MalformedPacket or ConnectionEnded."""
+        kind = first & 0xF0
+        if kind == codec.CONNACK and not self.connected:
+            self._on_connack(codec.read_connack(body))
+        elif not self.connected:
+            return  # nothing else means anything before that
+        elif kind == codec.PUBLISH:
+            self._on_publish(first, body)
+        elif kind == codec.PUBACK:
+            self._on_puback(codec.read_puback(body))
+        elif kind == codec.SUBACK:
+            self._on_suback(codec.read_suback(body, self._version))
+        elif kind == codec.PINGRESP:
+            self._ping_at = None
+        elif kind == codec.DISCONNECT:
+            reason = codec.read_disconnect(body)
+            raise ConnectionEnded(reasons.name(reason), reason)
+        else:
+            raise MalformedPacket(f"type {first >> 4} is none that was asked for")
+
+    def _on_connack(self, answer: Connack) -> None:
+        if reasons.is_failure(answer.reason):
+            self._on_refusal(answer)
+            return
+        self._generation += 1
+        self.connected = self._ever_connected = True
+        self._subscribed = self._warned = False
+        self._problems.clear(self)
+        self._connected_at, self._subscribe_at = time.monotonic(), float("inf")
+        self._max_packet_bytes = answer.number(codec.MAXIMUM_PACKET_SIZE, codec.NO_LIMIT)
+        wanted_s = answer.number(codec.SERVER_KEEP_ALIVE, 0)
+        self._keepalive_s = min(self._broker.keepalive_s, wanted_s or self._broker.keepalive_s)
+        self._queue.opened(answer.number(codec.RECEIVE_MAXIMUM, 0xFFFF))
+        if not answer.session_present:
+            self._queue.forget_session()
+        session = "resumed" if answer.session_present else "new"
+        log.info("broker %s: connected as %s, session %s", self._broker.address, self._client_id, session)
+        self._listener.connected()
+
+    def _on_refusal(self, answer: Connack) -> None:
+        """Close a connection that was refused; the next one may speak the older version."""
+        if self._stream is not None:
+            self._stream.close()
+        self._stream = None
+        reason = answer.reason
+        if reason == reasons.UNSUPPORTED_VERSION and self._version == codec.V5 and not self._ever_connected:
+            log.info("broker %s: it does not speak MQTT 5; going on with 3.1.1", self._broker.address)
+            self._version = codec.V311
+            return
+        what = f"it refuses the connection: {reasons.name(reason)}"
+        fix = reasons.advice(reason, answer.text(codec.SERVER_REFERENCE), self._client_id)
+        final = not self._ever_connected and reason not in reasons.NO_ROOM
+        self._trouble(what, fix, trying_again=not final)
+        if final:
+            self.refused = self.problem
+
+    def _on_publish(self, first: int, body: bytes) -> None:
+        try:
+            received = codec.read_publish(first, body, self._version, self._generation)
+        except MalformedPacket as error:
+            self._drop(first, body, error)
+            return
+        try:
+            self._listener.received(received)
+        except Exception:
+            log.exception("broker %s: a message could not be handled", self._broker.address)
+            self.acknowledge(received.token)
+
+    def _drop(self, first: int, body: bytes, error: MalformedPacket) -> None:
+        """Acknowledge a malformed message, so that it does not come again over each new connection."""
+        if not self._warned:
+            log.warning("broker %s: a malformed message is dropped: %s", self._broker.address, error)
+            self._warned = True
+        identifier = codec.publish_identifier(first, body)
+        if identifier is not None:
+            self._write(codec.puback(identifier))
+
+    def _on_puback(self, answer: Acknowledgement) -> None:
+        entry = self._queue.acknowledged(answer.identifier)
+        if entry is not None:
+            reason = answer.reasons[0]
+            entry.finish(reasons.name(reason) if reasons.is_failure(reason) else None)
+
+    def _on_suback(self, answer: Acknowledgement) -> None:
+        self._subscribed = True
+        refusals = sorted({reasons.name(reason) for reason in answer.reasons if reasons.is_failure(reason)})
+        if refusals:
+            self._trouble(f"it refuses a subscription: {', '.join(refusals)}", "check its access list")
+            self._subscribe_at = time.monotonic() + RESUBSCRIBE_S
+        else:
+            self._problems.clear(self)
+            self._listener.subscribed()
 
     def _subscribe_again(self) -> None:
-        """Try again what the broker has refused, when it is time: its access list may have been mended."""
+        """Try again what the broker has refused, when it is time: its access list may have been corrected."""
         if time.monotonic() >= self._subscribe_at:
             self._subscribe_at = float("inf")
             self._listener.connected()
 
-    def _flush(self) -> None:
-        """Write what paho has handed over; a connection that has ended is noticed when it is read."""
-        sock: Any = self._client.socket()
-        if sock is not None:
-            with contextlib.suppress(OSError):
-                sock.flush()
-
     def _send_waiting(self) -> None:
-        """Hand over as many messages as the broker takes without an acknowledgement (its Receive Maximum)."""
-        if self._suspects and not self._subscribed:
-            return  # were the connection to end now, it would be for the subscriptions
-        while self._waiting and len(self._inflight) < (1 if self._suspects else self._window):
-            number, message = self._waiting.popleft()
-            if message.packet_bytes > self.max_packet_bytes:
-                self._suspects = max(0, self._suspects - 1)
-                refusal = f"its packet has {message.packet_bytes} bytes, {self.max_packet_bytes} are allowed"
-                self._listener.published(number, refusal)
+        """Send as many messages as the broker takes."""
+        if self._queue.suspicious and not self._subscribed:
+            return  # were the connection to end now, it would be because of the subscriptions
+        while (entry := self._queue.next()) is not None:
+            packet = codec.publish(entry.message, self._version, entry.identifier, entry.duplicate)
+            if len(packet) > self._max_packet_bytes:
+                self._queue.acknowledged(entry.identifier)
+                entry.finish(f"its packet has {len(packet)} bytes, {self._max_packet_bytes} are allowed")
             else:
-                self._inflight[self._hand_over(message)] = number, message
+                self._write(packet)
 
-    def _start_over(self) -> None:
-        """Take a new client of paho's; what the old one has still to send waits once more."""
-        self._client = self._make_client()
-        self._waiting.extendleft(reversed(self._inflight.values()))
-        self._inflight.clear()
-        self._renew = False
+    def _silence_left(self) -> float:
+        """How many seconds are left until a PINGREQ is due, or its answer overdue."""
+        since = min(self._read_at, self._wrote_at) if self._ping_at is None else self._ping_at
+        return since + self._keepalive_s - time.monotonic()
 
-    def _hand_over(self, message: Outgoing) -> int:
-        """Give a message to paho, which keeps one of QoS 1 over reconnects until it is acknowledged."""
-        properties = message.properties() if self._version == MQTTv5 else None
-        return self._client.publish(
-            message.topic, message.payload, message.qos, message.retain, properties
-        ).mid
+    def _keep_alive(self) -> None:
+        """Send a PINGREQ when either side has been silent. Raises ConnectionEnded if it has no answer."""
+        if not self.connected or self._silence_left() > 0:
+            return
+        if self._ping_at is not None:
+            raise ConnectionEnded("no answer to PINGREQ")
+        self._ping_at = time.monotonic()
+        self._write(codec.pingreq())
 
     def _wait(self, seconds: float) -> None:
         """Do posted work for `seconds`; what it publishes waits."""
@@ -338,117 +438,37 @@ class MqttConnection:
             except Exception:
                 log.exception("broker %s: posted work failed", self._broker.address)
 
-    def _trouble(self, what: str, advice: str) -> None:
-        """Log what is wrong with the connection, once as long as it stays the same."""
-        said = f"broker {self._broker.address}: {what}; {advice}"
-        if said != self.problem:
-            log.warning("%s Trying again.", said)
-        self.problem = said
+    def _trouble(self, what: str, fix: str, trying_again: bool = True) -> None:
+        """Note what is wrong with the connection; it is logged once, unless it ends the daemon."""
+        problem = f"broker {self._broker.address}: {what}; {fix}"
+        if trying_again:
+            self._problems.report(self, problem)
+        else:
+            self._problems.note(self, problem)
 
-    def _on_connect(
-        self,
-        _client: Client,
-        _data: Any,
-        flags: ConnectFlags,
-        reason: ReasonCode,
-        properties: Properties | None,
-    ) -> None:
-        if reason.value == UNSUPPORTED_VERSION and self._version == MQTTv5 and not self._ever_connected:
-            log.info("broker %s: it knows no MQTT 5; going on with 3.1.1", self._broker.address)
-            self._version, self._rejected, self._renew = MQTTv311, True, True
+    def _ended(self, why: str, reason: int | None = None) -> None:
+        """Note that the connection has ended; `reason` is that of the broker's DISCONNECT."""
+        if not self.connected:
+            if not self._stopping:
+                self._trouble(f"the connection was lost ({why})", "look at the broker's log if it stays away")
             return
-        if reason.is_failure:
-            self._rejected = True
-            self._trouble(f"it refuses the connection: {reason}", advice(reason, properties, self._client_id))
-            if not self._ever_connected and reason.value not in NO_ROOM:
-                self.refused = self.problem
-            return
-        self._client.keep_alive(getattr(properties, "ServerKeepAlive", 0))
-        self._window = min(MAX_INFLIGHT, getattr(properties, "ReceiveMaximum", MAX_INFLIGHT))
-        if len(self._inflight) > self._window:  # paho is about to send all of them again, whatever is allowed
-            self._rejected = self._renew = True
-            self._client.disconnect()
-            return
-        self._generation += 1
-        self.connected = self._ever_connected = True
-        self._subscribed = False
-        self.problem = None
-        self._connected_at, self._subscribe_at = time.monotonic(), float("inf")
-        self.max_packet_bytes = getattr(properties, "MaximumPacketSize", NO_LIMIT_BYTES)
-        log.info(
-            "broker %s: connected, session %s",
-            self._broker.address,
-            "resumed" if flags.session_present else "new",
-        )
-        self._listener.connected()
-
-    def _on_disconnect(
-        self,
-        _client: Client,
-        _data: Any,
-        flags: DisconnectFlags,
-        reason: ReasonCode,
-        _properties: Properties | None,
-    ) -> None:
+        self.connected = False
         lasted = time.monotonic() - self._connected_at > LAST_BACKOFF_S
-        if self.connected:
-            self.connected = False
-            if lasted:  # else two nodes of one name may be taking the session from each other
-                self._backoff_s = FIRST_BACKOFF_S
-            self._listener.disconnected()
-            if flags.is_disconnect_packet_from_server and reason.value in BLAMED:
-                self._suspect(str(reason))
-        if self._stopping or self._rejected:
+        if lasted:  # otherwise two nodes of one name may be taking the session from each other
+            self._backoff_s = FIRST_BACKOFF_S
+        blamed = reason in reasons.BLAMED
+        if blamed:
+            self._backoff_s = FIRST_BACKOFF_S
+        for entry in self._queue.closed(blamed):
+            log.error("broker %s: a message to %r is given up", self._broker.address, entry.message.topic)
+            entry.finish(f"it ended the connection: {why}")
+        self._listener.disconnected()
+        if self._stopping:
             return
-        if reason.value == SESSION_TAKEN_OVER:
+        if reason == reasons.SESSION_TAKEN_OVER:
             self._backoff_s = LAST_BACKOFF_S
-            self._trouble("another client took over this session", "give each node its own name.")
-        else:
-            often = "look at the broker's log; if it happens often, has another node the same name?"
-            rare = "look at the broker's log if it stays away."
-            self._trouble(f"the connection was lost ({reason})", rare if lasted else often)
-
-    def _suspect(self, reason: str) -> None:
-        """Send what was on its way one at a time from now on; give it up if it was the only one already."""
-        if self._suspects:
-            for number, message in self._inflight.values():
-                log.error("broker %s: a message to %r is given up", self._broker.address, message.topic)
-                self._listener.published(number, f"it ended the connection: {reason}")
-            self._suspects -= len(self._inflight)
-            self._inflight.clear()
-        else:
-            self._suspects = len(self._inflight)
-        self._backoff_s = FIRST_BACKOFF_S
-        self._renew = True  # or paho would send all of them at once
-
-    def _on_subscribe(
-        self,
-        _client: Client,
-        _data: Any,
-        _mid: int,
-        reasons: list[ReasonCode],
-        _properties: Properties | None,
-    ) -> None:
-        self._subscribed = True
-        refusals = {str(reason) for reason in reasons if reason.is_failure}
-        if refusals:
-            self._trouble(f"it refuses a subscription: {', '.join(refusals)}", "check its access list.")
-            self._subscribe_at = time.monotonic() + RESUBSCRIBE_S
-        else:
-            self.problem = None
-            self._listener.subscribed()
-
-    def _on_message(self, first: int, packet: bytes) -> None:
-        received = Received.read(first, packet, self._version == MQTTv5, self._generation)
-        try:
-            self._listener.received(received)
-        except Exception:
-            log.exception("broker %s: a message could not be handled", self._broker.address)
-            self.acknowledge(received.token)
-
-    def _on_publish(
-        self, _client: Client, _data: Any, mid: int, reason: ReasonCode, _properties: Properties | None
-    ) -> None:
-        if mid in self._inflight:
-            self._suspects = max(0, self._suspects - 1)
-            self._listener.published(self._inflight.pop(mid)[0], str(reason) if reason.is_failure else None)
+            self._trouble("another client took over this session", "give each node its own name")
+            return
+        fix = "look at the broker's log"
+        fix += " if it stays away" if lasted else "; if it happens often, has another node the same name?"
+        self._trouble(f"the connection was lost ({why})", fix)

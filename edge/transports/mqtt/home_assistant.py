@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from edge.protocol.strict_json import dumps
+from edge.protocol.topics import NodeTopics
 from edge.transports.mqtt.messages import Outgoing
 
 MAX_STATE = 255  # characters of a state in Home Assistant
@@ -42,19 +43,19 @@ _PROBLEMS = {"throttling": "Throttling", "journal": "Journal"}
 class HomeAssistant:
     """Makes the messages for a node's device; `prefix` is Home Assistant's discovery prefix.
 
-    `base` is where the node's topics are, `status` gives what its status says, `routes` those that answer.
+    `topics` are those of the node, `status` gives what its status says, `routes` those that answer.
     """
 
     def __init__(
         self,
         prefix: str,
         node: str,
-        base: str,
+        topics: NodeTopics,
         status: Callable[[], Mapping[str, Any]],
         routes: Sequence[str],
     ) -> None:
         self.birth_topic = f"{prefix}/status"
-        self._prefix, self._node, self._base = prefix, node, base
+        self._prefix, self._node, self._topics = prefix, node, topics
         self._status, self._routes = status, routes
 
     def device(self) -> Outgoing:
@@ -71,7 +72,7 @@ class HomeAssistant:
                 "sw_version": version,
             },
             "origin": {"name": "edge-gemma", "sw_version": version},
-            "availability_topic": f"{self._base}/status",
+            "availability_topic": self._topics.status,
             "availability_template": "{{ value_json.state }}",
             "qos": 1,
             "components": self._components(),
@@ -90,7 +91,7 @@ class HomeAssistant:
         return Outgoing(self._route_topic(route), dumps(shown), retain=True)
 
     def _components(self) -> dict[str, dict[str, Any]]:
-        health = f"{self._base}/health"
+        health = self._topics.health
         parts: dict[str, dict[str, Any]] = {}
         for key, (name, more) in _FIGURES.items():
             value = f"{{{{ value_json.{key} }}}}"
@@ -121,7 +122,7 @@ class HomeAssistant:
         }
 
     def _route_topic(self, route: str) -> str:
-        return f"{self._base}/routes/{route}"
+        return self._topics.route(route)
 
 
 def _cut(text: str) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from edge.endpoints import Broker
 from edge.transports.mqtt.connection import MqttConnection
 from edge.transports.mqtt.messages import Received
+from edge.transports.mqtt.problems import Problems
 from edge.transports.routes import Routes
 
 
@@ -25,12 +26,21 @@ class MqttReadings:
     """
 
     def __init__(
-        self, broker: Broker, client_id: str, routes: Routes, own: str, ready: Callable[[], None]
+        self,
+        broker: Broker,
+        client_id: str,
+        routes: Routes,
+        own: str,
+        ready: Callable[[], None],
+        problems: Problems | None = None,
     ) -> None:
-        """Prepare the connection. Raises TransportError if a TLS file can't be used."""
+        """Prepare the connection; it shares `problems` with others to the same broker.
+
+        Raises TransportError if a TLS file can't be used.
+        """
         self._routes, self._own, self._ready = routes, own, ready
         routes.listen(False)
-        self.connection = MqttConnection(broker, client_id, self, session_expiry_s=0)
+        self.connection = MqttConnection(broker, client_id, self, session_expiry_s=0, problems=problems)
 
     # The listener of the connection, in its thread.
 
@@ -51,9 +61,6 @@ class MqttReadings:
         """Pass a reading on."""
         if not message.retained and not message.topic.startswith(self._own):
             self._routes.reading(message.topic, message.payload)
-
-    def published(self, number: int, refused: str | None) -> None:
-        """Do nothing: nothing is published here."""
 
     def tick(self) -> None:
         """Do nothing."""

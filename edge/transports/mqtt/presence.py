@@ -1,0 +1,106 @@
+"""What a node tells about itself: retained status and health, the Last Will, and Home Assistant's view.
+
+`status` says `online` once requests are heard, and readings too if routes read any. The Last Will says
+`offline` for a node that can't.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from edge.protocol.strict_json import dumps
+from edge.protocol.topics import NodeTopics
+from edge.transports.mqtt.connection import MqttConnection
+from edge.transports.mqtt.home_assistant import HomeAssistant
+from edge.transports.mqtt.messages import Outgoing, Received
+
+HEALTH_CHANGED_S, HEALTH_SAME_S = 1.0, 60.0  # health is published at most, and at least, this often
+
+Report = Callable[[], Mapping[str, Any]]
+
+
+def will(topics: NodeTopics) -> Outgoing:
+    """Make the Last Will of a node."""
+    return Outgoing(topics.status, dumps({"state": "offline"}), retain=True)
+
+
+class Presence:
+    """Publishes status and health over a connection; used in its thread.
+
+    `awaits_readings`: the node is not online before `readings_heard`.
+    """
+
+    def __init__(
+        self,
+        connection: MqttConnection,
+        topics: NodeTopics,
+        status: Report,
+        health: Report,
+        home: HomeAssistant | None,
+        awaits_readings: bool,
+    ) -> None:
+        self._connection, self._topics, self._home = connection, topics, home
+        self._status, self._health = status, health
+        self._subscribed, self._awaits_readings = False, awaits_readings
+        self._published_health, self._published_at = "", float("-inf")
+
+    @property
+    def online(self) -> bool:
+        """Whether requests are heard, and readings have been since the start."""
+        return self._subscribed and not self._awaits_readings
+
+    def subscribed(self) -> None:
+        """Note that requests are heard."""
+        self._subscribed = True
+        self.announce()
+
+    def disconnected(self) -> None:
+        """Note that nothing is heard until the next connection."""
+        self._subscribed = False
+
+    def readings_heard(self) -> None:
+        """Note that readings are heard; this is announced once, since clients that hear it ask again."""
+        if self._awaits_readings:
+            self._awaits_readings = False
+            self.announce()
+
+    def announce(self) -> None:
+        """Publish the status, Home Assistant's device and the health, if the node is online."""
+        if self.online:
+            self._connection.publish(self._state("online"))
+            self.introduce()
+            self._published_health = ""
+
+    def leave(self) -> None:
+        """Publish that the node is offline."""
+        self._connection.publish(self._state("offline"))
+
+    @property
+    def births(self) -> tuple[str, ...]:
+        """The topic on which Home Assistant tells that it has started, if it is configured."""
+        return () if self._home is None else (self._home.birth_topic,)
+
+    def birth(self, message: Received) -> None:
+        """Describe the node to a Home Assistant that has just started."""
+        if message.payload == b"online":
+            self.introduce()
+
+    def introduce(self) -> None:
+        """Tell Home Assistant what there is to see."""
+        if self._home is not None:
+            self._connection.publish(self._home.device())
+
+    def tick(self) -> None:
+        """Publish health when it has changed, and now and then."""
+        age = time.monotonic() - self._published_at
+        if age < HEALTH_CHANGED_S:
+            return
+        health = dumps(self._health())
+        if health != self._published_health or age >= HEALTH_SAME_S:
+            self._connection.publish(Outgoing(self._topics.health, health, retain=True))
+            self._published_health, self._published_at = health, time.monotonic()
+
+    def _state(self, state: str) -> Outgoing:
+        return Outgoing(self._topics.status, dumps({"state": state, **self._status()}), retain=True)

@@ -1,0 +1,186 @@
+"""The path of a request over MQTT: a payload goes down to the engine, its answers come up to the broker.
+
+Requests come on `.../request`, cancellations on `.../cancel` (QoS 1). The answers go to the Response Topic
+or, for clients of MQTT 3.1.1, to the request's `reply_to`. Message Expiry is a deadline.
+
+Acknowledgements are sent as answers come, not in the order of arrival that MQTT 5, 4.6 requires: a refusal
+must not wait behind a long answer, and brokers go by the packet identifier.
+
+Last answers are QoS 1, so one may come twice around a lost connection or a crash; it is the same one, and its
+id tells. QoS 2 would not change that: its packet identifiers would have to survive a crash on both sides.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+from dataclasses import replace
+from functools import partial
+from typing import TypeGuard
+
+from edge.errors import RequestError
+from edge.protocol.checks import FieldError, mapping
+from edge.protocol.messages import Answer, Failure, Final, Partial, PeekedRequest, Request, peek_request
+from edge.protocol.request_fields import request_id, response_topic
+from edge.protocol.strict_json import StrictJsonError, loads, printable
+from edge.protocol.topics import ROOT, NodeTopics
+from edge.requests.engine import REFUSALS, Sink
+from edge.requests.journaled_engine import JournaledEngine, Verdict
+from edge.transports.mqtt.connection import MqttConnection
+from edge.transports.mqtt.deliveries import Deliveries, Delivery
+from edge.transports.mqtt.messages import Received
+
+log = logging.getLogger(__name__)
+
+CLIENT = "mqtt:"  # and the response topic: the name space of ids
+MAX_CANCEL_BYTES = 4096
+
+
+class MqttRequests:
+    """Requests, cancellations and answers of one node. Response topics begin with one of `prefixes`."""
+
+    def __init__(
+        self,
+        connection: MqttConnection,
+        topics: NodeTopics,
+        prefixes: tuple[str, ...],
+        engine: JournaledEngine,
+    ) -> None:
+        self._connection, self._topics, self._engine = connection, topics, engine
+        self._prefixes = (topics.reply, *prefixes)
+        self._deliveries = Deliveries(connection)
+        self.answering = 0
+        """How many last answers the broker has not acknowledged."""
+
+    @property
+    def unconfirmed(self) -> int:
+        """How many requests have a last answer that the broker has not acknowledged yet, or none."""
+        return len(self._deliveries)
+
+    def sink(self, client: str, request_id: str, note: str) -> Sink:
+        """Make a sink for a request of an earlier run; to be called before the connection starts."""
+        correlation = base64.b64decode(note) if note else None
+        delivery = Delivery(client.removeprefix(CLIENT), request_id, correlation)
+        self._deliveries.accept(delivery)
+        return partial(self._sink, delivery)
+
+    def request(self, message: Received) -> None:
+        """Take a request."""
+        peeked = peek_request(message.payload)
+        reply = message.response_topic or peeked.reply_to
+        if not self._may_answer(reply):
+            self._drop(message, reply)
+            return
+        delivery = Delivery.of(message, reply, peeked.id)
+        if message.duplicate and self._deliveries.redelivered(delivery):
+            return
+        match self._submit(delivery, peeked, message):
+            case Verdict.ACCEPTED:
+                self._deliveries.accept(delivery)
+            case Verdict.IN_PROGRESS:
+                self._deliveries.repeated(delivery)
+            case Verdict.REPEATED:
+                self._deliveries.answer(delivery, journaled=True)
+            case Verdict.REFUSED:
+                self._deliveries.answer(delivery, journaled=False)
+            case Verdict.DELIVERED:
+                self._connection.acknowledge(delivery.token)
+
+    def cancel(self, message: Received) -> None:
+        """Cancel the request of this id that has the same response topic as the cancellation."""
+        try:
+            data = mapping("cancel", loads(message.payload, MAX_CANCEL_BYTES), ("id", "reply_to"), ("id",))
+            name = request_id("id", data["id"])
+            reply = message.response_topic or response_topic("reply_to", data.get("reply_to"))
+        except (StrictJsonError, FieldError) as error:
+            log.warning(
+                "%s: ignored: %s; the request's id and response topic are needed", message.topic, error
+            )
+        else:
+            self._engine.cancel(_client(reply), name)
+        self._connection.acknowledge(message.token)
+
+    def _submit(self, delivery: Delivery, peeked: PeekedRequest, message: Received) -> Verdict:
+        """Hand a request to the engine; one that is refused has been given its answer then."""
+        client, sink = _client(delivery.reply), partial(self._sink, delivery)
+        refusal = None if peeked.id is None else self._engine.refusal(client, peeked.id)
+        if refusal is not None:  # without a check of the other fields: a flood of requests must cost little
+            sink(refusal)
+            return Verdict.REFUSED
+        note = base64.b64encode(delivery.correlation).decode() if delivery.correlation else ""
+        try:
+            request = _with_expiry(peeked.parse(), message.expiry_s)
+            return self._engine.submit(client, request, sink, note, message.duplicate, durable=False)
+        except RequestError as error:
+            sink(Failure(peeked.id, error.code, str(error), error.retry_after_ms))
+        except Exception:
+            log.exception("request %s could not be accepted", peeked.id)
+            sink(Failure(peeked.id, "internal", "the daemon failed; its log says why"))
+        return Verdict.REFUSED
+
+    def _sink(self, delivery: Delivery, answer: Answer) -> None:
+        """Take an answer, in any thread."""
+        self._connection.post(partial(self._send, delivery, answer))
+
+    def _send(self, delivery: Delivery, answer: Answer) -> None:
+        if isinstance(answer, Partial):
+            self._connection.publish(delivery.answer(answer, qos=0))
+            return
+        keep = delivery.journaled and not _is_refusal(answer)  # the journal bounds those
+        done = partial(self._sent, delivery, answer)
+        if self._connection.publish(delivery.answer(answer), keep, done):
+            self.answering += 1
+        else:
+            log.error("%s: too many messages wait for the broker; a refusal is dropped", self._topics.base)
+            self._deliveries.forget(delivery)
+
+    def _sent(self, delivery: Delivery, answer: Answer, refused: str | None) -> None:
+        """Note that the last answer of a request is out; one that is too large becomes an error."""
+        self.answering -= 1
+        if refused:
+            log.warning("%s: the broker refuses an answer: %s", printable(delivery.reply, 200), refused)
+            size = self._connection.packet_bytes(delivery.answer(answer))
+            limit = self._connection.max_packet_bytes
+            if isinstance(answer, Final) and size > limit:
+                why = f"the answer takes {size} bytes, the broker accepts {limit}; ask for fewer tokens"
+                self._send(delivery, Failure(answer.id, "too_long", why))
+                return
+        if not delivery.journaled or _is_refusal(answer):
+            self._deliveries.remember(delivery)
+        if self._deliveries.finish(delivery) and delivery.journaled and delivery.id is not None:
+            self._engine.delivered(_client(delivery.reply), delivery.id)
+
+    def _drop(self, message: Received, reply: str | None) -> None:
+        why = (
+            "names no response topic" if reply is None else f"has the response topic {printable(reply, 200)}"
+        )
+        allowed = ", ".join(f"{prefix}#" for prefix in self._prefixes)
+        log.warning("%s: a request %s; allowed are %s", message.topic, why, allowed)
+        self._connection.acknowledge(message.token)
+
+    def _may_answer(self, topic: str | None) -> TypeGuard[str]:
+        """Whether answers may go to a topic: one on the allow-list, and never another node's own."""
+        if topic is None or not topic.startswith(self._prefixes):
+            return False
+        try:
+            response_topic("response topic", topic)
+        except FieldError:
+            return False
+        return topic.startswith(self._topics.reply) or not topic.startswith((f"{ROOT}/", "$"))
+
+
+def _is_refusal(answer: Answer) -> bool:
+    return isinstance(answer, Failure) and answer.code in REFUSALS
+
+
+def _client(reply: str) -> str:
+    """Give the name space of a response topic's ids."""
+    return CLIENT + reply
+
+
+def _with_expiry(request: Request, expiry_s: int | None) -> Request:
+    """Let the rest of Message Expiry bound the deadline."""
+    if expiry_s is None:
+        return request
+    limit = max(1, expiry_s * 1000)
+    return replace(request, deadline_ms=min(limit, request.deadline_ms or limit))
