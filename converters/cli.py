@@ -138,9 +138,9 @@ def convert(
       edge-convert ~/models/gemma-4-E2B-it -o bundle --lora ~/adapters/pump-faults
     """
     from converters.checkpoints.opening import open_checkpoint
-    from converters.convert import Progress
     from converters.convert import convert as run
     from converters.lora import merge_adapter
+    from converters.progress import Progress
 
     started = time.monotonic()
     opened = open_checkpoint(checkpoint)
@@ -252,7 +252,7 @@ def golden(bundle: Path, text: Path | None) -> None:
       edge-convert golden bundle --text field-notes.txt
     """
     from converters.evaluate import built_in_text
-    from converters.golden import record_golden
+    from converters.golden_recording import record_golden
 
     found = record_golden(
         bundle, built_in_text() if text is None else _read_text(text), weight_cache_directory()

@@ -13,7 +13,7 @@ of rows is dynamic, one for each attention type. Outputs: `hidden` after the fin
 `new_value_i` [1,kv,T,head_dim].
 The caller stores new rows: no cache is copied or written in the graph.
 
-Matrices that read the same input are one weight (`qkv`, `gate_up`), rows stacked in that order.
+The matrices are those of `converters.weight_layout`.
 The first half of `sin_A` is negated, so that rope(x) = x * cos + swap_halves(x) * sin.
 """
 
@@ -25,7 +25,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.architectures.tensor_shapes import tensor_shapes
 from converters.tflite.graph import DYNAMIC, Graph, Model, Tensor, Weight
 from edge.bundles.architecture import Architecture, Attention
 
@@ -50,36 +49,8 @@ def widths_of(arch: Architecture) -> Widths:
     return Widths(8, (64,) if len(arch.owners) == len(arch.layers) else (8, 64))
 
 
-def stacked_matrices(arch: Architecture) -> dict[str, tuple[str, ...]]:
-    """The graph's matrices in file order: each one's name and the tensors stacked in it."""
-    matrices: dict[str, tuple[str, ...]] = {}
-    for i in range(len(arch.layers)):
-        at = f"layers.{i}."
-        kv = ("key", "value") if arch.owns_kv(i) else ()
-        matrices[f"{at}qkv"] = tuple(at + name for name in ("query", *kv))
-        matrices[f"{at}output"] = (f"{at}output",)
-        matrices[f"{at}gate_up"] = (f"{at}gate", f"{at}up")
-        matrices[f"{at}down"] = (f"{at}down",)
-        if arch.per_layer_width:
-            matrices[f"{at}per_layer_gate"] = (f"{at}per_layer_gate",)
-            matrices[f"{at}per_layer_projection"] = (f"{at}per_layer_projection",)
-    if arch.per_layer_width:
-        matrices["per_layer_model_projection"] = ("per_layer_model_projection",)
-    matrices["head"] = ("embedding" if arch.tied_head else "head",)
-    return matrices
-
-
-def matrix_shapes(arch: Architecture) -> dict[str, tuple[int, int]]:
-    """Shape [out, in] of each of the graph's matrices."""
-    tensors = tensor_shapes(arch)
-    return {
-        name: (sum(tensors[part][0] for part in parts), tensors[parts[0]][1])
-        for name, parts in stacked_matrices(arch).items()
-    }
-
-
 def build(arch: Architecture, widths: Widths, weights: Mapping[str, Weight], vector: Vector) -> Model:
-    """The whole model. `weights` has every name of `stacked_matrices`."""
+    """Build all signatures. `weights` has every matrix of the `WeightLayout`."""
     model = Model(f"{arch.family} decoder")
     for key, width in (("decode", 1), ("verify", widths.verify)):
         _Decoder(model.graph(key), arch, width, weights, vector).whole()

@@ -89,6 +89,15 @@ class Encoder:
                 yield part.quantized
                 self._advance(name, part.values.size)
 
+    def report_lines(self) -> list[str]:
+        """The error of each group of tensors, and the share of the checkpoint's own codes that was kept."""
+        lines, stored, kept = self.errors.lines(), self.stored_groups, self.kept_groups
+        if stored:
+            lines.append(
+                f"{kept / stored:.1%} of the checkpoint's {stored:,} groups of codes are kept bit for bit"
+            )
+        return lines
+
     def _slice(self, name: str, start: int, stop: int, format: Format, width: int) -> _Slice:
         values = self._tensors[name].rows(start, stop).reshape(-1, width)
         first = start * (len(values) // (stop - start))

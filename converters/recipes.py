@@ -1,14 +1,13 @@
-"""Recipes: which format each matrix of a decoder gets, and which stored codes a recipe carries over."""
+"""Recipes: which format each matrix of a decoder gets, and which stored codes a recipe keeps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
-from converters.checkpoints.base import ExactCodes
-from converters.decoder_graph import stacked_matrices
+from converters.checkpoints.base import Checkpoint, ExactCodes
 from converters.quantization import Format
-from edge.bundles.architecture import Architecture
+from converters.weight_layout import WeightLayout
 from edge.errors import EdgeError
 
 _BLOCKWISE = Format(4, 32)
@@ -17,66 +16,64 @@ _INT8, _INT4, _INT2 = Format(8), Format(4), Format(2)
 
 @dataclass(frozen=True)
 class Plan:
-    """Formats of every matrix of `stacked_matrices` and of the tables whose rows are gathered.
+    """The format of each matrix and table of a layout, by its name."""
 
-    `per_layer` is the per-layer table's; without blocks, each layer's slice of a row has a scale of its own.
-    `embedding` is the embedding's where the head is a matrix of its own (else its rows lie in the head).
-    """
+    layout: WeightLayout
+    formats: Mapping[str, Format]
 
-    matrices: Mapping[str, Format]
-    per_layer: Format
-    embedding: Format
-
-    def of_tensors(self, arch: Architecture) -> dict[str, Format]:
-        """The format of each tensor that is written as codes."""
-        formats = {
-            part: self.matrices[name] for name, parts in stacked_matrices(arch).items() for part in parts
+    def of_tensors(self) -> dict[str, Format]:
+        """The format of each tensor that is stored as codes."""
+        return {
+            tensor: self.formats[name]
+            for name, stored in self.layout.weights.items()
+            for tensor in stored.tensors
         }
-        if arch.per_layer_width:
-            formats["per_layer_embedding"] = self.per_layer
-        return formats if arch.tied_head else formats | {"embedding": self.embedding}
 
 
-def _everywhere(body: Format, head: Format, per_layer: Format) -> Callable[[Architecture], Plan]:
-    def plan(arch: Architecture) -> Plan:
-        matrices = {name: head if name == "head" else body for name in stacked_matrices(arch)}
-        return Plan(matrices, per_layer, head)
+def _everywhere(body: Format, head: Format, per_layer: Format) -> Callable[[WeightLayout], dict[str, Format]]:
+    special = {"head": head, "embedding": head, "per_layer_embedding": per_layer}
 
-    return plan
+    def formats(layout: WeightLayout) -> dict[str, Format]:
+        return {name: special.get(name, body) for name in layout.weights}
+
+    return formats
 
 
-def _mobile(arch: Architecture) -> Plan:
+def _mobile(layout: WeightLayout) -> dict[str, Format]:
     """The bit widths of Google's mobile releases of Gemma 4 E2B and E4B.
 
     Where the layers that share KV are double-wide (E2B), their MLP is int2 and the per-layer table int4;
     where no layer is (E4B), the MLP is int4 throughout and the table int2.
     """
+    arch = layout.architecture
     if not arch.per_layer_width:
         raise EdgeError(f"--recipe mobile: is for Gemma 4, this is {arch.family}; choose int4 or int8")
     narrow = min(layer.feed_forward for layer in arch.layers)
-    widths = {"qkv": _INT4, "output": _INT4, "per_layer_gate": _INT8, "per_layer_projection": _INT8}
-    matrices = {}
-    for name in stacked_matrices(arch):
+    double_wide = any(layer.feed_forward > narrow for layer in arch.layers)
+    by_group = {"qkv": _INT4, "output": _INT4, "per_layer_gate": _INT8, "per_layer_projection": _INT8}
+    formats = {"per_layer_embedding": _INT4 if double_wide else _INT2, "embedding": _INT2, "head": _INT2}
+    for name in layout.matrices:
         _, *inner = name.split(".")
         if not inner:
-            matrices[name] = _INT2 if name == "head" else _INT8
-        elif inner[1] in widths:
-            matrices[name] = widths[inner[1]]
+            formats.setdefault(name, _INT8)
+        elif inner[1] in by_group:
+            formats[name] = by_group[inner[1]]
         else:
             wide = arch.layers[int(inner[0])].feed_forward > narrow
-            matrices[name] = _INT2 if wide else _INT4
-    double_wide = any(layer.feed_forward > narrow for layer in arch.layers)
-    return Plan(matrices, _INT4 if double_wide else _INT2, _INT2)
+            formats[name] = _INT2 if wide else _INT4
+    return {name: formats[name] for name in layout.weights}
 
 
 AUTO = "auto"
-"""The recipe whose formats a budget decides; without one, as large as it gets."""
+"""The recipe whose formats are chosen to fit a budget; before they are chosen, all are int8."""
 
 
 @dataclass(frozen=True)
 class _Recipe:
-    plan: Callable[[Architecture], Plan]
-    carries: frozenset[Format]
+    """The formats of float weights, and the formats of stored codes that are kept as they are."""
+
+    formats: Callable[[WeightLayout], dict[str, Format]]
+    keeps: frozenset[Format]
 
 
 _RECIPES = {
@@ -89,56 +86,71 @@ _RECIPES = {
 }
 
 RECIPES = ("int8", "int4", "int4-all", "mobile")
-"""What a user may choose, beside "auto"; float32 is for tests of the graph itself."""
+"""The recipes of `--recipe`, next to "auto"; float32 is for tests of the graph itself."""
 
 
-def plan_for(recipe: str, arch: Architecture) -> Plan:
-    """The plan of a recipe for weights that are floats.
+def plan_for(recipe: str, layout: WeightLayout) -> Plan:
+    """The plan of a recipe for a checkpoint of floats.
 
-    Raises KeyError for an unknown recipe, EdgeError if it has none for the architecture.
+    Raises KeyError for an unknown recipe, EdgeError if it does not support the architecture.
     """
-    return _RECIPES[recipe].plan(arch)
+    return Plan(layout, _RECIPES[recipe].formats(layout))
 
 
-def stored_format(codes: ExactCodes, width: int) -> Format | None:
-    """The format that holds stored codes as they are; without blocks, `width` columns share a scale."""
+@dataclass(frozen=True)
+class StoredCodes:
+    """The integers that a checkpoint stores for a tensor, and the format that holds them unchanged."""
+
+    codes: ExactCodes
+    format: Format
+
+
+def stored_codes(checkpoint: Checkpoint, layout: WeightLayout) -> dict[str, StoredCodes]:
+    """The tensors that the checkpoint stores as integers which a bundle can hold."""
+    found = {}
+    for name, columns in layout.columns.items():
+        codes = checkpoint.tensors[name].codes()
+        format = None if codes is None else stored_format(codes, columns)
+        if codes is not None and format is not None:
+            found[name] = StoredCodes(codes, format)
+    return found
+
+
+def stored_format(codes: ExactCodes, columns: int) -> Format | None:
+    """The format that holds stored codes unchanged; in a per-channel one, `columns` share a scale."""
     if (codes.bits, codes.group, codes.scale_type) == (_BLOCKWISE.bits, _BLOCKWISE.block, "F16"):
         return _BLOCKWISE
-    return Format(codes.bits) if codes.group == width else None
+    return Format(codes.bits) if codes.group == columns else None
 
 
-def choose_recipe(asked: str | None, stored: Collection[Format]) -> str:
-    """The recipe asked for, or else the one that keeps what is stored as integers, or else int8.
+def choose_recipe(requested: str | None, stored: Collection[Format]) -> str:
+    """The requested recipe; None: the one that keeps the stored integers, or int8 if there are none.
 
-    Raises EdgeError if the checkpoint is the packed mobile release and another recipe is asked for: it was
-    trained for its codes, and quantising them a second time only loses.
+    Raises EdgeError if the checkpoint is the quantised mobile release and another recipe is requested: it was
+    trained for its codes, and quantising them a second time loses quality.
     """
-    packed = any(not format.block for format in stored)
-    if asked is None:
-        return "mobile" if packed else "int4" if stored else "int8"
-    if packed and asked not in ("mobile", "float32"):
+    mobile = any(not format.block for format in stored)
+    if requested is None:
+        return "mobile" if mobile else "int4" if stored else "int8"
+    if mobile and requested not in ("mobile", "float32"):
         raise EdgeError(
-            f"--recipe {asked}: the checkpoint holds packed integers, which only --recipe mobile keeps;"
-            " use it, or convert the bf16 checkpoint"
+            f"--recipe {requested}: the checkpoint holds quantised integers, which only --recipe mobile"
+            " keeps; use it, or convert the bf16 checkpoint"
         )
-    return asked
+    return requested
 
 
-def plan_that_keeps(recipe: str, arch: Architecture, stored: Mapping[str, Format]) -> Plan:
-    """The plan of a recipe, changed to the formats of `stored` tensors where the recipe carries such codes.
+def plan_that_keeps(recipe: str, layout: WeightLayout, stored: Mapping[str, Format]) -> Plan:
+    """The plan of a recipe, with the formats of `stored` tensors where the recipe keeps such codes.
 
-    A matrix that stacks tensors is changed if all of them are stored alike.
+    A stack of tensors gets their format if all of them are stored in the same one.
     """
-    plan, carries = plan_for(recipe, arch), _RECIPES[recipe].carries
+    keeps = _RECIPES[recipe].keeps
 
-    def kept(parts: tuple[str, ...], planned: Format) -> Format:
-        formats = {stored.get(part) for part in parts}
+    def kept(tensors: tuple[str, ...], planned: Format) -> Format:
+        formats = {stored.get(tensor) for tensor in tensors}
         only = formats.pop()
-        return only if not formats and only in carries else planned
+        return only if not formats and only in keeps else planned
 
-    stacked = stacked_matrices(arch)
-    return Plan(
-        {name: kept(stacked[name], format) for name, format in plan.matrices.items()},
-        kept(("per_layer_embedding",), plan.per_layer),
-        kept(("embedding",), plan.embedding),
-    )
+    planned = plan_for(recipe, layout).formats
+    return Plan(layout, {name: kept(layout.weights[name].tensors, planned[name]) for name in layout.weights})

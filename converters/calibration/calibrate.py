@@ -1,17 +1,18 @@
-"""Calibrated quantisation: what the converter asks for codes instead of rounding weights itself.
+"""Calibrated quantisation: codes chosen by what the matrices compute on a text, not by their weights alone.
 
-The calibration sequences run through the layers twice side by side: as the checkpoint computes, and as the
-bundle will, inputs rounded as the runtime rounds them. A matrix W should give W x, but will be given x', what
-those before it, already quantised, have left of x. Its codes are those of least output error against
+The calibration sequences run through the layers twice in parallel: as the checkpoint computes, and as the
+bundle will, with inputs rounded as the runtime rounds them. A matrix W should give W x, but will be given x',
+what the matrices before it, already quantised, have left of x. Its codes are those of least output error
+against
 
     W + trust * W E[(x - x') x'^T] E[x' x'^T]^-1,
 
 which with a trust of 1 comes nearest to W x on this text (GPTAQ, Li et al. 2025). Where the output is normed,
-a token counts by its output's inverse square, because the norm takes the length away: else a few very long
-outputs decide all codes. Nothing is drawn at random.
+a token is weighted by the inverse square of its output's norm: otherwise a few very long outputs would decide
+all codes. Nothing is random.
 
-Memory: one layer's weights in float32 twice, what the sequences bring to one matrix twice (tokens * k * 4
-bytes for k columns), for the widest matrix twice k * k * 4 bytes, and the codes of all layers, packed.
+Memory: one layer's weights in float32 twice, the inputs of one matrix for all sequences twice (tokens * k * 4
+bytes for k columns), for the widest matrix twice k * k * 4 bytes, and the packed codes of all layers.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import blas
 
 from converters.calibration.activations import round_activations
 from converters.calibration.gptq import Objective, quantize_for
-from converters.calibration.smoothing import NORMED, Folded, fold
+from converters.calibration.linear_algebra import add_product, add_square
+from converters.calibration.smoothing import NORMED, Smoothed, smooth
 from converters.calibration.text import CalibrationText
 from converters.checkpoints.base import Checkpoint, LazyTensor
 from converters.quantization import Floats, Format, Quantized, pack, quantize, tensor_group, unpack
@@ -34,13 +35,13 @@ from converters.reference_decoder import PROJECTION, ReferenceDecoder, Steps, St
 from edge.errors import EdgeError
 
 Advance = Callable[[str, float], None]
-"""Is told what was done last, and what share of the work that was."""
+"""Called with the name of what was done and its share of the work."""
 
-_FOLD_SHARE = 0.15
+_SMOOTHING_SHARE = 0.15
 """Of the whole time, roughly."""
 
 _TRUST = np.float32(0.5)
-"""How much of the correction for inputs that are off is made; all of it would fit the text too well."""
+"""How much of the correction for changed inputs is applied; all of it would overfit the text."""
 
 
 def calibrate(
@@ -49,40 +50,43 @@ def calibrate(
     text: CalibrationText,
     advance: Advance = lambda _name, _share: None,
 ) -> Calibrated:
-    """Choose codes for the tensors in `formats`, looking at what they multiply when the model reads `text`.
+    """Choose codes for the tensors in `formats` by what they multiply when the model reads `text`.
 
     Tensors without a format, or with 32 bits, stay as they are. Raises EdgeError if the text is too short or
-    there is nothing to choose; reading may raise CheckpointError.
+    no tensor of a layer has a format; reading can raise CheckpointError.
     """
     formats = {name: format for name, format in formats.items() if format.bits < 32}
     if not any(name.startswith("layers.") for name in formats):
-        raise EdgeError(f"{checkpoint.path}: its own integers are kept; leave --calibrate out")
+        raise EdgeError(
+            f"{checkpoint.path}: all its stored integers are kept, so nothing is left to calibrate;"
+            " omit --calibrate"
+        )
     sequences = text.sequences(checkpoint)
     count = len(checkpoint.architecture.layers)
     some = sequences[: max(1, len(sequences) // 4)]
-    folded = fold(checkpoint, some, formats, lambda name: advance(name, _FOLD_SHARE / count))
-    calibrated = Calibrated(folded, text, sum(map(len, sequences)))
+    smoothed = smooth(checkpoint, some, formats, lambda name: advance(name, _SMOOTHING_SHARE / count))
+    calibrated = Calibrated(smoothed, text, sum(map(len, sequences)))
     run = _Run(calibrated, formats, sequences)
     for index in range(count):
         run.layer(index)
-        advance(f"layers.{index}", (1 - _FOLD_SHARE) / count)
+        advance(f"layers.{index}", (1 - _SMOOTHING_SHARE) / count)
     return calibrated
 
 
 class Calibrated:
     """Codes of a checkpoint's matrices; a `converters.encoding.Quantizer` for `checkpoint`.
 
-    `checkpoint` computes what the original does, with kinder activations. `errors` has the squared output
+    `checkpoint` computes the same as the original, with smoothed activations. `errors` has the squared output
     error of each matrix of the layers, relative to its output.
     """
 
-    def __init__(self, folded: Folded, text: CalibrationText, tokens: int) -> None:
-        self.checkpoint = folded.checkpoint
+    def __init__(self, smoothed: Smoothed, text: CalibrationText, tokens: int) -> None:
+        self.checkpoint = smoothed.checkpoint
         self.errors: dict[str, float] = {}
-        self._folded, self._text, self._tokens = folded, text, tokens
-        self._head = Objective.of(folded.moment)
+        self._smoothed, self._text, self._tokens = smoothed, text, tokens
+        self._head = Objective.of(smoothed.moment)
         self._head_name = "embedding" if self.checkpoint.architecture.tied_head else "head"
-        self._codes: dict[str, _Packed] = {}
+        self._codes: dict[str, _PackedCodes] = {}
 
     def codes_for(self, name: str, start: int, rows: Floats, format: Format) -> Quantized:
         """See `converters.encoding.Quantizer.codes_for`; `rows` are those of `checkpoint`."""
@@ -92,29 +96,29 @@ class Calibrated:
             return self._codes[name].rows(start, start + len(rows))
         return quantize_for(self._head, rows, format) if name == self._head_name else quantize(rows, format)
 
-    def keep(self, name: str, quantized: Quantized, error: float) -> None:
-        """Note the codes of a whole tensor and the relative squared error of its output."""
+    def add(self, name: str, quantized: Quantized, error: float) -> None:
+        """Store the codes of a whole tensor and the relative squared error of its output."""
         self.errors[name] = error
         codes = pack(quantized.codes, quantized.format.bits).reshape(len(quantized.codes), -1)
-        self._codes[name] = _Packed(quantized.format, codes, quantized.scales)
+        self._codes[name] = _PackedCodes(quantized.format, codes, quantized.scales)
 
     def notes(self) -> dict[str, object]:
-        """What the manifest tells of it."""
+        """What the manifest records of the calibration."""
         return {
             "text": self._text.name,
             "sha256": self._text.digest(),
             "tokens": self._tokens,
-            "folds": f"{self._folded.moved} of {self._folded.tried}",
+            "folds": f"{self._smoothed.changed} of {self._smoothed.tried}",  # the format's name for smoothing
             "output_errors": {group: round(error, 5) for group, error in self._group_errors().items()},
         }
 
     def report_lines(self) -> list[str]:
-        """One line per group of matrices on the error of their outputs, and one on the activations."""
+        """One line on the output error of each group of matrices, and one on the activations."""
         lines = [f"{group:<28} output error {error:8.3%}" for group, error in self._group_errors().items()]
-        return [*lines, f"inputs made kinder at {self._folded.moved} of {self._folded.tried} places"]
+        return [*lines, f"activations smoothed at {self._smoothed.changed} of {self._smoothed.tried} points"]
 
     def _group_errors(self) -> dict[str, float]:
-        """Root of the mean squared output error, relative to the output, of each group of matrices."""
+        """Root mean square of the relative output errors in each group of matrices."""
         groups: dict[str, list[float]] = {}
         for name, error in self.errors.items():
             groups.setdefault(tensor_group(name), []).append(error)
@@ -122,7 +126,7 @@ class Calibrated:
 
 
 @dataclass(frozen=True)
-class _Packed:
+class _PackedCodes:
     """A tensor's codes, packed: uint8 [rows, bytes], and its scales."""
 
     format: Format
@@ -135,7 +139,7 @@ class _Packed:
 
 
 class _Run:
-    """The sequences between two layers: as they should be, and as the codes so far have left them."""
+    """The sequences between two layers: exact, and with the errors of the codes chosen so far."""
 
     def __init__(
         self, calibrated: Calibrated, formats: Mapping[str, Format], sequences: Sequence[Sequence[int]]
@@ -143,21 +147,21 @@ class _Run:
         self._calibrated, self._formats = calibrated, formats
         self._decoder = ReferenceDecoder(calibrated.checkpoint)
         self._epsilon = np.float32(self._decoder.arch.rms_epsilon)
-        self._exact, self._rough = self._begin(sequences)
+        self._exact, self._quantized = self._begin(sequences)
 
     def layer(self, index: int) -> None:
         """Choose the codes of a layer's matrices, in the order in which they are used."""
         arch, weights = self._decoder.arch, self._decoder.layer_weights(index)
         coded = dict(weights)
         exact = [layer_steps(arch, index, weights, stream) for stream in self._exact]
-        rough = [layer_steps(arch, index, coded, stream) for stream in self._rough]
-        wanted, given = [next(step) for step in exact], [next(step) for step in rough]
+        quantized = [layer_steps(arch, index, coded, stream) for stream in self._quantized]
+        wanted, given = [next(step) for step in exact], [next(step) for step in quantized]
         while wanted:
             names = wanted[0][0]
             x, rounded = [x for _, x in wanted], [round_activations(x) for _, x in given]
             del given
             self._choose(f"layers.{index}.", names, weights, coded, x, rounded)
-            wanted, given = _advance(exact, names, weights, x), _advance(rough, names, coded, rounded)
+            wanted, given = _advance(exact, names, weights, x), _advance(quantized, names, coded, rounded)
 
     def _choose(
         self,
@@ -165,42 +169,44 @@ class _Run:
         names: Sequence[str],
         weights: Mapping[str, Floats],
         coded: dict[str, Floats],
-        exact: Sequence[Floats],
-        rough: Sequence[Floats],
+        wanted: Sequence[Floats],
+        given: Sequence[Floats],
     ) -> None:
-        """Choose codes of matrices that share inputs; `coded` gets what they stand for."""
-        chosen = [name for name in names if prefix + name in self._formats]
-        if not chosen:
+        """Choose codes of matrices that share inputs; puts their dequantised values into `coded`."""
+        names_to_choose = [name for name in names if prefix + name in self._formats]
+        if not names_to_choose:
             return
-        moment, cross = self._sums(exact, rough, weights[names[0]] if names[0] in NORMED else None)
-        missed = {name: weights[name] @ cross for name in chosen}
+        moment, cross = self._sums(wanted, given, weights[names[0]] if names[0] in NORMED else None)
+        corrections = {name: weights[name] @ cross for name in names_to_choose}
         del cross
         objective = Objective.of(moment)
-        for name in chosen:
-            target = weights[name] + _TRUST * objective.solve(missed.pop(name))
+        for name in names_to_choose:
+            target = weights[name] + _TRUST * objective.solve(corrections.pop(name))
             quantized = quantize_for(objective, target, self._formats[prefix + name])
-            self._calibrated.keep(prefix + name, quantized, objective.error(target, quantized))
+            self._calibrated.add(prefix + name, quantized, objective.error(target, quantized))
             coded[name] = quantized.dequantize()
 
     def _sums(
-        self, exact: Sequence[Floats], rough: Sequence[Floats], normed: Floats | None
+        self, wanted: Sequence[Floats], given: Sequence[Floats], normed: Floats | None
     ) -> tuple[Floats, Floats]:
-        """Sums of x'^T x', its lower triangle, and (x - x')^T x'; over the squares of `normed` x."""
-        columns = rough[0].shape[1]
+        """Sums over all tokens of x'^T x' (its lower triangle) and (x - x')^T x', x wanted and x' given.
+
+        With a matrix `normed`, a token is weighted by the inverse square of the norm of `normed` x.
+        """
+        columns = given[0].shape[1]
         moment, cross = np.zeros((columns, columns), np.float32), np.zeros((columns, columns), np.float32)
-        for wanted, given in zip(exact, rough, strict=True):
-            missed, x = wanted - given, given
+        for exact, rounded in zip(wanted, given, strict=True):
+            difference, x = exact - rounded, rounded
             if normed is not None:
-                power = np.mean(np.square(wanted @ normed.T), axis=-1, keepdims=True)
+                power = np.mean(np.square(exact @ normed.T), axis=-1, keepdims=True)
                 length = np.sqrt(power + self._epsilon)
-                missed, x = missed / length, x / length
-            # BLAS counts columns first: its upper triangle is the lower one of the transpose.
-            blas.ssyrk(1.0, x.T, beta=1.0, c=moment.T, overwrite_c=True)
-            blas.sgemm(1.0, x.T, missed.T, beta=1.0, c=cross.T, trans_b=True, overwrite_c=True)
+                difference, x = difference / length, rounded / length
+            add_square(moment, x)
+            add_product(cross, difference, x)
         return moment, cross
 
     def _begin(self, sequences: Sequence[Sequence[int]]) -> tuple[list[Stream], list[Stream]]:
-        """Streams before the first layer: exact ones, and ones of quantised tables and projection."""
+        """Streams before the first layer: exact ones, and ones from quantised tables and projection."""
         checkpoint, formats = self._calibrated.checkpoint, self._formats
         ids = np.unique(np.concatenate([np.asarray(one, np.int64) for one in sequences]))
         tensors = dict(checkpoint.tensors)
@@ -216,34 +222,34 @@ class _Run:
             return self._decoder.begin(sequences), decoder.begin(sequences)
         seen: list[Floats] = []
 
-        def note(_name: str, x: Floats, weight: Floats) -> Floats:
+        def record(_name: str, x: Floats, weight: Floats) -> Floats:
             seen.append(x)
             return x @ weight.T
 
-        decoder.begin(sequences, note)
-        rough = [round_activations(x) for x in seen]
+        decoder.begin(sequences, record)
+        rounded = [round_activations(x) for x in seen]
         seen.clear()
-        exact = self._decoder.begin(sequences, note)
+        exact = self._decoder.begin(sequences, record)
         weights = {PROJECTION: tensors[PROJECTION].array()}
         coded = dict(weights)
-        self._choose("", (PROJECTION,), weights, coded, seen, rough)
+        self._choose("", (PROJECTION,), weights, coded, seen, rounded)
         return exact, decoder.begin(sequences, lambda name, x, _weight: round_activations(x) @ coded[name].T)
 
 
 def _advance(
     steps: Sequence[Steps], names: Sequence[str], weights: Mapping[str, Floats], inputs: list[Floats]
 ) -> list[tuple[tuple[str, ...], Floats]]:
-    """Send the outputs of matrices to each of `steps`; what they ask for next, nothing at the layer's end."""
-    asked = []
+    """Send the outputs of matrices to each of `steps`. Returns their next requests; none after the last."""
+    requests = []
     for step in steps:
         x = inputs.pop(0)
         with contextlib.suppress(StopIteration):
-            asked.append(step.send([x @ weights[name].T for name in names]))
-    return asked
+            requests.append(step.send([x @ weights[name].T for name in names]))
+    return requests
 
 
 class _KnownRows(LazyTensor):
-    """The few rows of a table that the sequences need, as they are after quantisation."""
+    """The rows of a table that the sequences need, after quantisation."""
 
     def __init__(self, base: LazyTensor, ids: NDArray[np.int64], values: Floats) -> None:
         self.name, self.shape, self.source_type = base.name, base.shape, base.source_type

@@ -1,16 +1,16 @@
-"""Codes of least error at a matrix's output, instead of least error in its weights.
+"""GPTQ: codes of least error at a matrix's output, instead of least error in its weights.
 
 A matrix W [n, k] that meets inputs x has, if it is replaced by Q, the expected squared output error
 tr((Q - W) H (Q - W)^T) with H = E[x x^T]. Inputs of a language model are strongly correlated, so an error in
-one column can be made up for in others. With H = L L^T (Cholesky, L lower triangular) the error of a row is
+one column can be compensated in others. With H = L L^T (Cholesky, L lower triangular) the error of a row is
 
     sum over j of  L_jj^2 (D_j + sum over i > j of D_i L_ij / L_jj)^2,      D = Q - W
 
-so columns are rounded from the last to the first, each to the value that cancels what those after it left
-(GPTQ, Frantar et al. 2022; Chee et al. 2023 show that their LDLQ is the same). Then sweeps over the
-columns change one scale or code at a time to what is best given all others, which can only lower the error.
+so columns are rounded from the last to the first, each to the value that cancels the error of those after it
+(GPTQ, Frantar et al. 2022; Chee et al. 2023 show that their LDLQ is the same). Sweeps over the columns then
+move one scale or code at a time to its best value given all others, which can only lower the error.
 
-Columns stay in place and scales stay positive, as XNNPACK's formats want it. Rows do not see each other.
+Columns keep their order and scales stay positive, as XNNPACK's formats require. Rows are independent.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import linalg
 
+from converters.calibration.linear_algebra import cholesky, solve
 from converters.quantization import (
     HIGHEST,
     LOWEST,
@@ -34,12 +34,12 @@ from converters.quantization import (
 )
 
 DAMPING = 0.1
-"""Share of the mean of H's diagonal that is added to it: calibration sees few inputs, and should not trust
-directions in which it saw nothing."""
+"""Share of the mean of H's diagonal that is added to it, because calibration sees few inputs and must not
+rely on directions in which it saw none."""
 
 _SWEEPS = 2
 _GROUP = 32
-"""Columns that are rounded one by one before the rest hears of it in one matrix product."""
+"""Columns that are rounded one by one before one matrix product updates the rest."""
 
 _SLICE_ROWS = 1024
 """Rows that a thread works on at a time; a constant, so that results do not depend on the machine."""
@@ -47,7 +47,7 @@ _SLICE_ROWS = 1024
 
 @dataclass(frozen=True)
 class Objective:
-    """What a matrix with k columns is judged by.
+    """The error measure of a matrix with k columns.
 
     `moment` is H, damped, float32 [k, k]; `feedback` L with each column divided by its diagonal; `weights`
     float32 [k] the squares of that diagonal.
@@ -68,7 +68,7 @@ class Objective:
             raise ValueError("the second moment is not finite")
         diagonal = np.einsum("ii->i", moment)
         diagonal += np.float32(damping * mean if mean > 0 else 1)
-        factor: Floats = linalg.cholesky(moment, lower=True, check_finite=False)
+        factor = cholesky(moment)
         for column in range(1, len(moment)):
             moment[:column, column] = moment[column, :column]
         spread = factor.diagonal().copy()
@@ -77,25 +77,18 @@ class Objective:
 
     def solve(self, right: Floats) -> Floats:
         """`right` [n, k] times the inverse of H."""
-        half = linalg.solve_triangular(
-            self.feedback, right.T, lower=True, unit_diagonal=True, check_finite=False
-        )
-        half /= self.weights[:, None]
-        solved = linalg.solve_triangular(
-            self.feedback, half, trans="T", lower=True, unit_diagonal=True, check_finite=False
-        )
-        return np.ascontiguousarray(solved.T)
+        return solve(self.feedback, self.weights, right)
 
     def error(self, rows: Floats, quantized: Quantized) -> float:
         """Squared output error of `quantized` relative to the squared output of float32 `rows` [n, k]."""
         difference = quantized.dequantize() - rows
-        lost = float(np.einsum("ij,ij->", difference @ self.moment, difference, dtype=np.float64))
+        error = float(np.einsum("ij,ij->", difference @ self.moment, difference, dtype=np.float64))
         whole = float(np.einsum("ij,ij->", rows @ self.moment, rows, dtype=np.float64))
-        return lost / whole if whole else 0.0
+        return error / whole if whole else 0.0
 
 
 def quantize_for(objective: Objective, rows: Floats, format: Format) -> Quantized:
-    """Codes of float32 `rows` [n, k]. Raises ValueError if k is not a multiple of the block."""
+    """Choose codes for float32 `rows` [n, k]. Raises ValueError if k is not a multiple of the block."""
     count, columns = rows.shape
     if format.block and columns % format.block:
         raise ValueError(f"{columns} columns can't be cut into blocks of {format.block}")
@@ -118,7 +111,7 @@ def _slice(objective: Objective, rows: Floats, format: Format) -> tuple[NDArray[
 
 
 class _Columns:
-    """A slice of a matrix on its way to codes, transposed: arrays are [k, n], so a column is contiguous.
+    """The codes so far of a slice of a matrix, transposed: arrays are [k, n], so a column is contiguous.
 
     `difference` is Q - W; `scales` [k / block, n], or [1, n] without blocks.
     """
@@ -136,7 +129,7 @@ class _Columns:
             self.scales = best_scales(weights, format, objective.weights)[None]
 
     def round_with_feedback(self) -> None:
-        """Choose all codes once, from the last column to the first."""
+        """Choose all codes once, from the last column to the first, with error feedback."""
         feedback, columns = self.objective.feedback, len(self.weights)
         for stop in range(columns, 0, -self.group):
             start = max(0, stop - self.group)
@@ -175,7 +168,7 @@ class _Columns:
         return scale, np.float32(1) / scale
 
     def _round(self, column: int, wanted: Floats, scale: Floats, inverse: Floats) -> Floats:
-        """Give a column the codes nearest to `wanted`; returns its new difference."""
+        """Set a column to the codes nearest to `wanted`; returns its new difference."""
         codes: Floats = self.codes[column]
         difference: Floats = self.difference[column]
         np.multiply(wanted, inverse, out=codes)
@@ -186,7 +179,7 @@ class _Columns:
         return difference
 
     def _refit_block_scale(self, part: slice, gradient: Floats, local: Floats) -> None:
-        """Move a block's scales to the least error given all codes, where their rounding allows a gain."""
+        """Move a block's scales to the least error given all codes, where the rounded scale is a gain."""
         codes, scale = self.codes[part], self.scales[part.start // self.group]
         curvature = np.einsum("ij,ij->j", codes, local @ codes)
         slope = np.einsum("ij,ij->j", codes, gradient)

@@ -1,13 +1,15 @@
-"""Bits where they matter: the formats that cost least fidelity among those that fit a number of bytes.
+"""Mixed precision: the formats that keep most fidelity within a number of bytes.
 
-For each matrix and table it is measured how far the model's distribution moves on a piece of text (KL
-divergence) if that one alone is int4. In another format it moves as much more or less as the squared error
-at the matrix's outputs is; that holds for small errors, and so do sums over matrices. Then bytes go, step by
-step, where a byte mends most. Formats are int2 and int8 per channel, and int4 in blocks of 32 (XNNPACK has
-no blocks of int2); Gemma 4's per-layer table has a scale for each layer's part of a row.
+The sensitivity of a matrix or table is how far the model's distribution moves on a piece of text (KL
+divergence) if it alone is int4. For the other formats it is scaled by their squared error at the matrix's
+outputs. Errors are small enough for both the scaling and sums over matrices to hold. Starting from the
+smallest formats, bytes are then spent where each one lowers the divergence most.
 
-The text runs through the layers once: each changed matrix has a stream of its own from its layer on. Memory
-is one layer's weights, a stream for each matrix and the logits of a few hundred positions.
+Formats are int2 and int8 per channel and int4 in blocks of 32 (XNNPACK has no blockwise int2). In Gemma 4's
+per-layer table, each layer's part of a row has a scale.
+
+The text runs through the layers once: each quantised matrix has a stream of its own from its layer on. Memory
+holds one layer's weights, a stream for each matrix, and the logits of a few hundred positions.
 """
 
 from __future__ import annotations
@@ -19,48 +21,47 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from converters.checkpoints.base import Checkpoint, LazyTensor
-from converters.decoder_graph import matrix_shapes, stacked_matrices
 from converters.quantization import Floats, Format, quantize
 from converters.recipes import Plan
 from converters.reference_decoder import HEAD_ROWS, PROJECTION, ReferenceDecoder, Stream, run_layer
-from edge.bundles.architecture import Architecture
+from converters.weight_layout import WeightLayout
 from edge.errors import EdgeError
 
 _MATRIX_FORMATS = (Format(4, 32), Format(2), Format(8))
 _TABLE_FORMATS = (Format(4), Format(2), Format(8))
-"""What a matrix, or the per-layer table, may be; the first of them is tried on the model."""
+"""The formats of a matrix and of the per-layer table. The first one is measured on the model."""
 
 _TOKENS = 256
 _POSITIONS = 32
-"""How many of the tokens' distributions are compared."""
+"""The number of tokens whose distributions are compared."""
 
 _BATCH = 8
-"""Streams whose logits are in memory at a time."""
+"""The number of streams whose logits are in memory at a time."""
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A format that a matrix or table may have: the bytes it takes and the divergence it brings, in nats."""
+class FormatOption:
+    """A format for a matrix or table, its size in bytes, and the divergence that it causes, in nats."""
 
     format: Format
     bytes: int
-    damage: float
+    divergence: float
 
 
-def spend(choices: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, Choice]:
-    """One choice for each name, at most `budget` bytes in all, with little damage in all.
+def choose_formats(options: Mapping[str, Sequence[FormatOption]], budget: int) -> dict[str, FormatOption]:
+    """Choose one option for each name, `budget` bytes at most in all, with little divergence in all.
 
-    Begins with the smallest ones and takes the step that mends most per byte until none fits: if the smallest
-    do not fit, these are returned all the same.
+    Starts with the smallest options and takes the step that lowers the divergence most per byte until none
+    fits. If the smallest options do not fit, they are returned all the same.
     """
-    chosen = {name: min(options, key=lambda one: one.bytes) for name, options in choices.items()}
-    left = budget - sum(one.bytes for one in chosen.values())
+    chosen = {name: min(of_name, key=lambda option: option.bytes) for name, of_name in options.items()}
+    left = budget - sum(option.bytes for option in chosen.values())
     while True:
         steps = [
-            ((chosen[name].damage - option.damage) / (option.bytes - chosen[name].bytes), name, option)
-            for name, options in choices.items()
-            for option in options
-            if 0 < option.bytes - chosen[name].bytes <= left and option.damage < chosen[name].damage
+            ((now.divergence - option.divergence) / (option.bytes - now.bytes), name, option)
+            for name, now in chosen.items()
+            for option in options[name]
+            if 0 < option.bytes - now.bytes <= left and option.divergence < now.divergence
         ]
         if not steps:
             return chosen
@@ -72,166 +73,156 @@ def spend(choices: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, Cho
 def plan_within(
     budget: int,
     checkpoint: Checkpoint,
+    layout: WeightLayout,
     ids: Sequence[int],
     size_of: Callable[[Plan], int],
     advance: Callable[[str, float], None] = lambda _name, _share: None,
 ) -> tuple[Plan, dict[str, object]]:
-    """The formats for a bundle of at most `budget` bytes, and what the manifest tells of the choice.
+    """The plan of a bundle of at most `budget` bytes, and what the manifest records of the choice.
 
-    `ids` and `advance` are as for `damages`; `size_of` tells a bundle's size. Raises EdgeError if none is so
-    small.
+    `ids` and `advance` are as in `sensitivities`; `size_of` gives the size of a plan's bundle. Raises
+    EdgeError if even the smallest bundle is larger than the budget.
     """
-    arch = checkpoint.architecture
-    smallest = size_of(_plan(arch, {name: formats_of(name)[1] for name in _shapes(arch)}))
+    smallest = size_of(Plan(layout, {name: formats_of(name)[1] for name in layout.weights}))
     if smallest > budget:
         raise EdgeError(
-            f"--budget {budget / 1e6:.1f}MB: no bundle of this model is so small;"
-            f" --budget {math.ceil(smallest / 1e6)}MB would do, all int2, and --recipe int4-all says more"
+            f"--budget {budget / 1e6:.1f}MB: too small for this model; the least is"
+            f" --budget {math.ceil(smallest / 1e6)}MB, all int2; --recipe int4-all preserves more quality"
         )
-    found = damages(checkpoint, ids, advance)
-    choices = {
+    found = sensitivities(checkpoint, layout, ids, advance)
+    options = {
         name: [
-            Choice(format, format.stored_bytes(*shape), found[name][format]) for format in formats_of(name)
+            FormatOption(format, format.stored_bytes(*stored.shape), found[name][format])
+            for format in formats_of(name)
         ]
-        for name, shape in _shapes(arch).items()
+        for name, stored in layout.weights.items()
     }
-    beside = 0
+    overhead = 0
     while True:
-        chosen = spend(choices, budget - beside)
-        plan = _plan(arch, {name: one.format for name, one in chosen.items()})
-        over = size_of(plan) - budget
-        if over <= 0:
+        chosen = choose_formats(options, budget - overhead)
+        plan = Plan(layout, {name: option.format for name, option in chosen.items()})
+        excess = size_of(plan) - budget
+        if excess <= 0:
             break
-        beside += max(over, budget // 1000)  # what stands beside the codes depends a little on the formats
+        overhead += max(excess, budget // 1000)  # the rest of the bundle depends slightly on the formats
     notes = {
         "budget": budget,
-        "divergence": round(sum(one.damage for one in chosen.values()), 5),
-        "formats": {name: str(one.format) for name, one in chosen.items()},
+        "divergence": round(sum(option.divergence for option in chosen.values()), 5),
+        "formats": {name: str(option.format) for name, option in chosen.items()},
     }
     return plan, notes
 
 
-def _shapes(arch: Architecture) -> dict[str, tuple[int, int]]:
-    """Rows and columns of each matrix and table; a row shares a scale where there are no blocks."""
-    shapes = matrix_shapes(arch)
-    if arch.per_layer_width:
-        shapes["per_layer_embedding"] = arch.vocabulary * len(arch.layers), arch.per_layer_width
-    return shapes if arch.tied_head else shapes | {"embedding": (arch.vocabulary, arch.hidden)}
-
-
-def _plan(arch: Architecture, formats: Mapping[str, Format]) -> Plan:
-    matrices = {name: formats[name] for name in matrix_shapes(arch)}
-    return Plan(matrices, formats.get("per_layer_embedding", Format(8)), formats.get("embedding", Format(8)))
-
-
-def damages(
+def sensitivities(
     checkpoint: Checkpoint,
+    layout: WeightLayout,
     ids: Sequence[int],
     advance: Callable[[str, float], None] = lambda _name, _share: None,
 ) -> dict[str, dict[Format, float]]:
-    """The divergence that each matrix of `stacked_matrices` and each table brings in each format, in nats.
+    """The divergence that each matrix and table of `layout` causes in each of its formats, in nats.
 
-    `ids` are those of a text, of which the first few hundred are used. `advance` is told each layer that is
-    done, and its share of the work.
+    `ids` are those of a text, of which the first few hundred are used. `advance` is called after each layer
+    with its name and its share of the work.
     """
-    probe = _Probe(checkpoint, ids[:_TOKENS])
+    probe = _Probe(checkpoint, layout, ids[:_TOKENS])
     count = len(checkpoint.architecture.layers)
     for index in range(count):
         probe.layer(index)
         advance(f"layers.{index}", 1 / count)
-    return probe.damages()
+    return probe.sensitivities()
 
 
 class _Probe:
-    """A sequence on its way through the layers as it is, and once for each matrix that was changed so far."""
+    """A sequence between two layers: unchanged, and once for each matrix quantised so far."""
 
-    def __init__(self, checkpoint: Checkpoint, ids: Sequence[int]) -> None:
-        self._arch = checkpoint.architecture
+    def __init__(self, checkpoint: Checkpoint, layout: WeightLayout, ids: Sequence[int]) -> None:
+        self._arch, self._layout = checkpoint.architecture, layout
         self._decoder = ReferenceDecoder(checkpoint)
-        (self._clean,) = self._decoder.begin([ids])
-        self._changed: dict[str, Stream] = {}
+        (self._exact,) = self._decoder.begin([ids])
+        self._quantized: dict[str, Stream] = {}
         self._relative: dict[str, dict[Format, float]] = {}
         for name in ("embedding", "per_layer_embedding", PROJECTION):
             if name in checkpoint.tensors:
                 self._begin(checkpoint, name, ids)
-        self._changed_head = ReferenceDecoder(_with_nearest(checkpoint, self._head))
-
-    @property
-    def _head(self) -> str:
-        return "embedding" if self._arch.tied_head else "head"
+        self._head = "embedding" if self._arch.tied_head else "head"
+        self._quantized_head = ReferenceDecoder(self._with_nearest_codes(checkpoint, self._head))
 
     def layer(self, index: int) -> None:
-        """Take all streams through a layer, and begin those of its own matrices."""
+        """Run all streams through a layer, and begin those of its own matrices."""
         weights = self._decoder.layer_weights(index)
         inputs: dict[str, Floats] = {}
 
-        def note(name: str, x: Floats, weight: Floats) -> Floats:
+        def record(name: str, x: Floats, weight: Floats) -> Floats:
             inputs[name] = x
             return x @ weight.T
 
-        for stream in self._changed.values():
+        for stream in self._quantized.values():
             run_layer(self._arch, index, weights, stream)
-        before = self._clean
-        self._clean = replace(before, kv=dict(before.kv))
-        run_layer(self._arch, index, weights, self._clean, note)
-        for matrix, tensors in stacked_matrices(self._arch).items():
-            if matrix.startswith(f"layers.{index}."):
-                parts = {name.rpartition(".")[2]: weights[name.rpartition(".")[2]] for name in tensors}
-                self._relative[matrix] = _relative(parts.values(), _MATRIX_FORMATS, inputs[next(iter(parts))])
-                changed = {name: _nearest(part, _MATRIX_FORMATS[0]) for name, part in parts.items()}
-                self._changed[matrix] = stream = replace(before, kv=dict(before.kv))
-                run_layer(self._arch, index, {**weights, **changed}, stream)
+        before = self._exact
+        self._exact = replace(before, kv=dict(before.kv))
+        run_layer(self._arch, index, weights, self._exact, record)
+        for name, matrix in self._layout.matrices.items():
+            if name.startswith(f"layers.{index}."):
+                inner = [tensor.rpartition(".")[2] for tensor in matrix.tensors]
+                parts = {tensor: weights[tensor] for tensor in inner}
+                self._relative[name] = _relative_errors(parts.values(), _MATRIX_FORMATS, inputs[inner[0]])
+                nearest = {tensor: _nearest(part, _MATRIX_FORMATS[0]) for tensor, part in parts.items()}
+                self._quantized[name] = stream = replace(before, kv=dict(before.kv))
+                run_layer(self._arch, index, {**weights, **nearest}, stream)
 
-    def damages(self) -> dict[str, dict[Format, float]]:
-        """See the function of this name."""
-        hidden = {name: self._hidden(stream) for name, stream in self._changed.items()}
-        clean = self._hidden(self._clean)
-        expected = self._decoder.head(clean)
-        found = {"head": _divergence(expected, self._changed_head.head(hidden.pop("embedding", clean)))}
+    def sensitivities(self) -> dict[str, dict[Format, float]]:
+        """See the function of this name; call it after the last layer."""
+        hidden = {name: self._hidden(stream) for name, stream in self._quantized.items()}
+        exact = self._hidden(self._exact)
+        expected = self._decoder.head(exact)
+        # A tied embedding is quantised at both ends.
+        at_head = exact if "embedding" in self._layout.tables else hidden.pop("embedding")
+        found = {"head": _divergence(expected, self._quantized_head.head(at_head))}
         names = list(hidden)
         for start in range(0, len(names), _BATCH):
-            some = names[start : start + _BATCH]
-            logits = self._decoder.head(np.concatenate([hidden[name] for name in some]))
-            for name, part in zip(some, np.split(logits, len(some)), strict=True):
+            batch = names[start : start + _BATCH]
+            logits = self._decoder.head(np.concatenate([hidden[name] for name in batch]))
+            for name, part in zip(batch, np.split(logits, len(batch)), strict=True):
                 found[name] = _divergence(expected, part)
-        some_rows = self._decoder.tensors[self._head].rows(0, min(HEAD_ROWS, self._arch.vocabulary))
-        self._relative["head"] = _relative([some_rows], _MATRIX_FORMATS, clean)
+        head_rows = self._decoder.tensors[self._head].rows(0, min(HEAD_ROWS, self._arch.vocabulary))
+        self._relative["head"] = _relative_errors([head_rows], _MATRIX_FORMATS, exact)
         return {
-            name: {format: damage * share for format, share in self._relative[name].items()}
-            for name, damage in found.items()
+            name: {format: divergence * relative for format, relative in self._relative[name].items()}
+            for name, divergence in found.items()
         }
 
     def _begin(self, checkpoint: Checkpoint, name: str, ids: Sequence[int]) -> None:
         """Begin the stream of a tensor that is used before the first layer."""
-        (stream,) = ReferenceDecoder(_with_nearest(checkpoint, name)).begin([ids])
-        self._changed[name] = stream
+        (stream,) = ReferenceDecoder(self._with_nearest_codes(checkpoint, name)).begin([ids])
+        self._quantized[name] = stream
         tensor, used = checkpoint.tensors[name], sorted(set(ids))
         rows = tensor.array() if name == PROJECTION else np.concatenate([tensor.rows(i, i + 1) for i in used])
-        self._relative[name] = _relative([rows.reshape(-1, _width(checkpoint, name))], formats_of(name))
+        self._relative[name] = _relative_errors(
+            [rows.reshape(-1, self._layout.columns[name])], formats_of(name)
+        )
 
     def _hidden(self, stream: Stream) -> Floats:
-        """Final states at some positions of the later half."""
+        """Final states at some positions of the second half."""
         last = self._decoder.finish(stream)
         return last[len(last) // 2 :: max(1, len(last) // 2 // _POSITIONS)]
 
+    def _with_nearest_codes(self, checkpoint: Checkpoint, name: str) -> Checkpoint:
+        """The checkpoint with one tensor in the format that is measured."""
+        quantized = _NearestCodes(checkpoint.tensors[name], formats_of(name)[0], self._layout.columns[name])
+        return replace(checkpoint, tensors={**checkpoint.tensors, name: quantized})
+
 
 def formats_of(name: str) -> tuple[Format, ...]:
-    """The formats that a matrix or table may have."""
+    """The formats that are available for a matrix or table."""
     return _TABLE_FORMATS if name == "per_layer_embedding" else _MATRIX_FORMATS
-
-
-def _width(checkpoint: Checkpoint, name: str) -> int:
-    """Columns that may share a scale."""
-    whole = checkpoint.tensors[name].shape[1]
-    return checkpoint.architecture.per_layer_width if name == "per_layer_embedding" else whole
 
 
 def _nearest(values: Floats, format: Format) -> Floats:
     return quantize(values, format).dequantize()
 
 
-class _Nearest(LazyTensor):
-    """A matrix as its nearest codes have it."""
+class _NearestCodes(LazyTensor):
+    """The values of a matrix after quantisation to its nearest codes."""
 
     def __init__(self, base: LazyTensor, format: Format, width: int) -> None:
         self.name, self.shape, self.source_type = base.name, base.shape, base.source_type
@@ -242,28 +233,22 @@ class _Nearest(LazyTensor):
         return _nearest(values.reshape(-1, self._width), self._format).reshape(values.shape)
 
 
-def _with_nearest(checkpoint: Checkpoint, name: str) -> Checkpoint:
-    """The checkpoint with a tensor in the format that is tried."""
-    changed = _Nearest(checkpoint.tensors[name], formats_of(name)[0], _width(checkpoint, name))
-    return replace(checkpoint, tensors={**checkpoint.tensors, name: changed})
-
-
-def _relative(
+def _relative_errors(
     parts: Iterable[Floats], formats: Sequence[Format], x: Floats | None = None
 ) -> dict[Format, float]:
-    """Squared error of each format over that of the first: of values, or of what they make of inputs x."""
+    """The squared error of each format relative to the first one's: of values, or of outputs for inputs x."""
     errors = dict.fromkeys(formats, 0.0)
     for part in parts:
         for format in formats:
-            lost = _nearest(part, format) - part
-            lost = lost if x is None else x @ lost.T
-            errors[format] += float(np.square(lost).sum(dtype=np.float64))
+            difference = _nearest(part, format) - part
+            difference = difference if x is None else x @ difference.T
+            errors[format] += float(np.square(difference).sum(dtype=np.float64))
     return {format: error / (errors[formats[0]] or 1.0) for format, error in errors.items()}
 
 
-def _divergence(expected: Floats, found: Floats) -> float:
+def _divergence(expected: Floats, logits: Floats) -> float:
     """Mean Kullback-Leibler divergence of distributions whose logits are rows."""
-    p, q = _log_softmax(expected), _log_softmax(found)
+    p, q = _log_softmax(expected), _log_softmax(logits)
     return float((np.exp(p) * (p - q)).sum(axis=-1, dtype=np.float64).mean())
 
 

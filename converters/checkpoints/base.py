@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -89,10 +89,7 @@ class Checkpoint:
     """An opened checkpoint; what the architecture asks for is there, and of the right shape.
 
     `tensors` has the names of `converters.architectures.tensor_shapes`; `tokenizer_model` is a SentencePiece
-    ModelProto, serialised; `licence` is one line, or "" if the checkpoint states none. `static_scales` are
-    the int8 activation scales of a statically quantised checkpoint: "layers.N.query.input" and
-    "layers.N.query.output" and so on for each matrix, "layers.N.key_cache", "layers.N.value_cache"; what was
-    not calibrated is absent.
+    ModelProto, serialised; `licence` is one line, or "" if the checkpoint states none.
     """
 
     path: Path
@@ -102,4 +99,3 @@ class Checkpoint:
     chat: ChatInfo
     source_files: tuple[Path, ...]
     licence: str
-    static_scales: Mapping[str, float] = field(default_factory=dict)

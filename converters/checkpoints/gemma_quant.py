@@ -3,18 +3,17 @@
 A linear layer X has `X.weight` (uint8 [out, in / 2] or [out, in / 4], the first value in the lowest bits and
 stored plus 8 or plus 2; or int8 [out, in]) and `X.weight_scale` [out, 1]. An embedding has
 `.embedding_quantized` likewise and `.embedding_scale` [rows, groups]. The value is code * scale.
+The int8 scales of activations and KV caches that it also has are not used (docs/gemma4.md).
 Source: transformers, integrations/gemma_quant.py.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.architectures.tensor_shapes import tensor_shapes
 from converters.checkpoints.base import CodeRows, ExactCodes, LazyTensor
 from converters.checkpoints.safetensors_file import TensorEntry
 from converters.checkpoints.tensor_reader import (
@@ -26,7 +25,6 @@ from converters.checkpoints.tensor_reader import (
     float32_rows,
     require_finite,
 )
-from edge.bundles.architecture import Architecture
 from edge.errors import CheckpointError
 
 _FLOATS = {"F32": float32_rows, "F16": float16_rows, "BF16": bfloat16_rows}
@@ -113,38 +111,3 @@ def unpack(raw: Bytes, bits: int) -> NDArray[np.int8]:
     for place in range(count):
         codes[:, place::count] = ((raw >> np.uint8(bits * place)) & mask).view(np.int8) - np.int8(offset)
     return codes
-
-
-def static_scales(
-    entries: Mapping[str, TensorEntry], architecture: Architecture, source_name: Callable[[str], str]
-) -> dict[str, float]:
-    """The calibrated int8 scales of activations and KV caches, named as `Checkpoint.static_scales` says.
-
-    `source_name` gives the stored name of one of our tensors; a stored scale of 0 means not calibrated.
-    """
-    wanted = {}
-    for name, shape in tensor_shapes(architecture).items():
-        stem = source_name(name).removesuffix(_WEIGHT)
-        if len(shape) == 2:
-            wanted[f"{name}.input"] = f"{stem}.input_activation_scale"
-            wanted[f"{name}.output"] = f"{stem}.output_activation_scale"
-        if name.endswith(".query"):
-            layer = name.removesuffix("query")
-            wanted[f"{layer}key_cache"] = stem.removesuffix("q_proj") + "k_cache_scale"
-            wanted[f"{layer}value_cache"] = stem.removesuffix("q_proj") + "v_cache_scale"
-    scales = {name: _scalar(entries[stored]) for name, stored in wanted.items() if stored in entries}
-    return {name: scale for name, scale in scales.items() if scale}
-
-
-def _scalar(entry: TensorEntry) -> float:
-    """The one value of a tensor, which must be finite and not negative."""
-    if math.prod(entry.shape) != 1 or entry.dtype not in _FLOATS:
-        raise CheckpointError(
-            f"{entry.file}: tensor {entry.name}: must be one float, not {entry.dtype} {entry.shape}"
-        )
-    value = float(
-        _FLOATS[entry.dtype](Stored(entry.file, entry.name, entry.offset, entry.size).read(0, 1))[0, 0]
-    )
-    if not 0 <= value < math.inf:
-        raise CheckpointError(f"{entry.file}: tensor {entry.name}: {value} is no scale")
-    return value

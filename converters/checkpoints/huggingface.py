@@ -13,7 +13,7 @@ from converters.architectures.names import huggingface_name
 from converters.architectures.tensor_shapes import tensor_shapes
 from converters.checkpoints.base import Checkpoint, LazyTensor
 from converters.checkpoints.chat import chat_info, folder_licence, folder_template
-from converters.checkpoints.gemma_quant import PackedTensor, is_packed, static_scales
+from converters.checkpoints.gemma_quant import PackedTensor, is_packed
 from converters.checkpoints.q4_0 import GridTensor
 from converters.checkpoints.safetensors_file import TensorEntry, read_safetensors
 from converters.checkpoints.tensor_reader import (
@@ -81,7 +81,6 @@ def open_folder(path: Path) -> Checkpoint:
         chat=chat_info(architecture.family, folder_template(path)),
         source_files=(path / "config.json", *shards, tokenizer_file),
         licence=folder_licence(path),
-        static_scales=static_scales(folder.entries, architecture, folder.source_name) if packed else {},
     )
 
 

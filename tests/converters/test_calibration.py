@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from converters.calibration import calibrate as calibration
 from converters.calibration.calibrate import calibrate
 from converters.calibration.gptq import Objective, quantize_for
-from converters.calibration.smoothing import fold
+from converters.calibration.smoothing import smooth
 from converters.calibration.text import CalibrationText
 from converters.checkpoints.base import LazyTensor
 from converters.checkpoints.opening import open_checkpoint
@@ -26,6 +26,7 @@ from converters.evaluate import built_in_text, evaluate_bundles
 from converters.quantization import HIGHEST, LOWEST, Floats, Format, quantize
 from converters.recipes import plan_for
 from converters.reference_decoder import ReferenceDecoder
+from converters.weight_layout import weight_layout
 from edge.bundles.bundle import DECODER, file_digest, read_manifest
 from edge.errors import EdgeError
 from edge.text.tokenizer import Tokenizer
@@ -107,33 +108,32 @@ def test_of_a_very_long_text_a_megabyte_from_all_over_is_encoded(monkeypatch: py
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_folded_factors_do_not_change_what_is_computed(name: str) -> None:
+def test_smoothing_does_not_change_what_is_computed(name: str) -> None:
     checkpoint = open_checkpoint(FIXTURES / name)
     sequences = [list(range(2, 2 + 200)), list(range(150, 150 + 200))]
-    folded = fold(checkpoint, sequences, formats_of(name, "int8"))
-    assert folded.moved > 0
+    smoothed = smooth(checkpoint, sequences, formats_of(name, "int8"))
+    assert smoothed.changed > 0
     ids = list(range(300, 340))
     np.testing.assert_allclose(
-        ReferenceDecoder(folded.checkpoint).logits(ids), ReferenceDecoder(checkpoint).logits(ids), atol=1e-3
+        ReferenceDecoder(smoothed.checkpoint).logits(ids), ReferenceDecoder(checkpoint).logits(ids), atol=1e-3
     )
 
 
-def test_nothing_is_folded_into_tensors_whose_codes_are_kept() -> None:
+def test_tensors_whose_codes_are_kept_are_not_smoothed() -> None:
     checkpoint = open_checkpoint(FIXTURES / GEMMA3)
     formats = formats_of(GEMMA3, "int8")
     del formats["layers.0.value"], formats["layers.0.up"]
-    folded = fold(checkpoint, [list(range(2, 300))], formats)
+    smoothed = smooth(checkpoint, [list(range(2, 300))], formats)
     changed = {
-        name for name, tensor in folded.checkpoint.tensors.items() if tensor is not checkpoint.tensors[name]
+        name for name, tensor in smoothed.checkpoint.tensors.items() if tensor is not checkpoint.tensors[name]
     }
     assert not any(name.startswith("layers.0.") for name in changed)
     assert {"layers.1.value", "layers.1.output", "layers.1.up", "layers.1.feed_forward_norm"} <= changed
 
 
 def formats_of(name: str, recipe: str) -> dict[str, Format]:
-    """The formats of all tensors that are written as codes."""
-    arch = open_checkpoint(FIXTURES / name).architecture
-    return plan_for(recipe, arch).of_tensors(arch)
+    """The formats of all tensors that are stored as codes."""
+    return plan_for(recipe, weight_layout(open_checkpoint(FIXTURES / name).architecture)).of_tensors()
 
 
 class Plain(LazyTensor):

@@ -20,7 +20,6 @@ from converters.checkpoints.q4_0 import GROUP, carried, q4_0_grid
 from tests.converters.test_checkpoints import refusal
 from tests.support.checkpoint_files import (
     GEMMA3,
-    GEMMA4,
     bfloat16,
     copy_fixture,
     read_arrays,
@@ -76,16 +75,6 @@ def test_the_mobile_release_has_the_widths_that_it_was_written_with(tmp_path: Pa
     assert tensors["layers.7.up"].source_type == "INT2"
 
 
-def test_static_scales_are_there_unless_they_were_not_calibrated(tmp_path: Path) -> None:
-    write_packed_release(tmp_path / "model")
-    checkpoint = open_checkpoint(tmp_path / "model")
-    scales = checkpoint.static_scales
-    assert scales["layers.2.down.input"] == scales["head.input"] == 0.25
-    assert "layers.2.down.output" not in scales
-    assert (scales["layers.7.key_cache"], scales["layers.7.value_cache"]) == (0.5, 0.125)
-    assert open_checkpoint(copy_fixture(GEMMA4, tmp_path / "float")).static_scales == {}
-
-
 @pytest.mark.parametrize(
     ("name", "array", "named"),
     [
@@ -95,8 +84,6 @@ def test_static_scales_are_there_unless_they_were_not_calibrated(tmp_path: Path)
         ("mlp.up_proj.weight", np.zeros((64, 10), np.uint8), "U8 of shape (64, 10) can't hold (64, 64)"),
         ("mlp.up_proj.weight", np.zeros((64, 32), np.int8), "I8 of shape (64, 32) can't hold (64, 64)"),
         ("mlp.up_proj.weight", None, "mlp.up_proj.weight is in none of the safetensors files"),
-        ("mlp.up_proj.input_activation_scale", np.ones(2, np.float32), "must be one float"),
-        ("self_attn.k_cache_scale", np.array(-1, np.float32), "-1.0 is no scale"),
     ],
 )
 def test_a_damaged_mobile_release_is_refused_by_tensor(

@@ -17,7 +17,8 @@ from click.testing import CliRunner
 
 from converters.checkpoints.opening import open_checkpoint
 from converters.cli import main
-from converters.convert import Progress, convert
+from converters.convert import convert
+from converters.progress import Progress
 from edge.bundles.bundle import read_manifest
 from edge.errors import EdgeError
 from tests.support import bundles
@@ -43,7 +44,7 @@ def test_an_existing_bundle_is_not_touched(tmp_path: Path) -> None:
     target = tmp_path / "bundle"
     target.mkdir()
     (target / "precious").write_text("x")
-    with pytest.raises(EdgeError, match=f"{target}: exists already"):
+    with pytest.raises(EdgeError, match=f"{target}: already exists"):
         convert(open_checkpoint(GEMMA3), target, "int8", 128)
     assert content(target) == {"precious": b"x"}
 
@@ -51,7 +52,7 @@ def test_an_existing_bundle_is_not_touched(tmp_path: Path) -> None:
 def test_a_link_that_leads_nowhere_is_in_the_way_before_the_work_begins(tmp_path: Path) -> None:
     target = tmp_path / "current"
     target.symlink_to(tmp_path / "gone")
-    with pytest.raises(EdgeError, match=f"{target}: exists already"):
+    with pytest.raises(EdgeError, match=f"{target}: already exists"):
         convert(open_checkpoint(GEMMA3), target, "int8", 128)
 
 
@@ -86,7 +87,7 @@ def test_a_conversion_that_ends_early_does_not_wait_for_the_digest_of_a_large_fi
     def interrupt(_progress: Progress) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("converters.convert.file_digest", slow_digest)
+    monkeypatch.setattr("converters.source_digests.file_digest", slow_digest)
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         convert(open_checkpoint(GEMMA3), tmp_path / "bundle", "int8", 128, interrupt)

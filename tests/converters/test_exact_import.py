@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from converters.checkpoints.base import LazyTensor
 from converters.checkpoints.opening import open_checkpoint
 from converters.convert import Converted, convert
-from converters.decoder_graph import stacked_matrices
 from converters.quantization import Format, quantize
+from converters.weight_layout import weight_layout
 from edge.bundles.bundle import DECODER, EMBEDDING, PER_LAYER, read_manifest
 from edge.bundles.row_table import RowTable
 from edge.errors import EdgeError
@@ -51,12 +51,12 @@ def test_the_mobile_release_is_in_the_graph_bit_for_bit(
     assert result.recipe == "mobile"
     found = stored_matrices(bundle / DECODER)
     seen = set()
-    for matrix, parts in stacked_matrices(open_checkpoint(checkpoint).architecture).items():
+    for matrix, stack in weight_layout(open_checkpoint(checkpoint).architecture).matrices.items():
         if matrix == "per_layer_model_projection":  # the release stores it as bfloat16
             assert found[matrix].bits == 8
             continue
         row = 0
-        for part in parts:
+        for part in stack.tensors:
             codes, scales = written[part]
             rows = slice(row, row + len(codes))
             np.testing.assert_array_equal(found[matrix].codes[rows], codes)
@@ -136,7 +136,7 @@ def test_logits_of_a_few_tokens_come_from_the_head_and_not_from_the_embedding(
 def test_the_mobile_release_is_not_quantised_a_second_time(
     recipe: str, mobile: tuple[Path, Path, Written, Converted], tmp_path: Path
 ) -> None:
-    with pytest.raises(EdgeError, match=f"--recipe {recipe}: the checkpoint holds packed integers"):
+    with pytest.raises(EdgeError, match=f"--recipe {recipe}: the checkpoint holds quantised integers"):
         convert(open_checkpoint(mobile[0]), tmp_path / "bundle", recipe, 128)
     assert not list(tmp_path.iterdir())
 
@@ -158,9 +158,9 @@ def test_a_q4_0_gguf_keeps_every_group_that_a_bundle_can_hold(source: str, tmp_p
     assert result.recipe == "int4"
     found = stored_matrices(tmp_path / "bundle" / DECODER)
     kept = total = 0
-    for matrix, parts in stacked_matrices(checkpoint.architecture).items():
+    for matrix, stack in weight_layout(checkpoint.architecture).matrices.items():
         row = 0
-        for part in parts:
+        for part in stack.tensors:
             tensor = checkpoint.tensors[part]
             stored = tensor.codes()
             assert stored is not None

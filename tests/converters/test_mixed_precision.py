@@ -1,4 +1,4 @@
-"""Spending bytes: never more than there are, where they mend most, and as the manifest tells."""
+"""Mixed precision: most bytes for the most sensitive matrices, within the budget and recorded."""
 
 from __future__ import annotations
 
@@ -6,20 +6,30 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from converters.calibration.mixed_precision import Choice, damages, formats_of, spend
+from converters.calibration.mixed_precision import FormatOption, choose_formats, formats_of, sensitivities
 from converters.calibration.text import CalibrationText
 from converters.checkpoints.opening import open_checkpoint
 from converters.cli import main
 from converters.convert import convert
-from converters.decoder_graph import stacked_matrices
 from converters.quantization import Format
+from converters.weight_layout import weight_layout
 from edge.bundles.bundle import read_manifest
-from tests.support.checkpoint_files import FIXTURES, GEMMA3, GEMMA4, NAMES
+from tests.support.checkpoint_files import (
+    FIXTURES,
+    GEMMA3,
+    GEMMA4,
+    NAMES,
+    bfloat16,
+    copy_fixture,
+    read_arrays,
+    write_safetensors,
+)
 
 INT2, INT4, INT8 = Format(2), Format(4, 32), Format(8)
 TEXT = CalibrationText("some text", CalibrationText.built_in().content[:9000])
@@ -28,62 +38,58 @@ MATRICES = st.dictionaries(
     st.sampled_from("abcdef"),
     st.tuples(st.integers(1, 1000), st.floats(1e-6, 10)).map(
         lambda found: [
-            Choice(INT2, found[0], 20 * found[1]),
-            Choice(INT4, 2 * found[0], found[1]),
-            Choice(INT8, 4 * found[0], found[1] / 200),
+            FormatOption(INT2, found[0], 20 * found[1]),
+            FormatOption(INT4, 2 * found[0], found[1]),
+            FormatOption(INT8, 4 * found[0], found[1] / 200),
         ]
     ),
     min_size=1,
 )
 
 
-def total(chosen: dict[str, Choice]) -> int:
+def total(chosen: dict[str, FormatOption]) -> int:
     return sum(one.bytes for one in chosen.values())
 
 
-def damage(chosen: dict[str, Choice]) -> float:
-    return sum(one.damage for one in chosen.values())
+def divergence(chosen: dict[str, FormatOption]) -> float:
+    return sum(one.divergence for one in chosen.values())
 
 
 @given(choices=MATRICES, budget=st.integers(0, 30_000))
 @settings(deadline=None)
-def test_no_more_is_spent_than_there_is_and_no_step_that_fits_is_left(
-    choices: dict[str, list[Choice]], budget: int
+def test_the_choice_is_within_the_budget_and_no_better_option_fits(
+    choices: dict[str, list[FormatOption]], budget: int
 ) -> None:
-    chosen = spend(choices, budget)
+    chosen = choose_formats(choices, budget)
     smallest = sum(options[0].bytes for options in choices.values())
     assert total(chosen) <= max(budget, smallest)
     for name, options in choices.items():
         for option in options:
             fits = total(chosen) - chosen[name].bytes + option.bytes <= budget
-            assert not (fits and option.damage < chosen[name].damage)
+            assert not (fits and option.divergence < chosen[name].divergence)
 
 
-def test_bytes_go_to_the_matrix_that_is_hurt_most() -> None:
-    calm = [Choice(INT2, 100, 0.2), Choice(INT4, 200, 0.01), Choice(INT8, 400, 0.0001)]
-    sore = [Choice(INT2, 100, 20.0), Choice(INT4, 200, 1.0), Choice(INT8, 400, 0.005)]
-    chosen = spend({"calm": calm, "sore": sore}, 500)
-    assert (chosen["calm"].format, chosen["sore"].format) == (INT2, INT8)
-    assert damage(spend({"calm": calm, "sore": sore}, 600)) < damage(chosen)
+def test_the_most_sensitive_matrix_gets_the_most_bytes() -> None:
+    robust = [FormatOption(INT2, 100, 0.2), FormatOption(INT4, 200, 0.01), FormatOption(INT8, 400, 0.0001)]
+    sensitive = [FormatOption(INT2, 100, 20.0), FormatOption(INT4, 200, 1.0), FormatOption(INT8, 400, 0.005)]
+    chosen = choose_formats({"robust": robust, "sensitive": sensitive}, 500)
+    assert (chosen["robust"].format, chosen["sensitive"].format) == (INT2, INT8)
+    assert divergence(choose_formats({"robust": robust, "sensitive": sensitive}, 600)) < divergence(chosen)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_matrix_and_table_has_a_damage_in_each_format_and_fewer_bits_hurt_more(name: str) -> None:
+def test_every_matrix_and_table_has_a_sensitivity_and_fewer_bits_cost_more(name: str) -> None:
     checkpoint = open_checkpoint(FIXTURES / name)
-    found = damages(checkpoint, list(range(2, 120)))
-    expected = set(stacked_matrices(checkpoint.architecture))
-    if checkpoint.architecture.per_layer_width:
-        expected.add("per_layer_embedding")
-    if not checkpoint.architecture.tied_head:
-        expected.add("embedding")
-    assert set(found) == expected
-    for matrix, hurt in found.items():
-        four, two, eight = (hurt[format] for format in formats_of(matrix))
+    layout = weight_layout(checkpoint.architecture)
+    found = sensitivities(checkpoint, layout, list(range(2, 120)))
+    assert set(found) == set(layout.weights)
+    for matrix, divergences in found.items():
+        four, two, eight = (divergences[format] for format in formats_of(matrix))
         assert two > four > eight > 0
 
 
 @pytest.mark.parametrize("name", [GEMMA3, GEMMA4])
-def test_a_bundle_fits_its_budget_and_the_manifest_says_what_was_chosen(name: str, tmp_path: Path) -> None:
+def test_a_bundle_fits_its_budget_and_the_manifest_records_the_choice(name: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(FIXTURES / name)
     large = convert(checkpoint, tmp_path / "int8", "int8", 512)
     small = convert(checkpoint, tmp_path / "int4", "int4-all", 512)
@@ -94,7 +100,7 @@ def test_a_bundle_fits_its_budget_and_the_manifest_says_what_was_chosen(name: st
     choice = manifest.quantization["choice"]
     assert choice["budget"] == budget
     assert len(set(choice["formats"].values())) > 1
-    assert set(stacked_matrices(checkpoint.architecture)) <= set(choice["formats"])
+    assert set(choice["formats"]) == set(weight_layout(checkpoint.architecture).weights)
     shown = CliRunner().invoke(main, ["inspect", str(tmp_path / "auto")]).output
     assert "chosen for at most" in shown
     layers = len(checkpoint.architecture.layers)
@@ -106,7 +112,7 @@ def test_a_bundle_fits_its_budget_and_the_manifest_says_what_was_chosen(name: st
     assert sorted(layer for run in named for layer in run) == list(range(layers))
 
 
-def test_a_budget_larger_than_the_model_asks_for_no_more_disk_than_the_model(
+def test_a_budget_larger_than_the_model_needs_no_more_disk_than_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10**7, 0, 10**7))
@@ -127,11 +133,14 @@ def test_a_budget_larger_than_the_model_asks_for_no_more_disk_than_the_model(
             ["--recipe", "int8", "--budget", "1GB"],
             "--recipe auto and --budget need each other: give both, or",
         ),
-        (["--recipe", "auto", "--budget", "0.1MB"], r"--budget 0.1MB: no .* so small; --budget 1MB would do"),
+        (
+            ["--recipe", "auto", "--budget", "0.1MB"],
+            r"--budget 0.1MB: too small for this model; the least is --budget 1MB",
+        ),
         (["--recipe", "auto", "--budget", "much"], "'much' is not a size; write it like 200MB or 1.5GB"),
     ],
 )
-def test_a_budget_that_can_not_be_met_is_one_line_and_leaves_nothing(
+def test_a_budget_that_can_not_be_kept_is_one_line_and_leaves_nothing(
     options: list[str], message: str, tmp_path: Path
 ) -> None:
     target = tmp_path / "bundle"
@@ -139,3 +148,15 @@ def test_a_budget_that_can_not_be_met_is_one_line_and_leaves_nothing(
     assert result.exit_code != 0
     assert re.search(f"^Error: .*{message}.*$", result.output.splitlines()[-1])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_embedding_apart_from_the_head_has_a_format_of_its_own(tmp_path: Path) -> None:
+    folder = copy_fixture(GEMMA3, tmp_path / "model", lambda config: config.update(tie_word_embeddings=False))
+    arrays = read_arrays(folder / "model.safetensors")
+    head = bfloat16(np.random.default_rng(0).normal(0, 0.05, (512, 64)).astype(np.float32))
+    write_safetensors(folder / "model.safetensors", arrays | {"lm_head.weight": head})
+    checkpoint = open_checkpoint(folder)
+    budget = convert(checkpoint, tmp_path / "int8", "int8", 512).bytes * 9 // 10
+    convert(checkpoint, tmp_path / "auto", "auto", 512, calibration=TEXT, budget=budget)
+    formats = read_manifest(tmp_path / "auto").quantization["choice"]["formats"]
+    assert {"embedding", "head"} <= set(formats)

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from converters.checkpoints.base import CodeRows, ExactCodes
 from converters.checkpoints.opening import open_checkpoint
-from converters.decoder_graph import matrix_shapes, stacked_matrices
 from converters.quantization import Format
 from converters.recipes import RECIPES, choose_recipe, plan_for, plan_that_keeps, stored_format
+from converters.weight_layout import WeightLayout, weight_layout
 from edge.bundles.architecture import Architecture, Layer
 from edge.errors import EdgeError
 from tests.support.checkpoint_files import FIXTURES, GEMMA3, GEMMA4
@@ -38,8 +38,12 @@ def e2b() -> Architecture:
     return replace(arch, vocabulary=262144, hidden=1536, query_heads=8, per_layer_width=256, layers=layers)
 
 
+def layout() -> WeightLayout:
+    return weight_layout(e2b())
+
+
 class Codes(ExactCodes):
-    """Stored codes of which nothing is asked but their format."""
+    """Stored codes of which only the format matters."""
 
     def __init__(self, bits: int, group: int, scale_type: str) -> None:
         self.bits, self.group = bits, group
@@ -50,41 +54,45 @@ class Codes(ExactCodes):
 
 
 def test_the_mobile_recipe_has_the_published_bit_widths_of_e2b() -> None:
-    plan = plan_for("mobile", e2b())
-    formats = plan.matrices
+    formats = plan_for("mobile", layout()).formats
     for i in range(35):
         at = f"layers.{i}."
         assert formats[f"{at}qkv"] == formats[f"{at}output"] == INT4
         assert formats[f"{at}gate_up"] == formats[f"{at}down"] == (INT4 if i < 15 else INT2)
         assert formats[f"{at}per_layer_gate"] == formats[f"{at}per_layer_projection"] == INT8
     assert formats["per_layer_model_projection"] == INT8
-    assert formats["head"] == plan.embedding == INT2
-    assert plan.per_layer == INT4
+    assert formats["head"] == INT2
+    assert formats["per_layer_embedding"] == INT4
 
 
 def test_without_double_wide_layers_the_mobile_recipe_is_that_of_e4b() -> None:
     arch = e2b()
     even = replace(arch, layers=tuple(replace(layer, feed_forward=10240) for layer in arch.layers))
-    plan = plan_for("mobile", even)
-    assert {plan.matrices[f"layers.{i}.down"] for i in range(35)} == {INT4}
-    assert plan.per_layer == INT2
+    formats = plan_for("mobile", weight_layout(even)).formats
+    assert {formats[f"layers.{i}.down"] for i in range(35)} == {INT4}
+    assert formats["per_layer_embedding"] == INT2
 
 
 def test_a_mobile_step_of_e2b_reads_what_is_published() -> None:
-    arch, plan = e2b(), plan_for("mobile", e2b())
-    total = sum(plan.matrices[name].code_bytes(*shape) for name, shape in matrix_shapes(arch).items())
+    plan = plan_for("mobile", layout())
+    matrices = plan.layout.matrices.items()
+    total = sum(plan.formats[name].code_bytes(*matrix.shape) for name, matrix in matrices)
     assert round(total / 1e6) == 777
 
 
 def test_the_mobile_recipe_is_refused_for_gemma_3() -> None:
     with pytest.raises(EdgeError, match="--recipe mobile: is for Gemma 4, this is gemma3; choose int4 or"):
-        plan_for("mobile", open_checkpoint(FIXTURES / GEMMA3).architecture)
+        plan_for("mobile", weight_layout(open_checkpoint(FIXTURES / GEMMA3).architecture))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_every_matrix_of_the_graph_has_a_format(recipe: str) -> None:
-    arch = e2b()
-    assert plan_for(recipe, arch).matrices.keys() == stacked_matrices(arch).keys()
+@pytest.mark.parametrize("tied_head", [True, False])
+def test_every_matrix_and_table_has_a_format(recipe: str, tied_head: bool) -> None:
+    weights = weight_layout(replace(e2b(), tied_head=tied_head))
+    formats = plan_for(recipe, weights).formats
+    assert list(formats) == [*weights.matrices, *weights.tables]
+    assert ("embedding" in formats) is not tied_head
+    assert formats.get("embedding", formats["head"]) == formats["head"]
 
 
 @pytest.mark.parametrize(
@@ -108,35 +116,31 @@ def test_stored_codes_have_a_format_if_a_bundle_can_hold_them(
     ("stored", "recipe"),
     [(set(), "int8"), ({BLOCKWISE}, "int4"), ({INT2, INT4, INT8}, "mobile"), ({INT4, BLOCKWISE}, "mobile")],
 )
-def test_without_a_choice_the_recipe_is_the_one_that_keeps_stored_integers(
-    stored: set[Format], recipe: str
-) -> None:
+def test_the_default_recipe_keeps_the_stored_integers(stored: set[Format], recipe: str) -> None:
     assert choose_recipe(None, stored) == recipe
 
 
 @pytest.mark.parametrize("recipe", ["int8", "int4"])
-def test_packed_integers_are_not_quantised_a_second_time(recipe: str) -> None:
-    with pytest.raises(EdgeError, match=f"--recipe {recipe}: the checkpoint holds packed integers"):
+def test_the_mobile_release_is_not_quantised_a_second_time(recipe: str) -> None:
+    with pytest.raises(EdgeError, match=f"--recipe {recipe}: the checkpoint holds quantised integers"):
         choose_recipe(recipe, {INT4, INT2})
 
 
 @given(recipe=st.sampled_from(RECIPES))
-def test_a_choice_stands_for_every_other_checkpoint(recipe: str) -> None:
+def test_a_requested_recipe_is_used_for_every_other_checkpoint(recipe: str) -> None:
     assert choose_recipe(recipe, set()) == recipe
     assert choose_recipe(recipe, {BLOCKWISE}) == recipe
 
 
 def test_int4_keeps_the_grid_of_q4_0_in_the_head_and_the_tables_too() -> None:
-    arch = e2b()
     stored = dict.fromkeys(("embedding", "per_layer_embedding", "layers.0.output"), BLOCKWISE)
-    plan = plan_that_keeps("int4", arch, stored)
-    assert plan.matrices["head"] == plan.per_layer == BLOCKWISE
-    assert plan_that_keeps("int8", arch, stored) == plan_for("int8", arch)
+    formats = plan_that_keeps("int4", layout(), stored).formats
+    assert formats["head"] == formats["per_layer_embedding"] == BLOCKWISE
+    assert plan_that_keeps("int8", layout(), stored) == plan_for("int8", layout())
 
 
 def test_a_stacked_matrix_changes_only_if_all_its_tensors_are_stored_alike() -> None:
-    arch = e2b()
-    some = plan_that_keeps("mobile", arch, {"layers.0.query": INT2, "layers.0.key": INT2})
-    assert some.matrices["layers.0.qkv"] == INT4
+    some = plan_that_keeps("mobile", layout(), {"layers.0.query": INT2, "layers.0.key": INT2})
+    assert some.formats["layers.0.qkv"] == INT4
     both = {"layers.0.gate": INT2, "layers.0.up": INT2}
-    assert plan_that_keeps("mobile", arch, both).matrices["layers.0.gate_up"] == INT2
+    assert plan_that_keeps("mobile", layout(), both).formats["layers.0.gate_up"] == INT2
