@@ -252,7 +252,7 @@ def golden(bundle: Path, text: Path | None) -> None:
       edge-convert golden bundle --text field-notes.txt
     """
     from converters.evaluate import built_in_text
-    from converters.golden_recording import record_golden
+    from converters.golden import record_golden
 
     found = record_golden(
         bundle, built_in_text() if text is None else _read_text(text), weight_cache_directory()

@@ -26,7 +26,7 @@ from converters.checkpoints.tensor_reader import (
     float16_rows,
     float32_rows,
 )
-from converters.tokenizer_model import from_gguf
+from converters.checkpoints.tokenizer_model import from_gguf
 from edge.bundles.architecture import Architecture
 from edge.errors import CheckpointError
 

@@ -24,7 +24,7 @@ from converters.checkpoints.tensor_reader import (
     float32_rows,
 )
 from converters.checkpoints.text_files import read_json
-from converters.tokenizer_model import from_sentencepiece, from_tokenizer_json, piece_count
+from converters.checkpoints.tokenizer_model import from_sentencepiece, from_tokenizer_json, piece_count
 from edge.bundles.architecture import Architecture
 from edge.errors import CheckpointError
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from converters.checkpoints.gguf_file import read_gguf
-from converters.tokenizer_model import from_gguf, from_sentencepiece, from_tokenizer_json
+from converters.checkpoints.tokenizer_model import from_gguf, from_sentencepiece, from_tokenizer_json
 from edge.errors import CheckpointError
 from tests.support.checkpoint_files import FIXTURES, real_model
 

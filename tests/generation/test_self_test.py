@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from converters.cli import main
-from converters.golden_recording import record_golden
+from converters.golden import record_golden
 from edge.bundles.bundle import SIGNATURE, Golden, read_manifest
 from edge.errors import BundleError, EdgeError
 from edge.generation.generator import Generator

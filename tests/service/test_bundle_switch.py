@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from converters.golden_recording import record_golden
+from converters.golden import record_golden
 from edge.board import Board
 from edge.bundles.bundle import DECODER, MANIFEST, read_manifest
 from edge.bundles.installation import install

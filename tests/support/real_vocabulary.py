@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from converters import tokenizer_model
+from converters.checkpoints import tokenizer_model
 from converters.checkpoints.gguf_file import read_gguf
 from edge.text.tokenizer import Tokenizer
 from edge.text.vocabulary import USER_DEFINED
