@@ -103,8 +103,8 @@ def test_an_answer_waits_for_a_broker_that_is_away_longer_than_the_daemon(
 ) -> None:
     daemon.start()
     load = MqttLoad(mosquitto, repeats=False)
-    load.ask("long", max_tokens=4000)  # longer than health takes to say that it is worked on
-    wait_for(lambda: mosquitto.retained("edge/v1/pump/health")["working"])
+    load.ask("long", max_tokens=1500, stream=True)
+    wait_for(lambda: load.partials["long"])
     mosquitto.stop(kill=True)
     assert daemon.stop() == 0  # it answers first
     mosquitto.start()

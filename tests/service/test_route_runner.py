@@ -133,6 +133,7 @@ def test_an_alarm_does_not_wait_for_the_model(
     topic, _ = house.hear()
     working = mosquitto.retained("edge/v1/pump/health")["working"]
     assert (topic, working) == ("alarms/left", True)
+    house.say("edge/v1/pump/cancel", '{"id":"long","reply_to":"edge/v1/pump/reply/x"}')
     assert house.hear()[0] == "explanations/left"
 
 
@@ -388,11 +389,12 @@ def test_a_memory_that_can_not_be_read_is_begun_anew(
     memory = tmp_path / "sensors.json"
     memory.write_bytes(content)
     said = queue.Queue[str]()
+    monkeypatch.setattr(route_runner, "KEEP_S", 0)
+    monkeypatch.setattr(route_runner, "TICK_S", 0.05)
     runner = silent_runner(said, memory)
     runner.start()
     runner.reading("sensors/left/temperature", b"-20")
     assert said.get(timeout=WAIT_S) == "silence"
-    monkeypatch.setattr(route_runner, "KEEP_S", 0)
 
     def kept() -> bool:
         runner.keep()
@@ -410,6 +412,7 @@ def test_a_memory_that_can_not_be_written_stops_nothing_and_is_written_when_it_c
 ) -> None:
     said, memory = queue.Queue[str](), tmp_path / "nowhere" / "sensors.json"
     monkeypatch.setattr(route_runner, "KEEP_S", 0)
+    monkeypatch.setattr(route_runner, "TICK_S", 0.05)
     runner = silent_runner(said, memory)
     runner.start()
     runner.reading("sensors/left/temperature", b"-20")
