@@ -61,11 +61,6 @@ def status(broker: Mosquitto) -> dict[str, str]:
     return found
 
 
-def health(broker: Mosquitto) -> dict[str, object]:
-    found: dict[str, object] = broker.retained("edge/v1/pump/health")
-    return found
-
-
 class Asking(threading.Thread):
     """A question asked in the background."""
 
