@@ -19,23 +19,33 @@ REPEAT_S = 60.0
 
 
 class RepeatedLog:
-    """Logs events of one type at most once in REPEAT_S, with the number of those in between. Thread-safe."""
+    """Logs events of one type, at most `burst` lines in REPEAT_S, with the number left out. Thread-safe."""
 
-    def __init__(self, logger: logging.Logger) -> None:
-        self._logger = logger
+    def __init__(self, logger: logging.Logger, burst: int = 1) -> None:
+        self._logger, self._burst = logger, burst
         self._lock = threading.Lock()
-        self._logged = float("-inf")
-        self._count = 0
+        self._since = float("-inf")
+        self._lines = self._count = 0
 
     def warning(self, message: str, *args: object) -> None:
-        """Log a warning, unless one was logged less than REPEAT_S ago."""
+        """Log a warning, unless there were too many lines lately."""
+        self._log(logging.WARNING, message, args)
+
+    def info(self, message: str, *args: object) -> None:
+        """Log a line of information, unless there were too many lately."""
+        self._log(logging.INFO, message, args)
+
+    def _log(self, level: int, message: str, args: tuple[object, ...]) -> None:
         with self._lock:
             self._count += 1
-            if time.monotonic() - self._logged < REPEAT_S:
+            now = time.monotonic()
+            if now - self._since >= REPEAT_S:
+                self._since, self._lines = now, 0
+            if self._lines >= self._burst:
                 return
-            self._logged, count, self._count = time.monotonic(), self._count, 0
+            self._lines, count, self._count = self._lines + 1, self._count, 0
         more = f" ({count} times since the last such line)" if count > 1 else ""
-        self._logger.warning(message + more.replace("%", "%%"), *args)
+        self._logger.log(level, message + more, *args)
 
 
 def place_of(error: BaseException) -> str:

@@ -29,7 +29,7 @@ def read_value(expression: ParsedResult | None, parse_text: bool, payload: bytes
     Without an `expression` the payload itself is the number and the content. Raises UnusableError.
     """
     if len(payload) > MAX_PAYLOAD_BYTES:
-        raise UnusableError(f"{len(payload)} bytes, at most {MAX_PAYLOAD_BYTES} are read")
+        raise UnusableError(f"more than {MAX_PAYLOAD_BYTES} bytes")
     if expression is None:
         number = _from_bytes(payload, parse_text)
         return number, number

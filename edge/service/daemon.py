@@ -151,11 +151,13 @@ class Daemon:
         notify("STOPPING=1", f"EXTEND_TIMEOUT_USEC={limit_us}", said)
         self._keeper.close()
         done = threading.Event()
-        drainer = threading.Thread(target=self._stop_parts, args=(done,), name="drain")
-        drainer.start()
+        drainer = threading.Thread(target=self._stop_parts, args=(done,), name="drain", daemon=True)
+        try:
+            drainer.start()
+        except RuntimeError:  # no memory for a thread: stop in this one, without a look at the clock
+            self._stop_parts(done)
         while not done.wait(CHECK_S):
             self._watch()
-        drainer.join()
         if self._metrics is not None:
             self._metrics.remove()
         log.info("stopped")

@@ -29,8 +29,9 @@ from edge.protocol.strict_json import StrictJsonError, dumps, loads, printable
 from edge.protocol.topic_filter import disjoint
 from edge.requests.engine import REFUSALS, Sink
 from edge.requests.journaled_engine import JournaledEngine
-from edge.routes.config import Route
+from edge.routes.config import MAX_TOPIC_BYTES, Route
 from edge.routes.router import Event, Ignored, Known, Outcome, Question, Router, answer_payload
+from edge.routes.values import MAX_PAYLOAD_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,8 @@ CLIENT = "route:"  # and the route's name: the name space of ids
 TICK_S = 1.0  # the thread shows that it lives at least this often
 MAX_WAITING = 1000  # readings that wait for the thread
 MAX_OF_TOPIC = 100  # of these, on one topic, so that one sensor does not keep the others out
+MAX_IGNORED = 32  # topics whose ignored readings are logged once each
+EVENT_LINES = 10  # in the log, a minute and route
 MAX_QUESTIONS = 1000  # that wait for the disk
 LATER_MS = 5000  # to wait before a question that was refused is asked again
 MAX_NOTE_BYTES = 16 * 1024
@@ -84,6 +87,8 @@ class RouteRunner:
         self._waiting: Counter[str] = Counter()  # readings in the queue, by topic
         self._dropped = RepeatedLog(log)
         self._ignored: set[tuple[str, str]] = set()
+        self._other_ignored = RepeatedLog(log)
+        self._events = {route.name: RepeatedLog(log, EVENT_LINES) for route in routes}
         self._stopping = False
         self._memory = memory
         self._known = self._looked_at = self._kept = self._remembered()
@@ -150,7 +155,11 @@ class RouteRunner:
         return disjoint(self._router.filters)
 
     def reading(self, topic: str, payload: bytes) -> None:
-        """Take in one message of a sensor; it is dropped if too many wait, or too many on its topic."""
+        """Take in one message of a sensor; it is dropped if too many wait, or too many on its topic.
+
+        Of one that is too large to be read only as much waits as shows that.
+        """
+        topic, payload = topic[: MAX_TOPIC_BYTES + 1], payload[: MAX_PAYLOAD_BYTES + 1]
         with self._lock:
             if self._work.qsize() >= MAX_WAITING or self._waiting[topic] >= MAX_OF_TOPIC:
                 said = printable(topic, 200)
@@ -209,7 +218,8 @@ class RouteRunner:
     def _handle(self, outcomes: Sequence[Outcome]) -> None:
         for outcome in outcomes:
             if isinstance(outcome, Event):
-                log.info("route %s: event on %s", outcome.route, printable(outcome.topic, 200))
+                said = printable(outcome.topic, 200)
+                self._events[outcome.route].info("route %s: event on %s", outcome.route, said)
                 self._publish(outcome.topic, outcome.payload, None)
             elif isinstance(outcome, Ignored):
                 self._ignore(outcome)
@@ -228,12 +238,15 @@ class RouteRunner:
                 log.exception("route %s: a question could not be asked", question.route)
 
     def _ignore(self, reading: Ignored) -> None:
-        """Log why readings of a topic are ignored, once until the next start."""
+        """Log why readings of a topic are ignored, once a topic, and seldom when there are many topics."""
         key = (reading.route, reading.topic)
-        if key not in self._ignored and len(self._ignored) < MAX_WAITING:
+        if key in self._ignored:
+            return
+        logger = log if len(self._ignored) < MAX_IGNORED else self._other_ignored
+        if logger is log:
             self._ignored.add(key)
-            said = printable(reading.topic, 200)
-            log.warning("route %s: a reading on %s is ignored: %s", reading.route, said, reading.why)
+        said = printable(reading.topic, 200)
+        logger.warning("route %s: a reading on %s is ignored: %s", reading.route, said, reading.why)
 
     def _answered(self, question: Question, answer: Answer) -> None:
         """Publish an answer, or ask again later what was refused; in the decoder's thread or our own."""
