@@ -372,6 +372,8 @@ def test_what_broker_and_clients_take_themselves_for_a_thousand_requests(lazy_br
     print(f"processor: clients {took[0]:.2f} s, broker {took[1]:.2f} s")
     crowd.close()
     echo.close()
+    assert {len(answers) for answers in crowd.answers.values()} == {1}
+    assert {answers[0][1] for answers in crowd.answers.values()} == {"busy"}
 
 
 @pytest.mark.slow

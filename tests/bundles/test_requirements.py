@@ -12,7 +12,7 @@ import pytest
 
 from edge.board import Board
 from edge.bundles.bundle import Manifest, read_manifest
-from edge.bundles.requirements import Requirements, require_memory, requirements
+from edge.bundles.requirements import SYSTEM_BYTES, Requirements, fit_together, require_memory, requirements
 from edge.errors import BundleError
 from tests.support import bundles
 from tests.support.checkpoint_files import real_model
@@ -42,8 +42,10 @@ def refusal(needed: Requirements, board: Board) -> str:
     return str(caught.value)
 
 
-def test_a_board_that_has_enough_says_nothing(board: Callable[..., Board]) -> None:
-    require_memory("pumps", NEEDED, board(490 * MB))
+def test_a_bundle_is_accepted_exactly_as_long_as_it_fits(board: Callable[..., Board]) -> None:
+    enough = (NEEDED.total + SYSTEM_BYTES + 1023) // 1024 * 1024
+    require_memory("pumps", NEEDED, board(enough))
+    assert "the board has 400 MB" in refusal(NEEDED, board(enough - 1024))
 
 
 def test_weights_that_do_not_fit_are_said_with_all_numbers(board: Callable[..., Board]) -> None:
@@ -83,7 +85,10 @@ def test_the_limit_of_a_control_group_counts(files: dict[str, str], board: Calla
 
 
 def test_where_linux_tells_nothing_everything_fits(board: Callable[..., Board]) -> None:
-    require_memory("pumps", NEEDED, board(None))
+    empty = board(None)
+    assert empty.memory("MemTotal") is None
+    require_memory("pumps", replace(NEEDED, weights=1 << 60), empty)
+    assert not fit_together(NEEDED, NEEDED, empty)
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +113,10 @@ def test_the_weights_are_those_that_a_step_reads(manifest: Manifest) -> None:
     assert needed.total == needed.program + needed.kv_cache + needed.weights
 
 
-def test_this_machine_can_be_asked(manifest: Manifest) -> None:
-    require_memory("small", replace(requirements(manifest), program=1, kv_cache=1), Board())
+def test_the_memory_of_this_machine_decides(manifest: Manifest) -> None:
+    small = replace(requirements(manifest), program=1, kv_cache=1)
+    require_memory("small", small, Board())
+    assert "use a smaller model" in refusal(replace(small, weights=1 << 60), Board())
 
 
 @pytest.mark.slow

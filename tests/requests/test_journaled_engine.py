@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -368,6 +369,10 @@ def test_a_note_that_no_origin_understands_does_not_keep_the_daemon_from_startin
     second.stop()
 
 
+def is_idle(engine: Engine) -> bool:
+    return not engine.waiting and not engine.working
+
+
 def test_any_damage_to_the_file_lets_the_daemon_take_up_what_there_is(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "whole")
     final = Final("b", "abc", "stop", Usage(1, 1, 1, 0), Timings(1, 1, 1, 1)).to_json().encode()
@@ -385,7 +390,13 @@ def test_any_damage_to_the_file_lets_the_daemon_take_up_what_there_is(tmp_path: 
         path.parent.mkdir()
         path.write_bytes(content)
         run = Run(path).start()
+        wait_for(partial(is_idle, run.engine))
         run.ask(replace(A, id="new"))
-        while run.last().id != "new":
-            pass
+        answers = [run.last()]
+        while answers[-1].id != "new":
+            answers.append(run.last())
+        assert isinstance(answers[-1], Final), seed
+        names = [answer.id for answer in answers]
+        assert len(set(names)) == len(names), (seed, names)
+        assert all(isinstance(answer, Final) or code(answer) == "internal" for answer in answers), seed
         run.stop()
