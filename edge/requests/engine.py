@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from edge.errors import RequestError, RuntimeFailure
+from edge.generation.constraint import Interruption
 from edge.generation.generator import Completion, Delta
 from edge.logs import PAYLOADS, place_of
 from edge.protocol.messages import Answer, Failure, Final, Partial, Request, Timings, Usage
@@ -51,7 +52,11 @@ class Generates(Protocol):
     def generate(
         self, request: Request, interrupted: Callable[[], str | None]
     ) -> Iterator[Delta | Completion]:
-        """Yield pieces of the answer and at last one Completion."""
+        """Yield pieces of the answer and at last one Completion.
+
+        `interrupted` is polled at every stage, at least each 100 ms; a reason that it gives ends the answer.
+        Raises RequestError, RuntimeFailure, or Interruption before the answer has begun.
+        """
 
 
 @dataclass(eq=False)
@@ -225,7 +230,7 @@ class Engine:
     def _sweep(self) -> None:
         """Answer the queued jobs that were cancelled or whose deadline has passed."""
         for job in self._withdraw(lambda job: job.cancelled or job.expired()):
-            self._deliver(job, _cancelled(job) if job.cancelled else _expired(job))
+            self._deliver(job, _empty(job, "cancelled") if job.cancelled else _expired(job))
 
     def _withdraw(self, which: Callable[[_Job], bool]) -> list[_Job]:
         """Take jobs out of the queue, so that whoever did it is the one who answers them."""
@@ -244,6 +249,8 @@ class Engine:
         try:
             job.started_work()
             answer = self._generate(job)
+        except Interruption as interruption:  # before there was an answer to end
+            answer = _empty(job, interruption.reason)
         except RequestError as error:
             answer = Failure(job.request.id, error.code, str(error), error.retry_after_ms)
         except RuntimeFailure as error:
@@ -364,6 +371,7 @@ def _expired(job: _Job) -> Failure:
     )
 
 
-def _cancelled(job: _Job) -> Final:
+def _empty(job: _Job, reason: str) -> Final:
+    """Make the Final of a request that was stopped before its first token."""
     waited_ms = (time.monotonic() - job.arrived) * 1000
-    return Final(job.request.id, "", "cancelled", Usage(0, 0, 0, 0), Timings(waited_ms, 0.0, 0.0, 0.0))
+    return Final(job.request.id, "", reason, Usage(0, 0, 0, 0), Timings(waited_ms, 0.0, 0.0, 0.0))

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge.errors import EdgeError, RequestError, RuntimeFailure
+from edge.generation.constraint import Interruption
 from edge.logs import PAYLOADS
 from edge.protocol.messages import Answer, Failure, Final, Partial, Request
 from edge.requests.engine import Engine
@@ -175,6 +176,18 @@ def test_cancelling_what_is_not_there_does_nothing(bench: Bench) -> None:
 
 def test_a_deadline_stops_a_running_request(bench: Bench) -> None:
     assert bench.hold("a", deadline_ms=500).final().finish_reason == "deadline"
+
+
+@pytest.mark.parametrize("reason", ["deadline", "cancelled"])
+def test_a_request_that_is_stopped_before_its_answer_begins_gets_an_empty_final(
+    bench: Bench, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(_word: str) -> None:
+        raise Interruption(reason)
+
+    monkeypatch.setattr(bench.speller, "step", step)
+    final = bench.ask("a").final()
+    assert (final.finish_reason, final.text, final.usage.prompt) == (reason, "", 0)
 
 
 def test_a_deadline_that_passes_in_the_queue_is_answered_while_another_runs(bench: Bench) -> None:
