@@ -35,7 +35,7 @@ from converters.checkpoints.opening import open_checkpoint
 from converters.convert import convert
 from converters.decoder_graph import Widths, widths_of
 from edge.bundles.bundle import DECODER, Bundle, read_manifest
-from edge.runtime.litert import CompiledModel
+from edge.runtime.compiled_model import CompiledModel
 from edge.runtime.signature import Signature, aligned_array
 
 CONTEXT, PROMPT, ANSWER, ROUNDS = 2048, 512, 64, 3

@@ -35,7 +35,7 @@ from converters.reference_decoder import Linear, ReferenceDecoder, Stream, multi
 from converters.tflite.graph import Graph, Model, Region, Tensor, Weight
 from converters.tflite.schema import schema
 from converters.tflite.writer import ModelWriter
-from edge.runtime.litert import CompiledModel
+from edge.runtime.compiled_model import CompiledModel
 from edge.runtime.signature import aligned_array
 from edge.text.tokenizer import Tokenizer
 

@@ -1,19 +1,19 @@
-"""The daemon's configuration: one TOML file, every key checked, an error that names file, line and key.
+"""The daemon's configuration: one TOML file; an error names the file, the line and the key.
 
-    node = "pump-house"                # default: the host's name
-    bundle = "bundles/current"         # relative paths count from the file's directory
+    node = "pump-house"                # default: the host name
+    bundle = "bundles/current"         # relative paths start at the file's directory
 
     [mqtt]
     host = "broker.lan"
     username = "edge"
-    password_file = "mqtt-password"    # a systemd credential if there is one of this name, else a file
+    password_file = "mqtt-password"    # a systemd credential of this name if there is one, else a file
 
     [[serial]]
     port = "/dev/ttyUSB0"
 
     [[route]]                          # see `edge.routes.config`
 
-Secrets stand in files or systemd credentials, never in the TOML itself.
+All keys are in docs/configuration.md. Secrets are in files or systemd credentials, never in the TOML file.
 """
 
 from __future__ import annotations
@@ -32,20 +32,21 @@ from edge import defaults
 from edge.endpoints import Broker, SerialConfig
 from edge.errors import ConfigError
 from edge.protocol.checks import FieldError, array, flag, integer, number, one_of, text
-from edge.protocol.strict_json import printable
+from edge.protocol.strict_json import kind_of, printable
 from edge.routes.config import Route, parse_routes
 
 _NODE = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_MISSING = object()
-CREDENTIAL_STORE = Path("/etc/credstore")  # where the unit's LoadCredential= finds them; root may read it
+REQUIRED = object()
+CREDENTIAL_STORE = Path("/etc/credstore")  # the unit's LoadCredential= reads it; for root only
 
 
 @dataclass(frozen=True)
 class MqttConfig:
-    """The broker, how long it keeps the session of an absent daemon (seconds), and what may be answered.
+    """The connection to the broker.
 
-    A response topic must begin with one of `reply_prefixes` or with the node's own `edge/v1/<node>/reply/`.
-    `discovery_prefix` is Home Assistant's, None if it is not to be told.
+    `session_expiry_s` is how long the broker keeps the session of an absent daemon, in seconds. A response
+    topic must start with one of `reply_prefixes` or with the node's own prefix for replies.
+    `discovery_prefix` is Home Assistant's; None: no discovery. The password was read from `password_path`.
     """
 
     broker: Broker
@@ -57,11 +58,11 @@ class MqttConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """All there is to set. `context` is in tokens, None for the bundle's own; `drain_s` in seconds.
+    """All settings. `context` is in tokens, None for the bundle's; `drain_s` is in seconds.
 
-    A bundle must be signed with a key of `bundle_key_file`, if there is one. `queue` is how many requests
-    may wait. `cache_directory` may be lost at any time, `state_directory` not. `metrics_file` is written for
-    Prometheus; with `log_payloads` requests and answers stand in the log.
+    With a `bundle_key_file`, a bundle must be signed with one of its keys. At most `queue` requests wait.
+    `cache_directory` can be lost at any time, `state_directory` must not. `metrics_file` is written for
+    Prometheus; with `log_payloads` the log contains requests and answers.
     """
 
     path: Path
@@ -81,17 +82,17 @@ class Config:
     routes: tuple[Route, ...]
 
 
-class _Key(NamedTuple):
-    """How a key is checked, and what it is when it is not there (`_MISSING`: it must be there)."""
+class Key(NamedTuple):
+    """How a key is checked, and its default: a value, a function that gives it, or `REQUIRED` (required)."""
 
     check: Callable[[str, Any], Any]
-    default: Any = _MISSING
+    default: Any = REQUIRED
 
 
 def load(path: Path, secrets: bool = True) -> Config:
-    """Read and check the configuration in `path`; without `secrets` no password is read.
+    """Read and check the configuration in `path`; without `secrets` the password is not read.
 
-    Raises ConfigError, one line with the file, the line and the key.
+    Raises ConfigError: one line with the file, the line and the key.
     """
     try:
         source = path.read_text(encoding="utf-8")
@@ -104,22 +105,22 @@ def load(path: Path, secrets: bool = True) -> Config:
     except RecursionError:
         raise ConfigError(f"{path}: not a configuration: nested too deeply") from None
     except ValueError as error:  # TOMLDecodeError, or a number with thousands of digits
-        raise ConfigError(f"{path}: not TOML: {error}") from None
+        raise ConfigError(f"{path}{_toml_error(str(error))}") from None
     return _Reader(path, source, secrets).config(document)
 
 
 class _Reader:
-    """Checks one document; knows its path and text for messages."""
+    """Checks one document; has its path and lines for messages."""
 
     def __init__(self, path: Path, source: str, secrets: bool) -> None:
         self._path, self._secrets = path, secrets
         self._lines = source.splitlines()
 
     def config(self, document: Mapping[str, Any]) -> Config:
-        top = self._section("", document, _TOP)
+        top = self._section("", document, TOP_KEYS)
         mqtt, ports, routes = top.pop("mqtt"), top.pop("serial"), top.pop("route")
         if mqtt is None and not ports:
-            raise ConfigError(f"{self._path}: neither [mqtt] nor [[serial]] is there; at least one is needed")
+            raise ConfigError(f"{self._path}: [mqtt] or [[serial]] is required; both are missing")
         for name in ("bundle", "bundle_key_file", "cache_directory", "state_directory", "metrics_file"):
             top[name] = None if top[name] is None else self._from_here(top[name])
         serial = [self._serial(index, table) for index, table in enumerate(ports)]
@@ -132,14 +133,14 @@ class _Reader:
         )
 
     def _mqtt(self, table: Mapping[str, Any]) -> MqttConfig:
-        values = self._section("mqtt", table, _MQTT)
+        values = self._section("mqtt", table, MQTT_KEYS)
         for name in ("ca_file", "certificate_file", "key_file"):
             if values[name] is not None:
                 values[name] = self._from_here(values[name])
                 if not values["tls"]:
-                    raise self._error(f"mqtt.{name}", f"mqtt.{name} is there but tls is not; set tls = true")
+                    raise self._error(f"mqtt.{name}", f"mqtt.{name} needs TLS; set tls = true")
         if (values["certificate_file"] is None) != (values["key_file"] is None):
-            raise self._error("mqtt", "mqtt.certificate_file and mqtt.key_file are needed together")
+            raise self._error("mqtt", "mqtt.certificate_file and mqtt.key_file are only valid together")
         if values["port"] is None:
             values["port"] = 8883 if values["tls"] else 1883
         secret = values.pop("password_file")
@@ -151,7 +152,7 @@ class _Reader:
         return MqttConfig(Broker(password=password, **values), password_path=path, **own)
 
     def _serial(self, index: int, table: Mapping[str, Any]) -> SerialConfig:
-        return SerialConfig(**self._section(f"serial[{index}]", table, _SERIAL))
+        return SerialConfig(**self._section(f"serial[{index}]", table, SERIAL_KEYS))
 
     def _routes(self, tables: Sequence[Mapping[str, Any]]) -> tuple[Route, ...]:
         try:
@@ -160,8 +161,8 @@ class _Reader:
             key = re.match(r"[\w.\[\]]*", str(error))
             raise self._error(key[0] if key else "route", str(error)) from None
 
-    def _section(self, where: str, table: Mapping[str, Any], keys: Mapping[str, _Key]) -> dict[str, Any]:
-        """Check the keys of one table; the defaults are filled in."""
+    def _section(self, where: str, table: Mapping[str, Any], keys: Mapping[str, Key]) -> dict[str, Any]:
+        """Check the keys of one table and fill in the defaults."""
         prefix = f"{where}." if where else ""
         for name in table:
             if name not in keys:
@@ -175,7 +176,7 @@ class _Reader:
                     values[name] = key.check(prefix + name, table[name])
                 except FieldError as error:
                     raise self._error(prefix + name, str(error)) from None
-            elif key.default is _MISSING:
+            elif key.default is REQUIRED:
                 raise self._error(where, f"{prefix}{name} is missing")
             else:
                 values[name] = key.default() if callable(key.default) else key.default
@@ -202,13 +203,24 @@ class _Reader:
     def _from_here(self, name: str) -> Path:
         return (self._path.parent / name).absolute()
 
-    def _error(self, key: str, said: str) -> ConfigError:
+    def _error(self, key: str, message: str) -> ConfigError:
         line = _find(self._lines, key)
-        return ConfigError(f"{self._path}:{line}: {said}" if line else f"{self._path}: {said}")
+        return ConfigError(f"{self._path}:{line}: {message}" if line else f"{self._path}: {message}")
+
+
+def _toml_error(message: str) -> str:
+    """Put the line of one of tomllib's errors in front, and name a duplicate key as such."""
+    place = re.fullmatch(r"(.*) \(at line (\d+), column \d+\)", message)
+    reason, line = (place[1], f":{place[2]}") if place else (message, "")
+    if reason.startswith("Cannot overwrite a value"):
+        return f"{line}: duplicate key"
+    if re.match(r"Cannot declare .* twice", reason):
+        return f"{line}: duplicate table"
+    return f"{line}: not TOML: {reason}"
 
 
 def _find(lines: list[str], key: str) -> int:
-    """Find the line, from 1, of a key such as `serial[1].baud`, or of what it is in; 0 if there is none."""
+    """Find the line, from 1, of a key such as `serial[1].baud`, or of its table; 0 if there is none."""
     while key:
         for number_, (table, name) in enumerate(_places(lines), 1):
             if f"{table}.{name}".strip(".") == key:
@@ -218,7 +230,7 @@ def _find(lines: list[str], key: str) -> int:
 
 
 def _places(lines: list[str]) -> Iterator[tuple[str, str]]:
-    """Give for each line the table that it is in, and the key that it begins with; a header has none."""
+    """Give the table and the key of each line; a header has no key."""
     table, counts = "", Counter[str]()
     for line in lines:
         header = re.match(r"\s*(\[\[?)\s*([\w.-]+)\s*\]", line)
@@ -232,7 +244,7 @@ def _places(lines: list[str]) -> Iterator[tuple[str, str]]:
 
 def _node(path: str, value: Any) -> str:
     if not isinstance(value, str) or not _NODE.fullmatch(value):
-        raise FieldError(f"{path} is not valid; allowed: 1 to 64 of A-Z a-z 0-9 _ -")
+        raise FieldError(f"{path} is not valid; allowed: 1 to 64 characters A-Z a-z 0-9 _ -")
     return value
 
 
@@ -247,9 +259,16 @@ def _not_empty(path: str, value: Any) -> str:
     return str(value)
 
 
+def _host(path: str, value: Any) -> str:
+    host = _not_empty(path, value)
+    if host.startswith("[") or host.count(":") == 1:
+        raise FieldError(f"{path} is {printable(host)}; allowed: a host name or address; port is another key")
+    return host
+
+
 def _prefix(path: str, value: Any) -> str:
     if not _not_empty(path, value) or any(c in value for c in "+#\0"):
-        raise FieldError(f"{path} is not the beginning of a topic; allowed: no +, # and NUL")
+        raise FieldError(f"{path} is {printable(value)}; allowed: the start of a topic, without +, # and NUL")
     return str(value)
 
 
@@ -259,51 +278,51 @@ def _prefixes(path: str, value: Any) -> tuple[str, ...]:
 
 def _table(path: str, value: Any) -> Mapping[str, Any]:
     if not isinstance(value, dict):
-        raise FieldError(f"{path} must be a table, [{path}]")
+        raise FieldError(f"{path} is {kind_of(value)}; allowed: a table, [{path}]")
     return value
 
 
 def _tables(path: str, value: Any) -> list[Mapping[str, Any]]:
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise FieldError(f"{path} must be one table or several, [[{path}]]")
+        raise FieldError(f"{path} is {kind_of(value)}; allowed: tables, [[{path}]]")
     return value
 
 
-_TOP = {
-    "node": _Key(_node, _host_name),
-    "bundle": _Key(_not_empty),
-    "bundle_key_file": _Key(_not_empty, None),
-    "cache_directory": _Key(_not_empty, defaults.cache_directory),
-    "state_directory": _Key(_not_empty, defaults.state_directory),
-    "threads": _Key(integer(1, 64), defaults.threads),
-    "context": _Key(integer(16, 131_072), None),
-    "queue": _Key(integer(1, 1024), 8),
-    "drain_s": _Key(number(0, 600), 20.0),
-    "metrics_file": _Key(_not_empty, None),
-    "log_payloads": _Key(flag, False),
-    "mqtt": _Key(_table, None),
-    "serial": _Key(_tables, ()),
-    "route": _Key(_tables, ()),
+TOP_KEYS = {
+    "node": Key(_node, _host_name),
+    "bundle": Key(_not_empty),
+    "bundle_key_file": Key(_not_empty, None),
+    "cache_directory": Key(_not_empty, defaults.cache_directory),
+    "state_directory": Key(_not_empty, defaults.state_directory),
+    "threads": Key(integer(1, 64), defaults.threads),
+    "context": Key(integer(16, 131_072), None),
+    "queue": Key(integer(1, 1024), 8),
+    "drain_s": Key(number(0, 600), 20.0),
+    "metrics_file": Key(_not_empty, None),
+    "log_payloads": Key(flag, False),
+    "mqtt": Key(_table, None),
+    "serial": Key(_tables, ()),
+    "route": Key(_tables, ()),
 }
 
-_MQTT = {
-    "host": _Key(_not_empty, "127.0.0.1"),
-    "port": _Key(integer(1, 65_535), None),
-    "tls": _Key(flag, False),
-    "ca_file": _Key(_not_empty, None),
-    "certificate_file": _Key(_not_empty, None),
-    "key_file": _Key(_not_empty, None),
-    "username": _Key(_not_empty, None),
-    "password_file": _Key(_not_empty, None),
-    "keepalive_s": _Key(integer(5, 3600), 30),
-    "session_expiry_s": _Key(integer(0, 604_800), 3600),
-    "reply_prefixes": _Key(_prefixes, ()),
-    "discovery_prefix": _Key(_prefix, None),
+MQTT_KEYS = {
+    "host": Key(_host, "127.0.0.1"),
+    "port": Key(integer(1, 65_535), None),
+    "tls": Key(flag, False),
+    "ca_file": Key(_not_empty, None),
+    "certificate_file": Key(_not_empty, None),
+    "key_file": Key(_not_empty, None),
+    "username": Key(_not_empty, None),
+    "password_file": Key(_not_empty, None),
+    "keepalive_s": Key(integer(5, 3600), 30),
+    "session_expiry_s": Key(integer(0, 604_800), 3600),
+    "reply_prefixes": Key(_prefixes, ()),
+    "discovery_prefix": Key(_prefix, None),
 }
 
-_SERIAL = {
-    "port": _Key(_not_empty),
-    "baud": _Key(integer(1200, 4_000_000), 115_200),
-    "flow_control": _Key(one_of("none", "xonxoff", "rtscts"), "none"),
-    "lenient": _Key(flag, False),
+SERIAL_KEYS = {
+    "port": Key(_not_empty),
+    "baud": Key(integer(1200, 4_000_000), 115_200),
+    "flow_control": Key(one_of("none", "xonxoff", "rtscts"), "none"),
+    "lenient": Key(flag, False),
 }

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # The fixtures' matrices are so small that BLAS threads only wait for each other: calibrating one takes six
 # times as long with two of them. Set before anything imports NumPy.
@@ -19,6 +20,11 @@ from tests.support.counterparts import DaemonProcess, Mosquitto, PtyPair
 def pytest_configure() -> None:
     """Make the directory that all workers of a run share."""
     scratch.share()
+
+
+# On a busy machine a slow example is not a failure.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ SHA-256 of every file. A stamp in the cache directory makes the next start cheap
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -24,7 +23,7 @@ from typing import Any
 from edge.bundles.architecture import Architecture
 from edge.bundles.row_table import RowTable
 from edge.errors import BundleError
-from edge.files import identity, write_atomically
+from edge.files import identity, matches, open_regular, read_regular, write_stamp
 from edge.protocol import strict_json, typed_json
 from edge.protocol.checks import FieldError, integer
 from edge.protocol.strict_json import StrictJsonError, printable
@@ -37,6 +36,7 @@ TOKENIZER = "tokenizer.model"
 EMBEDDING = "embedding.bin"
 PER_LAYER = "per_layer_embedding.bin"
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
+MAX_SIGNATURE_BYTES = 4096  # 64 are right; a few more are read to say what is wrong
 
 _CHUNK = 1 << 20
 
@@ -117,17 +117,28 @@ class Manifest:
         return manifest
 
 
+def is_plain_name(name: str) -> bool:
+    """Whether `name` can be that of a file in a bundle: printable, and in the bundle's own directory."""
+    reserved = ("", ".", "..", MANIFEST, SIGNATURE)
+    return name not in reserved and name.isprintable() and not any(c in name for c in "/\\")
+
+
 def _check_plain(name: str) -> None:
-    """Raise FieldError unless `name` is that of a file in the bundle's own directory."""
-    if name in ("", ".", "..", MANIFEST, SIGNATURE) or any(c in name for c in "/\\\0"):
-        raise FieldError(f"files has {printable(name)}, which is no file name")
+    if not is_plain_name(name):
+        raise FieldError(f"files has {printable(name)}, which is not a file name")
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """Read a bundle's manifest; the other files are not looked at. Raises BundleError that names the file."""
+    """Read a bundle's manifest and none of its other files. Raises BundleError that names the file."""
+    return _read_manifest(directory)[0]
+
+
+def _read_manifest(directory: Path) -> tuple[Manifest, str]:
+    """Return the manifest and its SHA-256 (hex)."""
     path = directory / MANIFEST
     try:
-        return Manifest.from_json(path.read_text("utf-8"))
+        content = read_regular(path, MAX_MANIFEST_BYTES)
+        return Manifest.from_json(content.decode()), hashlib.sha256(content).hexdigest()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not text"
         raise BundleError(f"{path}: can't be read: {reason}; is {directory} a bundle?") from None
@@ -154,8 +165,7 @@ class Bundle:
 
         Raises BundleError that names the file.
         """
-        manifest = read_manifest(directory)
-        bundle = cls(directory, manifest, file_digest(directory / MANIFEST))
+        bundle = cls(directory, *_read_manifest(directory))
         bundle._verify_once(cache_directory)
         return bundle
 
@@ -171,7 +181,11 @@ class Bundle:
                 raise BundleError(
                     f"{path}: has {size} bytes, the manifest says {entry.size}; copy the bundle again"
                 )
-            if file_digest(path, progress) != entry.sha256:
+            try:
+                digest = file_digest(path, progress)
+            except OSError as error:
+                raise BundleError(f"{path}: can't be read: {error.strerror}; copy the bundle again") from None
+            if digest != entry.sha256:
                 raise BundleError(
                     f"{path}: its SHA-256 is not the manifest's, it is damaged; copy the bundle again"
                 )
@@ -180,15 +194,9 @@ class Bundle:
         identities = [identity(self.path(n)) for n in self.manifest.files if self._size(self.path(n)) >= 0]
         content = "\n".join([str(self.directory.resolve()), *identities])
         stamp = cache_directory / f"{self.digest[:24]}.verified"
-        try:
-            if stamp.read_text() == content:
-                return
-        except OSError:
-            pass
-        self.verify()
-        with contextlib.suppress(OSError):  # a full or read-only disk costs the next start time, no more
-            cache_directory.mkdir(parents=True, exist_ok=True)
-            write_atomically(stamp, content.encode())
+        if not matches(stamp, content):
+            self.verify()
+            write_stamp(stamp, content)
 
     @staticmethod
     def _size(path: Path) -> int:
@@ -199,9 +207,9 @@ class Bundle:
 
 
 def file_digest(path: Path, progress: Callable[[int], None] = lambda _bytes: None) -> str:
-    """SHA-256 (hex) of a file; calls `progress` with the bytes read so far in each step."""
+    """SHA-256 (hex) of a regular file; calls `progress` with the bytes read in each step. Raises OSError."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while block := file.read(_CHUNK):
             digest.update(block)
             progress(len(block))

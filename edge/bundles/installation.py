@@ -1,10 +1,15 @@
-"""A bundle from a directory, a tar file or a pipe becomes one of the store's, whole or not at all.
+"""Install a bundle from a directory, a tar file or a pipe into the store: the whole of it, or nothing.
 
-Files are copied into a scratch directory, hashed on the way and synced; only when all are what the manifest
-says does the scratch directory get its name. Of the bundles that are neither current nor previous, those from
-before the last activation are removed; where there is no room, the newer ones too, and the previous one last.
+Files are copied into a scratch directory, hashed meanwhile and synced. The scratch directory gets its name
+when all files match the manifest. A file is copied up to the size that the manifest gives it. A tar file is
+untrusted input: names, headers and their number are bounded.
 
-What is copied does not stay in the page cache: there it would push out the weights of the running model.
+Other bundles are removed only for one whose manifest has been read, and whose signature has been checked if
+keys are configured, and only if that makes enough room. Of the bundles that are neither current nor
+previous, those from before the last activation go; if more room is needed, the newer ones too, and the
+previous one last.
+
+What is copied does not stay in the page cache, where it would displace the weights of the running model.
 """
 
 from __future__ import annotations
@@ -18,22 +23,36 @@ import tempfile
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, BinaryIO, Self
 
-from edge.bundles.bundle import DECODER, MANIFEST, MAX_MANIFEST_BYTES, SIGNATURE, FileEntry, Manifest
+from edge.bundles.bundle import (
+    DECODER,
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    MAX_SIGNATURE_BYTES,
+    SIGNATURE,
+    FileEntry,
+    Manifest,
+    is_plain_name,
+)
 from edge.bundles.record import read_record
 from edge.bundles.signing import TrustedKeys
 from edge.bundles.store import BundleStore, size_of
 from edge.errors import BundleError, EdgeError
 from edge.files import sync_directory
+from edge.protocol.strict_json import printable
 
 RESERVE_BYTES = 64 << 20
 """Stays free for the journal, logs and the system."""
+MAX_MEMBERS = 1000
+"""Of a tar file; a bundle has half a dozen."""
 
+_MAX_HEADER_BYTES = 65_536
+"""Of a tar header's extension (a long name, pax records), which `tarfile` reads into memory."""
 _BLOCK = 1 << 20
 _SYNC_EVERY = 16 * _BLOCK
 Items = Generator[tuple[str, int, IO[bytes]], None, None]
-"""Name, size and content of the files of a bundle; the content is to be read at once."""
+"""Name, size and content of the files of a bundle; the content must be read before the next item."""
 
 
 @dataclass(frozen=True)
@@ -69,19 +88,22 @@ def install(store: BundleStore, source: Path | BinaryIO, keys: TrustedKeys | Non
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
     except tarfile.TarError as error:
-        raise BundleError(f"{origin}: no whole tar file: {error}; send it again") from None
+        raise BundleError(f"{origin}: not a complete tar file: {error}; send it again") from None
     except OSError as error:
-        where = error.filename or store.directory
+        where = printable(str(error.filename or store.directory), 200).strip("'")
         raise EdgeError(f"{where}: {error.strerror or error}; nothing was installed") from None
 
 
 class _Incoming:
-    """A bundle on its way in; its files may come in any order, the manifest first if the sender is kind."""
+    """A bundle that is being received; its files come in any order.
+
+    It is trusted once its manifest has been read and, if there are keys, its signature has been checked.
+    """
 
     def __init__(
         self, store: BundleStore, origin: str, scratch: Path, keys: TrustedKeys | None, texts_first: bool
     ) -> None:
-        """With `texts_first` manifest and signature, if there is one, come before all other files."""
+        """With `texts_first`, the manifest and the signature, if there is one, precede all other files."""
         self._store, self._origin, self._scratch, self._keys = store, origin, scratch, keys
         self._texts_first, self._reserved = texts_first, False
         self._texts: dict[str, bytes] = {}
@@ -93,17 +115,36 @@ class _Incoming:
     def take(self, name: str, size: int, stream: IO[bytes]) -> bool:
         """Take a file; what the manifest does not list is ignored. Returns True if no more is needed."""
         if name in (MANIFEST, SIGNATURE):
-            self._texts[name] = stream.read(MAX_MANIFEST_BYTES)
-            if name == MANIFEST:
-                self._read_manifest()
-            if len(self._texts) == 2 and self._there is None:
+            self._take_text(name, stream)
+        elif self._manifest is None:
+            if is_plain_name(name):
+                self._require_room(size)
+                self._found[name] = self._copy(name, stream, size)
+        elif name in self._manifest.files:
+            limit = self._manifest.files[name].size
+            if self._texts_first:
                 self._check_signature()
-        elif self._manifest is None or name in self._manifest.files:
-            self._reserve()
-            self._make_room(size)
-            self._found[name] = self._copy(name, stream)
+            if self._is_trusted:
+                self._reserve()
+            else:
+                self._require_room(limit)
+            self._found[name] = self._copy(name, stream, limit)
             self._compare(name)
         return self._there is not None
+
+    def _take_text(self, name: str, stream: IO[bytes]) -> None:
+        limit = MAX_MANIFEST_BYTES if name == MANIFEST else MAX_SIGNATURE_BYTES
+        text = self._texts[name] = stream.read(limit + 1)
+        if len(text) > limit:
+            raise BundleError(f"{self._origin}: {name} is larger than {limit:,} bytes; is it a bundle?")
+        if name == MANIFEST:
+            self._read_manifest()
+        if len(self._texts) == 2 and self._there is None:
+            self._check_signature()
+
+    @property
+    def _is_trusted(self) -> bool:
+        return self._manifest is not None and (self._keys is None or self._signer is not None)
 
     def finish(self) -> Installed:
         """Give the bundle its name if it is whole."""
@@ -136,15 +177,13 @@ class _Incoming:
             raise BundleError(f"{self._origin}: {MANIFEST} is not text; copy the bundle again") from None
         except BundleError as error:
             raise BundleError(f"{self._origin}: {MANIFEST} {error}") from None
+        self._there, self._signer, self._reserved = None, None, False
         self._there = self._find()
-        self._reserved = False
 
     def _reserve(self) -> None:
-        """Make room for all that is to come, once there is a manifest; not for one that is not signed."""
+        """Make room, once, for all that a trusted manifest lists."""
         if self._manifest is None or self._reserved:
             return
-        if self._texts_first:
-            self._check_signature()
         self._reserved = True
         packed = self._manifest.files[DECODER].size if DECODER in self._manifest.files else 0
         self._make_room(size_of(self._manifest) + packed - sum(e.size for e in self._found.values()))
@@ -164,14 +203,20 @@ class _Incoming:
             texts = self._texts
             self._signer = self._keys.check_bytes(self._origin, texts[MANIFEST], texts.get(SIGNATURE))
 
-    def _copy(self, name: str, stream: IO[bytes]) -> FileEntry:
+    def _copy(self, name: str, stream: IO[bytes], limit: int) -> FileEntry:
+        """Copy a file. Raises BundleError as soon as it is larger than `limit`."""
         digest, size = hashlib.sha256(), 0
 
         def blocks() -> Iterator[bytes]:
             nonlocal size
             while block := stream.read(_BLOCK):
-                digest.update(block)
                 size += len(block)
+                if size > limit:
+                    raise BundleError(
+                        f"{self._origin}: {name} is larger than {limit:,} bytes, its size in {MANIFEST};"
+                        " copy the bundle again"
+                    )
+                digest.update(block)
                 yield block
 
         self._write(name, blocks())
@@ -216,18 +261,25 @@ class _Incoming:
             )
 
     def _make_room(self, needed: int) -> None:
-        """Remove what is not needed. Raises EdgeError if there is no room for `needed` bytes even so."""
+        """Remove bundles that are not needed; none if even that would not make room. Raises EdgeError."""
         store = self._store
         used = {store.current, store.previous, read_record(store.directory).running}
         unused = [name for name in reversed(store.names()) if name not in used]  # the oldest first
+        removable = {*unused, *([store.previous] if store.previous is not None else [])}
+        self._require_room(needed, self._free() + sum(map(store.stored_bytes, removable)))
         for name in unused:
             if store.is_superseded(name) or self._free() < needed:
                 store.remove(name)
         if self._free() < needed and store.previous is not None:
             store.remove(store.previous)
-        if (free := self._free()) < needed:
+        self._require_room(needed)
+
+    def _require_room(self, needed: int, room: int | None = None) -> None:
+        """Raise EdgeError if there is less room than `needed` bytes (None: on the disk, as it is)."""
+        if (self._free() if room is None else room) < needed:
+            free = max(0, self._free()) / 1e6
             raise EdgeError(
-                f"{store.directory}: {free >> 20} MB free, {-(-needed >> 20)} MB are needed"
+                f"{self._store.directory}: {free:,.0f} MB free, {needed / 1e6:,.1f} MB are needed"
                 " (for the bundle and its packed weights); free some"
             )
 
@@ -256,15 +308,30 @@ def _files(directory: Path) -> Items:
 
 
 def _members(source: Path | BinaryIO) -> Items:
-    """Files of a tar stream, maybe compressed, in their order; the directory they stand in is ignored."""
+    """Files of a tar stream, compressed or not, in their order; the directories they are in are ignored."""
     opened = source.open("rb") if isinstance(source, Path) else contextlib.nullcontext(source)
-    with opened as stream, tarfile.open(fileobj=stream, mode="r|*") as archive:
-        for member in archive:
+    with opened as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header) as archive:
+        for number, member in enumerate(archive):
+            if number >= MAX_MEMBERS:
+                raise BundleError(f"the tar file has more than {MAX_MEMBERS:,} members; is it a bundle?")
             if member.isfile():
                 content = archive.extractfile(member)
                 assert content is not None  # it is a file
                 yield Path(member.name).name, member.size, content
             elif not member.isdir():
                 raise BundleError(
-                    f"{member.name} in the tar file is neither file nor directory; pack the bundle again"
+                    f"{printable(member.name)} in the tar file is neither a file nor a directory;"
+                    " pack the bundle again"
                 )
+
+
+class _Header(tarfile.TarInfo):
+    """A header of a tar file, refused if it announces an extension too large to be read into memory."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        header = super().frombuf(buf, encoding, errors)
+        extends = not (header.isreg() or header.isdir())
+        if header.type == tarfile.GNUTYPE_SPARSE or (extends and header.size > _MAX_HEADER_BYTES):
+            raise BundleError("the tar file has a sparse file or a header too large; pack the bundle again")
+        return header

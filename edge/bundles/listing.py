@@ -10,6 +10,7 @@ from edge.bundles.record import MAX_FAILURES, daemon_lives, read_record
 from edge.bundles.signing import TrustedKeys
 from edge.bundles.store import BundleStore, size_of
 from edge.errors import BundleError
+from edge.protocol.strict_json import printable
 
 _FIELDS = (
     *("name", "state", "digest", "model", "recipe", "context", "source", "bytes"),
@@ -70,9 +71,8 @@ def _sizes_are_right(path: Path, manifest: Manifest) -> bool:
 def _line(each: dict[str, Any]) -> str:
     parts = [f"{each['state'] or '-':8} {each['name']}"]
     if each["model"]:
-        parts.append(
-            f"{each['model']} {each['recipe']}, {each['bytes'] / 1e6:,.1f} MB, from {each['source']}"
-        )
+        model, recipe, source = (_plain(each[field]) for field in ("model", "recipe", "source"))
+        parts.append(f"{model} {recipe}, {each['bytes'] / 1e6:,.1f} MB, from {source}")
         parts.append("verified" if each["verified"] else "not verified")
     if each["signed_by"]:
         parts.append(f"signed by {each['signed_by']}")
@@ -83,3 +83,8 @@ def _line(each: dict[str, Any]) -> str:
     if each["problem"]:
         parts.append(each["problem"])
     return "; ".join(parts)
+
+
+def _plain(text: object) -> str:
+    """Text of a manifest that nobody may have signed, so that it can't disturb a terminal."""
+    return printable(str(text), 80).strip("'\"")

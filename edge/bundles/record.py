@@ -20,6 +20,7 @@ from typing import Any
 
 from edge.board import boot_id
 from edge.errors import EdgeError
+from edge.files import read_regular
 from edge.protocol import typed_json
 from edge.protocol.checks import FieldError
 from edge.protocol.strict_json import StrictJsonError, dumps, loads
@@ -67,7 +68,7 @@ class Record:
 def read_record(directory: Path) -> Record:
     """Read the record in a store; an empty one if there is none, or none of this boot."""
     try:
-        record = typed_json.read(Record, loads((directory / RECORD).read_bytes(), _MOST_BYTES))
+        record = typed_json.read(Record, loads(read_regular(directory / RECORD, _MOST_BYTES), _MOST_BYTES))
     except (OSError, StrictJsonError, FieldError):
         return Record(boot_id())
     return record if record.boot == boot_id() else Record(boot_id(), trouble=record.trouble)

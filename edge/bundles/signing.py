@@ -12,10 +12,12 @@ import hashlib
 import re
 from pathlib import Path
 
-from edge.bundles.bundle import MANIFEST, SIGNATURE
+from edge.bundles.bundle import MANIFEST, MAX_MANIFEST_BYTES, MAX_SIGNATURE_BYTES, SIGNATURE
 from edge.errors import BundleError, ConfigError
+from edge.files import read_regular
 
 _PEM = re.compile(r"-----BEGIN PUBLIC KEY-----(.*?)-----END PUBLIC KEY-----", re.DOTALL)
+_MAX_KEY_FILE_BYTES = 1 << 20
 _ED25519 = bytes.fromhex("302a300506032b6570032100")
 """What stands before the 32 bytes of a key in DER (RFC 8410)."""
 
@@ -27,7 +29,7 @@ class TrustedKeys:
         """Read the keys. Raises ConfigError."""
         self._path = path
         try:
-            blocks = _PEM.findall(path.read_text("ascii"))
+            blocks = _PEM.findall(read_regular(path, _MAX_KEY_FILE_BYTES).decode("ascii"))
         except (OSError, UnicodeDecodeError) as error:
             said = error.strerror if isinstance(error, OSError) else "not PEM"
             raise ConfigError(f"bundle_key_file {path}: can't be read: {said}") from None
@@ -38,8 +40,8 @@ class TrustedKeys:
     def check(self, directory: Path) -> str:
         """Return the fingerprint of the key that signed a bundle. Raises BundleError if none of them did."""
         try:
-            manifest = (directory / MANIFEST).read_bytes()
-            signature = (directory / SIGNATURE).read_bytes()
+            manifest = read_regular(directory / MANIFEST, MAX_MANIFEST_BYTES)
+            signature = read_regular(directory / SIGNATURE, MAX_SIGNATURE_BYTES)
         except OSError as error:
             raise BundleError(f"{error.filename}: {error.strerror}; the bundle must be signed") from None
         return self.check_bytes(str(directory), manifest, signature)

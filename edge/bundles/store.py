@@ -146,6 +146,12 @@ class BundleStore:
         except (BundleError, OSError):
             return False
 
+    def stored_bytes(self, name: str) -> int:
+        """Size of a bundle's files on the disk."""
+        with contextlib.suppress(OSError):
+            return sum(path.lstat().st_size for path in self.path(name).iterdir())
+        return 0
+
     def remove(self, name: str) -> None:
         """Remove a bundle unless it is the current one; the previous one may go."""
         gone = self.directory / f".removed.{name}"

@@ -29,7 +29,7 @@ from edge.text.prompt import OutputParser, render
 from edge.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from edge.runtime.litert import CompiledModel
+    from edge.runtime.compiled_model import CompiledModel
 
 __all__ = ["Completion", "Delta", "Generator", "Interrupted"]
 

@@ -1,23 +1,23 @@
-"""`[[route]]` tables of the configuration: what is read from sensors, and what is asked about it when.
+"""`[[route]]` tables of the configuration: which readings are taken, and when they lead to what.
 
 [[route]]
 name = "freezers"
-topics = ["sensors/+/temperature"]       # {sensor} is what the wildcards stand for
+topics = ["sensors/+/temperature"]       # {sensor} is what the wildcards match
 value = "celsius"                        # JMESPath into a JSON payload; without it the payload is the number
 parse_text = true                        # also read "-12.5", -12,5, -12.5 °C, on and off
 window = { readings = 120, seconds = 7200 }
-event_topic = "alarms/{sensor}"          # said at once, without the model
-answer_topic = "explanations/{sensor}"   # the model's answer, when it is there
+event_topic = "alarms/{sensor}"          # published at once, without the model
+answer_topic = "explanations/{sensor}"   # the model's answer
 
-[route.trigger]                          # any of every_s, when and silence_s
+[route.trigger]                          # at least one of every_s, when and silence_s
 every_s = 3600
 when = "last > `-15` && trend > `0`"     # JMESPath on the statistics, payload, sensor and topic
-clear = "last < `-17`"                   # hysteresis: what ends the condition; without it, when itself
+clear = "last < `-17`"                   # hysteresis: ends the condition; by default when it no longer holds
 silence_s = 600
-min_interval_s = 300                     # between two questions about a sensor; events do not wait
+min_interval_s = 300                     # between two questions about a sensor; events are never delayed
 
-[route.ask]                              # as in a request, beside instructions, question and schema
-instructions = "You watch the freezers of a kitchen. ..."   # always the same, so it is prefilled once
+[route.ask]                              # also takes fields of a request
+instructions = "You watch the freezers of a kitchen. ..."   # constant, so its KV cache is reused
 question = "Freezer {sensor}, {reason}: {statistics}. Latest: {readings}."
 limit = { above = -15 }                  # for the fields {limit} and {notes}
 max_tokens = 120
@@ -45,7 +45,7 @@ from edge.routes.expressions import ExpressionError, compile_expression
 from edge.routes.notes import Limit
 
 MAX_ROUTES = 64
-MAX_READINGS_HELD = 500_000  # by all sensors of a route together: 16 MB
+MAX_READINGS_HELD = 500_000  # by all sensors of a route together, 16 MB
 MAX_TOPIC_BYTES = 256
 
 TOPIC_FIELDS = ("sensor",)
@@ -67,7 +67,7 @@ TRIGGER_KEYS = ("every_s", "when", "clear", "silence_s", "min_interval_s")
 
 @dataclass(frozen=True)
 class Trigger:
-    """When something is said or asked about a sensor; times in seconds, conditions compiled."""
+    """When a route acts; times are in seconds, conditions are compiled."""
 
     every_s: float | None
     when: ParsedResult | None
@@ -78,9 +78,9 @@ class Trigger:
 
 @dataclass(frozen=True)
 class Ask:
-    """What is asked: constant `instructions`, a `question` template, and fields of the request.
+    """A route's questions: constant `instructions`, a `question` template, and fields of the request.
 
-    `limit` is what the fields `{limit}` and `{notes}` know of the sensor.
+    `limit` is for the template fields `{limit}` and `{notes}`.
     """
 
     instructions: str
@@ -91,7 +91,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Route:
-    """One `[[route]]` table, checked. `event_topic` or (`ask` and `answer_topic`) may be missing."""
+    """One `[[route]]` table, checked. Either `event_topic`, or `ask` and `answer_topic`, can be None."""
 
     name: str
     topics: tuple[TopicFilter, ...]
@@ -109,7 +109,7 @@ class Route:
 def parse_routes(tables: Sequence[Any]) -> tuple[Route, ...]:
     """Check the `[[route]]` tables of a parsed TOML file.
 
-    Raises ConfigError whose message begins with the path of the wrong key, e.g. `route[0].trigger.when`.
+    Raises ConfigError; its message starts with the path of the wrong key, e.g. `route[0].trigger.when`.
     """
     try:
         checked = checks.array("route", list(tables), MAX_ROUTES)
@@ -146,11 +146,9 @@ def _route(path: str, value: Any) -> Route:
         ask=_ask(f"{path}.ask", table["ask"]) if "ask" in table else None,
     )
     if (route.ask is None) != (route.answer_topic is None):
-        raise FieldError(f"{path}.ask and answer_topic belong together; give both or neither")
+        raise FieldError(f"{path}.ask and answer_topic are only valid together")
     if route.ask is None and route.event_topic is None:
-        raise FieldError(
-            f"{path} says nothing; allowed: an event_topic, or ask and answer_topic, or all three"
-        )
+        raise FieldError(f"{path} publishes nothing; it needs event_topic, or ask with answer_topic, or both")
     return route
 
 
@@ -158,9 +156,9 @@ def _trigger(path: str, value: Any, json_payload: bool) -> Trigger:
     table = checks.mapping(path, value, TRIGGER_KEYS)
     scalars = (*STATISTICS, "sensor", "topic", *(() if json_payload else ("payload",)))
     if not any(key in table for key in ("every_s", "when", "silence_s")):
-        raise FieldError(f"{path} never fires; allowed: at least one of every_s, when, silence_s")
+        raise FieldError(f"{path} never triggers; it needs at least one of every_s, when, silence_s")
     if "clear" in table and "when" not in table:
-        raise FieldError(f"{path}.clear has nothing to end; allowed: only beside when")
+        raise FieldError(f"{path}.clear needs trigger.when, the condition that it ends")
     seconds = checks.number(1, 31 * 86_400)
     return Trigger(
         every_s=seconds(f"{path}.every_s", table["every_s"]) if "every_s" in table else None,
@@ -198,19 +196,19 @@ def _limit(path: str, value: Any) -> Limit:
 
 
 def _schema(path: str, value: Any) -> dict[str, Any]:
-    """Make a request's format of a schema; TOML has dates, infinities and depths that JSON has not."""
+    """Turn a schema into a request's response_format; TOML has dates and infinities, which JSON lacks."""
     response_format = {"type": "json_schema", "json_schema": {"schema": checks.mapping(path, value)}}
     try:
         strict_json.loads(strict_json.dumps({"response_format": response_format}), MAX_REQUEST_BYTES)
     except (TypeError, ValueError, RecursionError) as error:
-        said = str(error) if isinstance(error, StrictJsonError) else "it has what JSON has not"
-        raise FieldError(f"{path} is no JSON schema: {said}") from None
+        reason = str(error) if isinstance(error, StrictJsonError) else "it has a value that JSON lacks"
+        raise FieldError(f"{path} is not a JSON schema: {reason}") from None
     return response_format
 
 
 def _name(path: str, value: Any) -> str:
     if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,32}", value):
-        raise FieldError(f"{path} is not valid; allowed: 1 to 32 of A-Z a-z 0-9 _ -")
+        raise FieldError(f"{path} is not valid; allowed: 1 to 32 characters A-Z a-z 0-9 _ -")
     return value
 
 
@@ -239,7 +237,7 @@ def _output_topic(path: str, value: Any) -> str | None:
 
 
 def _template(path: str, value: Any, allowed: tuple[str, ...]) -> str:
-    """Check a template: text with {name} of `allowed`, {{ and }} for braces, nothing else of str.format."""
+    """Check a template: text with {name} for names in `allowed`, and {{ and }} for braces."""
     template = checks.text(path, value)
     try:
         pieces = list(string.Formatter().parse(template))
@@ -267,12 +265,12 @@ def _check_names(routes: Sequence[Route]) -> None:
     seen: set[str] = set()
     for index, route in enumerate(routes):
         if route.name in seen:
-            raise FieldError(f"route[{index}].name is {printable(route.name)} again; each needs its own")
+            raise FieldError(f"route[{index}].name is {printable(route.name)}, the name of another route")
         seen.add(route.name)
 
 
 def _check_loops(routes: Sequence[Route]) -> None:
-    """Refuse a route whose own words would come back to some route as a reading."""
+    """Refuse a route whose events or answers would reach a route as readings."""
     for index, route in enumerate(routes):
         for key, template in (("event_topic", route.event_topic), ("answer_topic", route.answer_topic)):
             reader = template and _reader(routes, template)

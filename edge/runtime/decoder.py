@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from edge.bundles.architecture import Architecture, Attention, Rope
 from edge.bundles.bundle import Bundle
 from edge.errors import RequestError
+from edge.runtime.compiled_model import CompiledModel
 from edge.runtime.dynamic_quantization import dynamic_int8
 from edge.runtime.kv_cache import Floats, KVCache
-from edge.runtime.litert import CompiledModel
 from edge.runtime.mapped_rows import MappedRows
 from edge.runtime.opening import compile_graph
 from edge.runtime.prefix_cache import PrefixCache
@@ -65,6 +65,17 @@ class Decoder:
     def close(self) -> None:
         """Give all memory back; the decoder can't be used after that."""
         self._model.close()
+
+    def check_weights(self) -> bool:
+        """Check the next few blocks of the packed weights, if a check is due; False if one is damaged."""
+        weights = self._model.weights
+        return weights is None or weights.check()
+
+    def discard_cache(self) -> None:
+        """Remove from the disk the packed weights, which are damaged, and what may be computed with them."""
+        if self._model.weights is not None:
+            self._model.weights.remove()
+        self._prefixes.clear()
 
     @property
     def tokens(self) -> Sequence[int]:

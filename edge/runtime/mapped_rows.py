@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.bundles.row_table import RowTable
+from edge.files import open_regular
 
 _ROW_TYPES: dict[int, type[np.generic]] = {32: np.float32, 8: np.int8, 4: np.uint8, 2: np.uint8}
 
@@ -22,7 +23,7 @@ class MappedRows:
     """An open `RowTable`. `rows` is all it does."""
 
     def __init__(self, directory: Path, table: RowTable) -> None:
-        with (directory / table.file).open("rb") as file:
+        with open_regular(directory / table.file) as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         if hasattr(mmap, "MADV_RANDOM"):
             mapped.madvise(mmap.MADV_RANDOM)

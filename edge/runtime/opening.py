@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 from edge.bundles.bundle import DECODER, Bundle
-from edge.runtime.litert import CompiledModel
+from edge.runtime.compiled_model import CompiledModel
 
 
 def compile_graph(bundle: Bundle, cache_directory: Path, threads: int) -> CompiledModel:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import mmap
 import os
 import re
 import time
@@ -23,12 +24,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from edge.files import identity, identity_of, open_regular
 from edge.runtime.kv_cache import KVCache
 
 SHORTEST = 32
 """Tokens of the shortest prefix worth a file."""
 
 _LAYOUT = 1
+_CHECKSUM_BYTES = 4
 _DAY_S = 24 * 3600
 _NAME = re.compile(r"(\d+)-[0-9a-f]{32}\.kv")
 
@@ -51,11 +54,11 @@ class PrefixCache:
     ) -> None:
         self._directory, self._capacity, self._daily = directory, capacity, daily
         self._salt = f"{_LAYOUT}\n{bundle_digest}\n".encode()
-        self._intact: set[Path] = set()
+        self._intact: dict[Path, str] = {}
         self.written = 0
         self._writes: list[tuple[float, int]] = []
         with contextlib.suppress(OSError):
-            directory.mkdir(parents=True, exist_ok=True)
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             for left in directory.glob("*.part"):  # by a process that was killed while it wrote
                 left.unlink(missing_ok=True)
         now = time.time()
@@ -86,7 +89,7 @@ class PrefixCache:
         """Keep `cache`, which holds exactly the tokens `ids`. False if it is too short, or a bound is met."""
         path = self._path(ids)
         parts = [part for pair in cache.snapshot() for part in pair]
-        size = 4 + sum(part.nbytes for part in parts)
+        size = _CHECKSUM_BYTES + sum(part.nbytes for part in parts)
         if len(ids) < SHORTEST or path.exists() or not self._may_write(size):
             return False
         checksum = 0
@@ -94,8 +97,8 @@ class PrefixCache:
             checksum = zlib.crc32(part.data, checksum)
         scratch = path.with_suffix(".part")
         try:
-            with scratch.open("wb") as file:
-                file.write(checksum.to_bytes(4, "little"))
+            with open(scratch, "wb", opener=_private) as file:
+                file.write(checksum.to_bytes(_CHECKSUM_BYTES, "little"))
                 for part in parts:
                     file.write(part.data)
             os.replace(scratch, path)
@@ -103,33 +106,48 @@ class PrefixCache:
             with contextlib.suppress(OSError):
                 scratch.unlink(missing_ok=True)
             return False
-        self._intact.add(path)
+        self._intact[path] = identity(path)
         self.written += size
         self._writes.append((time.time(), size))
         return True
+
+    def clear(self) -> None:
+        """Remove all snapshots, of whatever bundle."""
+        for path, _ in self._files():
+            with contextlib.suppress(OSError):
+                path.unlink()
 
     def _path(self, ids: Sequence[int]) -> Path:
         digest = hashlib.sha256(self._salt + np.asarray(ids, "<i4").tobytes()).hexdigest()
         return self._directory / f"{len(ids)}-{digest[:32]}.kv"
 
     def _read(self, path: Path, length: int, cache: KVCache) -> bool:
-        """Restore from `path`; its checksum is looked at once by each process that did not write it."""
-        try:
-            content: NDArray[np.uint8] = np.memmap(path, np.uint8, "r")
-        except (OSError, ValueError):  # gone, or empty, which can't be mapped
-            content = np.zeros(1, np.uint8)
-        body = content[4:]
-        if path not in self._intact:
-            if zlib.crc32(body.data) != int.from_bytes(content[:4].tobytes(), "little"):
-                path.unlink(missing_ok=True)
-                return False
-            self._intact.add(path)
-        if not cache.restore(length, body.view(np.float32)):
-            path.unlink(missing_ok=True)
+        """Restore from `path`, or remove it if it is damaged."""
+        content = self._intact_content(path)
+        if content is None or not cache.restore(length, content):
+            self._intact.pop(path, None)
+            with contextlib.suppress(OSError):
+                path.unlink()
             return False
         with contextlib.suppress(OSError):
-            os.utime(path, (time.time(), path.stat().st_mtime))
+            status = path.stat()
+            os.utime(path, ns=(time.time_ns(), status.st_mtime_ns))
         return True
+
+    def _intact_content(self, path: Path) -> NDArray[np.float32] | None:
+        """K and V in a file, mapped; None if it is damaged. A file that has not changed is checked once."""
+        try:
+            with open_regular(path) as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                found = identity_of(os.fstat(file.fileno()))
+            body = memoryview(mapped)[_CHECKSUM_BYTES:]
+            if self._intact.get(path) != found:
+                if zlib.crc32(body) != int.from_bytes(mapped[:_CHECKSUM_BYTES], "little"):
+                    return None
+                self._intact[path] = found
+            return np.frombuffer(body, np.float32)
+        except (OSError, ValueError):  # gone, empty, which can't be mapped, or no whole number of floats
+            return None
 
     def _may_write(self, size: int) -> bool:
         """Whether the bounds allow `size` more bytes; makes room for them if so."""
@@ -137,7 +155,8 @@ class PrefixCache:
         self._writes = [(at, count) for at, count in self._writes if now - at < _DAY_S]
         if sum(count for _, count in self._writes) + size > self._daily or size > self._capacity:
             return False
-        self._intact &= {path for path, _ in self._files()}
+        there = {path for path, _ in self._files()}
+        self._intact = {path: found for path, found in self._intact.items() if path in there}
         files = sorted(self._files(), key=lambda item: max(item[1].st_atime, item[1].st_mtime))
         total = sum(status.st_size for _, status in files)
         for path, status in files:
@@ -154,3 +173,7 @@ class PrefixCache:
                 if _NAME.fullmatch(path.name):
                     found.append((path, path.stat()))
         return found
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)

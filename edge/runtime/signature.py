@@ -9,31 +9,16 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from edge.runtime.litert import Library
+from edge.runtime.litert_api import FLOAT32, HOST_MEMORY_ALIGNMENT, INT8, INT32, Library, TensorType
 
-_ELEMENT_TYPES: dict[int, type[np.generic]] = {1: np.float32, 2: np.int32, 9: np.int8}
+_ELEMENT_TYPES: dict[int, type[np.generic]] = {FLOAT32: np.float32, INT32: np.int32, INT8: np.int8}
 _ELEMENT_CODES = {np.dtype(dtype).name: code for code, dtype in _ELEMENT_TYPES.items()}
-_ALIGNMENT = 64
 _LARGE = 1 << 17
-
-
-class _Layout(ctypes.Structure):
-    _fields_ = (
-        ("rank", ctypes.c_uint32, 7),
-        ("has_strides", ctypes.c_uint32, 1),
-        ("dimensions", ctypes.c_int32 * 8),
-        ("strides", ctypes.c_uint32 * 8),
-    )
-
-
-class _TensorType(ctypes.Structure):
-    _fields_ = (("element_type", ctypes.c_int), ("layout", _Layout))
 
 
 def aligned_array(shape: tuple[int, ...], dtype: type[np.generic] = np.float32) -> NDArray[Any]:
@@ -45,8 +30,8 @@ def aligned_array(shape: tuple[int, ...], dtype: type[np.generic] = np.float32) 
     if size >= _LARGE and sys.platform != "win32":
         pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         return np.frombuffer(pages, dtype).reshape(shape)
-    raw = np.zeros(size + _ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
+    raw = np.zeros(size + HOST_MEMORY_ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % HOST_MEMORY_ALIGNMENT
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
@@ -54,7 +39,7 @@ def signatures(lib: Library, model: ctypes.c_void_p, compiled: ctypes.c_void_p) 
     """The entry points of a compiled model, by their keys."""
     found = {}
     for index in range(lib.count("LiteRtGetNumModelSignatures", model)):
-        handle = lib.handle_of("LiteRtGetModelSignature", model, ctypes.c_size_t(index))
+        handle = lib.handle_of("LiteRtGetModelSignature", model, index)
         signature = Signature(lib, compiled, index, handle)
         found[signature.key] = signature
     return found
@@ -64,21 +49,20 @@ class Signature:
     """One entry point of a compiled model; its tensors are bound to arrays by name."""
 
     def __init__(self, lib: Library, compiled: ctypes.c_void_p, index: int, handle: ctypes.c_void_p) -> None:
-        self._lib, self._compiled, self._index = lib, compiled, ctypes.c_size_t(index)
+        self._lib, self._compiled, self._index = lib, compiled, index
         self.key = lib.text("LiteRtGetSignatureKey", handle)
         self._inputs, self._input_types = self._tensors(handle, "Input")
         self._outputs, self._output_types = self._tensors(handle, "Output")
         self._bound: dict[str, tuple[ctypes.c_void_p, NDArray[Any]]] = {}
         self._arguments: tuple[Any, Any] | None = None
 
-    def _tensors(self, handle: ctypes.c_void_p, kind: str) -> tuple[list[str], dict[str, _TensorType]]:
+    def _tensors(self, handle: ctypes.c_void_p, kind: str) -> tuple[list[str], dict[str, TensorType]]:
         names, types = [], {}
         for i in range(self._lib.count(f"LiteRtGetNumSignature{kind}s", handle)):
-            position = ctypes.c_size_t(i)
-            name = self._lib.text(f"LiteRtGetSignature{kind}Name", handle, position)
-            tensor = self._lib.handle_of(f"LiteRtGetSignature{kind}TensorByIndex", handle, position)
+            name = self._lib.text(f"LiteRtGetSignature{kind}Name", handle, i)
+            tensor = self._lib.handle_of(f"LiteRtGetSignature{kind}TensorByIndex", handle, i)
             names.append(name)
-            types[name] = _TensorType()
+            types[name] = TensorType()
             self._lib.call("LiteRtGetRankedTensorType", tensor, ctypes.byref(types[name]))
         return names, types
 
@@ -102,23 +86,23 @@ class Signature:
 
         The array must keep its shape; to grow one, bind another. It is kept alive as long as it is bound.
         """
-        if array.ctypes.data % _ALIGNMENT or not array.flags.c_contiguous:
+        if array.ctypes.data % HOST_MEMORY_ALIGNMENT or not array.flags.c_contiguous:
             raise ValueError(f"{self.key}: the array for {name} is not 64-byte aligned and contiguous")
-        kind = _TensorType(_ELEMENT_CODES[array.dtype.name])
+        kind = TensorType(_ELEMENT_CODES[array.dtype.name])
         kind.layout.rank = array.ndim
         kind.layout.dimensions[: array.ndim] = array.shape
         buffer = self._lib.handle_of(
             "LiteRtCreateTensorBufferFromHostMemory",
             ctypes.byref(kind),
-            ctypes.c_void_p(array.ctypes.data),
-            ctypes.c_size_t(array.nbytes),
+            array.ctypes.data,
+            array.nbytes,
             None,
         )
         old = self._bound.get(name)
         self._bound[name] = (buffer, array)
         self._arguments = None
         if old is not None:
-            self._lib.destroy("LiteRtDestroyTensorBuffer", old[0])
+            self._lib.destroy("TensorBuffer", old[0])
 
     def bind_new(self, name: str) -> NDArray[Any]:
         """Bind a new zeroed array of the declared shape and return it."""
@@ -130,7 +114,7 @@ class Signature:
     def unbind(self) -> None:
         """Let go of all arrays."""
         for buffer, _ in self._bound.values():
-            self._lib.destroy("LiteRtDestroyTensorBuffer", buffer)
+            self._lib.destroy("TensorBuffer", buffer)
         self._bound.clear()
         self._arguments = None
 
@@ -139,9 +123,8 @@ class Signature:
         if self._arguments is None:
             self._arguments = self._handles(self._inputs), self._handles(self._outputs)
         inputs, outputs = self._arguments
-        counts = ctypes.c_size_t(len(inputs)), ctypes.c_size_t(len(outputs))
         self._lib.call(
-            "LiteRtRunCompiledModel", self._compiled, self._index, counts[0], inputs, counts[1], outputs
+            "LiteRtRunCompiledModel", self._compiled, self._index, len(inputs), inputs, len(outputs), outputs
         )
 
     def _handles(self, names: list[str]) -> Any:

@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from edge.board import Board
 from edge.bundles.bundle import DECODER, Bundle, read_manifest
@@ -28,11 +29,11 @@ from edge.bundles.signing import TrustedKeys
 from edge.bundles.store import BundleStore
 from edge.config import Config
 from edge.errors import BundleError, EdgeError
-from edge.files import write_atomically
+from edge.files import matches, write_stamp
 from edge.generation.generator import Generator
 from edge.generation.self_test import self_test
 from edge.requests.engine import Engine
-from edge.runtime.litert import forget_packed_weights, weight_cache_name
+from edge.runtime.weight_cache import forget_packed_weights, weight_cache_name
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,11 @@ class BundleKeeper:
     def __init__(self, config: Config, board: Board, force: bool) -> None:
         self._config, self._board, self._force = config, board, force
         self._keys = None if config.bundle_key_file is None else TrustedKeys(config.bundle_key_file)
+        self._engine: Engine | None = None
+        self._switched: Callable[[], None] = lambda: None
+        self._thread: threading.Thread | None = None
+        self._loading_since: float | None = None
+        self._fatal: EdgeError | None = None
 
     def open(self) -> Generator:
         """Load the bundle that is to run, and test it. Raises BundleError or RuntimeFailure."""
@@ -65,16 +71,68 @@ class BundleKeeper:
         return self.generator
 
     def attach(self, engine: Engine, switched: Callable[[], None]) -> None:
-        """Look after this engine from now on; `switched` is called when another bundle answers."""
+        """Serve this engine from now on; `switched` is called when another bundle answers."""
+        self._engine, self._switched = engine, switched
 
     def poll(self) -> None:
-        """See what is to be done; to be called about every second.
+        """Check the packed weights while no request runs, and load again what is damaged.
 
-        Raises EdgeError if loading hangs, or if neither the new bundle nor the old one can be loaded.
+        To be called about twice a second. Raises EdgeError if loading hangs, or if no bundle can be loaded.
         """
+        engine = self._engine
+        if engine is None or self._is_loading():
+            return
+        if self._fatal is not None:
+            raise self._fatal
+        if engine.working or self.generator.decoder.check_weights():
+            self._follow(engine)
+        else:
+            self._load_aside(self._pack_again, engine)
 
     def close(self) -> None:
-        """Note that the daemon ends in order."""
+        """Record that the daemon ends in order."""
+
+    def _follow(self, engine: Engine) -> None:
+        """Do what else `poll` has to do."""
+
+    def _load_aside(self, load: Callable[..., None], *arguments: Any) -> None:
+        """Run `load` in a thread of its own, which `poll` watches."""
+        self._thread = threading.Thread(target=load, args=arguments, name="bundle", daemon=True)
+        self._thread.start()
+
+    def _is_loading(self) -> bool:
+        """Whether a bundle is being loaded. Raises BundleError if that takes too long."""
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = None
+            return False
+        since = self._loading_since
+        if since is not None and time.monotonic() - since > LOAD_S:
+            raise BundleError(f"loading a bundle took longer than {LOAD_S:.0f} s; the daemon restarts")
+        return True
+
+    def _pack_again(self, engine: Engine) -> None:
+        """Load the running bundle again, without what damaged packed weights may have left in the cache."""
+        old = self.generator
+        name = old.bundle.directory
+        log.error("%s: the packed weights in the cache are damaged; packing them again", name)
+        engine.pause()
+        old.decoder.discard_cache()
+        old.close()
+        try:
+            self.generator = self._timed(old.bundle)
+        except Exception as error:
+            self._fatal = BundleError(f"{name}: can't be loaded again: {error}")
+            return
+        engine.last_error = f"{name}: the packed weights in the cache were damaged; they were packed again"
+        engine.resume(self.generator)
+        log.info("%s: answering again", name)
+
+    def _timed(self, bundle: Bundle) -> Generator:
+        self._loading_since = time.monotonic()
+        try:
+            return self._load(bundle)
+        finally:
+            self._loading_since = None
 
     def _verified(self, directory: Path) -> Bundle:
         """Open a bundle that is signed, whole and not too large for the board. Raises BundleError."""
@@ -91,16 +149,14 @@ class BundleKeeper:
         generator = Generator(bundle, config.cache_directory, config.threads, config.context)
         stamp = config.cache_directory / f"{bundle.digest[:24]}.tested"
         passed = weight_cache_name(bundle.manifest.files[DECODER].sha256)  # names LiteRT and the CPU too
-        with contextlib.suppress(OSError):
-            if stamp.read_text() == passed:
-                return generator
+        if matches(stamp, passed):
+            return generator
         try:
             self_test(generator)
         except BaseException:
             generator.close()
             raise
-        with contextlib.suppress(OSError):  # a full or read-only disk costs the next start time, no more
-            write_atomically(stamp, passed.encode())
+        write_stamp(stamp, passed)
         return generator
 
 
@@ -111,11 +167,6 @@ class StoreKeeper(BundleKeeper):
         super().__init__(config, board, force)
         self._store = BundleStore(config.bundle)
         self._record = DaemonRecord(self._store.directory)
-        self._engine: Engine | None = None
-        self._switched: Callable[[], None] = lambda: None
-        self._thread: threading.Thread | None = None
-        self._loading_since: float | None = None
-        self._fatal: EdgeError | None = None
         self._running = ""
         self._previous: str | None = None
         self._refused: str | None = None
@@ -145,23 +196,13 @@ class StoreKeeper(BundleKeeper):
                 return self.generator
 
     def attach(self, engine: Engine, switched: Callable[[], None]) -> None:
-        """Look after this engine from now on; `switched` is called when another bundle answers."""
-        self._engine, self._switched = engine, switched
+        """Serve this engine from now on; `switched` is called when another bundle answers."""
+        super().attach(engine, switched)
         if self._record.content.trouble is not None:
             engine.last_error = self._record.content.trouble
 
-    def poll(self) -> None:
+    def _follow(self, engine: Engine) -> None:
         """See whether another bundle is to run, and whether this one fails."""
-        engine = self._engine
-        if engine is None:
-            return
-        if self._thread is not None:
-            if self._thread.is_alive():
-                self._check_time()
-                return
-            self._thread = None
-        if self._fatal is not None:
-            raise self._fatal
         while self._failures_seen < engine.decoder_failures:
             self._failures_seen += 1
             self._failed(self._running, engine.last_error or "a request failed")
@@ -169,10 +210,7 @@ class StoreKeeper(BundleKeeper):
         if target in (None, self._running):
             self._refused, self._previous = None, previous
         elif target is not None and target != self._refused:
-            self._thread = threading.Thread(
-                target=self._switch, args=(target, engine), name="bundle", daemon=True
-            )
-            self._thread.start()
+            self._load_aside(self._switch, target, engine)
 
     def close(self) -> None:
         """Note that the daemon ends in order."""
@@ -232,18 +270,6 @@ class StoreKeeper(BundleKeeper):
             self._fatal = BundleError(f"neither bundle {failed} nor {self._running} can be loaded: {error}")
             raise
         return self.generator
-
-    def _timed(self, bundle: Bundle) -> Generator:
-        self._loading_since = time.monotonic()
-        try:
-            return self._load(bundle)
-        finally:
-            self._loading_since = None
-
-    def _check_time(self) -> None:
-        since = self._loading_since
-        if since is not None and time.monotonic() - since > LOAD_S:
-            raise BundleError(f"a bundle was not loaded within {LOAD_S:.0f} s; the daemon is started anew")
 
     def _refuse(self, target: str, why: str) -> None:
         """Let the links be as they were."""

@@ -19,7 +19,7 @@ from heapq import heapify, heappop, heappush
 from pathlib import Path
 
 from edge.errors import BundleError, RequestError
-from edge.files import write_atomically
+from edge.files import open_regular, write_atomically
 from edge.text.vocabulary import (
     BYTE,
     CONTROL,
@@ -66,9 +66,10 @@ class Tokenizer:
         flat = cache_directory / f"{digest[:24]}.vocabulary"
         with contextlib.suppress(OSError, ValueError):
             return cls(_mapped(flat))
-        content = flatten(path.read_bytes())
+        with open_regular(path) as file:
+            content = flatten(file.read())
         with contextlib.suppress(OSError):  # a full or read-only disk costs memory, no more
-            cache_directory.mkdir(parents=True, exist_ok=True)
+            cache_directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_atomically(flat, content)
             return cls(_mapped(flat))
         return cls(Vocabulary(content))
@@ -184,7 +185,7 @@ class Tokenizer:
 
 
 def _mapped(path: Path) -> Vocabulary:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return Vocabulary(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 

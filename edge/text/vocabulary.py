@@ -4,9 +4,9 @@
 in it by id or by text. What is mapped are pages of a file; the same vocabulary loaded by SentencePiece is
 44 MB of a process's own.
 
-Layout, little-endian: a header, then arrays of `pieces` ids: where each text starts (and the last one ends),
-scores, ids ordered by the hash of their texts, where each hash's ids start (and the last ones end), types;
-then the glue (see `Vocabulary`) and all texts, one after the other.
+Layout, little-endian: a header with a CRC-32 of all that follows it, then arrays of `pieces` ids: where each
+text starts (and the last one ends), scores, ids ordered by the hash of their texts, where each hash's ids
+start (and the last ones end), types; then the glue (see `Vocabulary`) and all texts, one after the other.
 
 Wire format of the model: https://protobuf.dev/programming-guides/encoding/; field numbers:
 sentencepiece_model.proto of https://github.com/google/sentencepiece.
@@ -30,8 +30,9 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 SPACE_MARK = "\u2581"
 """How a vocabulary spells a space. In text it is an ordinary character, which no piece can hold."""
 
-_MAGIC = b"EDGEVOC1"
-_HEADER = struct.Struct("<8s4I")  # magic, pieces, hashes, bytes of the glue, bytes of all texts
+_MAGIC = b"EDGEVOC2"
+_HEADER = struct.Struct("<8s5I")  # magic, CRC-32, pieces, hashes, bytes of the glue, bytes of all texts
+_CHECKED_FROM = 12  # behind the CRC-32
 _PIECE_TAIL = struct.Struct("<BfBB")  # score (field 2, float), type (field 3, varint)
 _BPE = 2
 
@@ -65,8 +66,10 @@ def flatten(model: bytes) -> bytes:
     ]
     arrays = [part if part.dtype == np.float32 else part.astype("<u4") for part in parts]
     blob = b"".join(texts)
-    header = _HEADER.pack(_MAGIC, count, hashes, len(glue), len(blob))
-    return b"".join([header, *(array.tobytes() for array in arrays), bytes(types), glue, blob])
+    header = _HEADER.pack(_MAGIC, 0, count, hashes, len(glue), len(blob))
+    flat = bytearray().join([header, *(array.tobytes() for array in arrays), bytes(types), glue, blob])
+    struct.pack_into("<I", flat, _CHECKED_FROM - 4, zlib.crc32(memoryview(flat)[_CHECKED_FROM:]))
+    return bytes(flat)
 
 
 def wire_fields(raw: bytes) -> Iterator[tuple[int, Any]]:
@@ -138,16 +141,16 @@ class Vocabulary:
     """
 
     def __init__(self, flat: bytes | mmap.mmap) -> None:
-        """Raises ValueError if it is something else, or cut short."""
+        """Raises ValueError if it is something else, cut short or damaged in any byte."""
         if len(flat) < _HEADER.size or sys.byteorder != "little":
             raise ValueError("not a vocabulary")
         self.size: int
-        magic, self.size, hashes, glue, texts = _HEADER.unpack_from(flat)
+        magic, checksum, self.size, hashes, glue, texts = _HEADER.unpack_from(flat)
         sizes = (4 * (self.size + 1), 4 * self.size, 4 * self.size, 4 * (hashes + 1), self.size, glue, texts)
         ends = [_HEADER.size + sum(sizes[:i]) for i in range(len(sizes) + 1)]
-        if magic != _MAGIC or ends[-1] != len(flat):
-            raise ValueError("not a vocabulary")
         view = memoryview(flat)
+        if magic != _MAGIC or ends[-1] != len(flat) or zlib.crc32(view[_CHECKED_FROM:]) != checksum:
+            raise ValueError("not a vocabulary")
         parts = [view[start:end] for start, end in itertools.pairwise(ends)]
         self._flat, self._texts_at = flat, ends[-2]
         self._starts, self._by_hash, self._buckets = (parts[i].cast("I") for i in (0, 2, 3))

@@ -18,8 +18,9 @@ from typing import Literal
 import pytest
 from click.testing import CliRunner, Result
 
-from edge.bundles.bundle import DECODER, MANIFEST, SIGNATURE, TOKENIZER
-from edge.bundles.installation import RESERVE_BYTES, install
+from edge.bundles.bundle import DECODER, MANIFEST, SIGNATURE, TOKENIZER, Bundle
+from edge.bundles.installation import MAX_MEMBERS, RESERVE_BYTES, install
+from edge.bundles.listing import as_text, describe
 from edge.bundles.signing import TrustedKeys
 from edge.bundles.store import BundleStore
 from edge.cli.daemon import daemon
@@ -150,7 +151,7 @@ def test_a_line_that_breaks_leaves_nothing(
 
 
 def test_a_tar_file_can_not_write_elsewhere(store: BundleStore, bundle: Path, tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match=r"decoder.tflite in the tar file is neither file nor directory"):
+    with pytest.raises(BundleError, match=r"'decoder.tflite' in the tar file is neither a file nor"):
         install(store, packed(bundle, MANIFEST, link=(DECODER, "/etc/passwd")), None)
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w") as archive:
@@ -162,12 +163,12 @@ def test_a_tar_file_can_not_write_elsewhere(store: BundleStore, bundle: Path, tm
     assert {path.name for path in tmp_path.iterdir()} == {"pump-model", "bundles"}
 
 
-@pytest.mark.parametrize("name", ["../escape", "/etc/passwd", "..", "", "manifest.json"])
+@pytest.mark.parametrize("name", ["../escape", "/etc/passwd", "..", "", "manifest.json", "\x1b[2J"])
 def test_a_manifest_can_not_name_files_elsewhere(store: BundleStore, bundle: Path, name: str) -> None:
     manifest = json.loads((bundle / MANIFEST).read_text())
     manifest["files"][name] = manifest["files"][DECODER]
     (bundle / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(BundleError, match="is no file name"):
+    with pytest.raises(BundleError, match="is not a file name"):
         install(store, bundle, None)
     assert left_over(store) == set()
 
@@ -178,7 +179,7 @@ def test_no_room_is_said_before_anything_is_written(
     monkeypatch.setattr(
         shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(0, 0, RESERVE_BYTES + 1000)
     )
-    with pytest.raises(EdgeError, match="0 MB free, 2 MB are needed"):
+    with pytest.raises(EdgeError, match=r"0 MB free, 1\.\d MB are needed"):
         install(store, bundle, None)
     assert left_over(store) == set()
 
@@ -369,6 +370,100 @@ def test_what_is_not_signed_by_a_known_key_is_refused(
     sign(bundle, good)
     if fault == "unsigned":  # the same manifest, so the same digest: the signed one stands beside it
         assert install(store, bundle, keys).name.startswith(installed)
+
+
+class Endless(io.RawIOBase):
+    """A header that announces a file of `size` bytes, and zeros for as long as somebody reads them."""
+
+    def __init__(self, before: bytes, name: str, size: int) -> None:
+        header = tarfile.TarInfo(name)
+        header.size = size
+        self._head = io.BytesIO(before + header.tobuf(tarfile.GNU_FORMAT))
+        self.given = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        content = self._head.read(size) or bytes(size)
+        self.given += len(content)
+        return content
+
+
+def before_the_end(archive: io.BytesIO) -> bytes:
+    """A tar file without the zeros that end it."""
+    content = archive.getvalue()
+    return content[: max(at for at in range(512, len(content), 512) if any(content[at - 512 : at]))]
+
+
+@pytest.mark.parametrize("files", [(), (MANIFEST,), (MANIFEST, TOKENIZER)])
+def test_an_archive_that_announces_terabytes_removes_no_bundle(
+    store: BundleStore, bundle: Path, other: Path, files: tuple[str, ...]
+) -> None:
+    for installed in (bundle, other):
+        store.activate(install(store, installed, None).name)
+    before = left_over(store)
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    manifest["files"]["more.bin"] = {"size": 10 * 10**12, "sha256": "0" * 64}
+    (bundle / MANIFEST).write_text(json.dumps(manifest))
+    head = before_the_end(packed(bundle, *files)) if files else b""
+    stream = Endless(head, "more.bin", 10 * 10**12)
+    with pytest.raises(EdgeError, match=r"MB free, 10,000,00\d.\d MB are needed"):
+        install(store, stream, None)  # type: ignore[arg-type]  # only read() is used
+    assert left_over(store) == before
+    assert store.previous in before
+
+
+def test_a_file_is_copied_no_further_than_its_size_in_the_manifest(store: BundleStore, bundle: Path) -> None:
+    stream = Endless(before_the_end(packed(bundle, MANIFEST)), TOKENIZER, 3 * 10**9)
+    with pytest.raises(BundleError, match=r"tokenizer.model is larger than [\d,]+ bytes, its size"):
+        install(store, stream, None)  # type: ignore[arg-type]  # only read() is used
+    assert stream.given < (bundle / TOKENIZER).stat().st_size + 4_000_000
+    assert left_over(store) == set()
+
+
+def test_an_archive_of_many_members_or_a_huge_header_is_refused(store: BundleStore) -> None:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        for number in range(MAX_MEMBERS + 1):
+            archive.addfile(tarfile.TarInfo(f"{number}/"))
+    stream.seek(0)
+    with pytest.raises(BundleError, match="more than 1,000 members"):
+        install(store, stream, None)
+    header = tarfile.TarInfo("name")
+    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 10**10
+    with pytest.raises(BundleError, match="a header too large"):
+        install(store, io.BytesIO(header.tobuf(tarfile.GNU_FORMAT) + bytes(10**6)), None)
+
+
+@pytest.mark.parametrize("type_", [tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.FIFOTYPE])
+def test_escape_sequences_in_an_archive_reach_no_terminal(store: BundleStore, type_: bytes) -> None:
+    member = tarfile.TarInfo("\x1b]0;owned\x07")
+    member.type = type_
+    stream = io.BytesIO(member.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    with pytest.raises(EdgeError) as caught:
+        install(store, stream, None)
+    assert str(caught.value).isprintable()
+
+
+def test_what_an_unsigned_manifest_says_reaches_no_terminal(store: BundleStore, bundle: Path) -> None:
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    manifest["recipe"] = "\x1b[2Jint8"
+    (bundle / MANIFEST).write_text(json.dumps(manifest))
+    install(store, bundle, None)
+    assert as_text(describe(store, None)).isprintable()
+
+
+@pytest.mark.parametrize("what", ["fifo", "/dev/zero"])
+def test_a_manifest_that_is_no_regular_file_is_refused_at_once(
+    store: BundleStore, bundle: Path, tmp_path: Path, what: str
+) -> None:
+    name = install(store, bundle, None).name
+    manifest = store.path(name) / MANIFEST
+    manifest.unlink()
+    os.mkfifo(manifest) if what == "fifo" else manifest.symlink_to(what)
+    with pytest.raises(BundleError, match=r"manifest\.json: can't be read: not a regular file"):
+        Bundle.open(store.path(name), tmp_path / "cache")
 
 
 @needs_openssl

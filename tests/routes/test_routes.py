@@ -386,8 +386,8 @@ def test_one_reading_serves_every_route_that_wants_it() -> None:
         ("readings = 10", "readings = 9999", "route[0].max_sensors is 64 with a window of 9999"),
         ('when = "last > `-15`"', 'when = "last\\u0085"', r"Unknown token \x85:; write numbers in backticks"),
         ('when = "last > `-15`"', 'when = "last > -15"', "route[0].trigger.when is not JMESPath"),
-        ('when = "last > `-15`"\n', "", "route[0].trigger never fires"),
-        ('when = "last > `-15`"', "silence_s = 9", "route[0].trigger.clear has nothing to end"),
+        ('when = "last > `-15`"\n', "", "route[0].trigger never triggers"),
+        ('when = "last > `-15`"', "silence_s = 9", "route[0].trigger.clear needs trigger.when"),
         (
             '"last > `-15`"',
             f'"{"(" * 5000}"',
@@ -402,13 +402,25 @@ def test_one_reading_serves_every_route_that_wants_it() -> None:
         (
             'type = "object"',
             "type = 1979-05-27",
-            "route[0].ask.schema is no JSON schema: it has what JSON has",
+            "route[0].ask.schema is not a JSON schema: it has a value that JSON",
         ),
-        ('type = "object"', "minimum = -inf", "route[0].ask.schema is no JSON schema: it has what JSON has"),
-        ('type = "object"', f"{'not.' * 40}type = 1", "route[0].ask.schema is no JSON schema: nested deeper"),
+        (
+            'type = "object"',
+            "minimum = -inf",
+            "route[0].ask.schema is not a JSON schema: it has a value that JSON",
+        ),
+        (
+            'type = "object"',
+            f"{'not.' * 40}type = 1",
+            "route[0].ask.schema is not a JSON schema: nested deeper",
+        ),
         ('"alarms/{sensor}"', '"alarms/+"', "route[0].event_topic is 'alarms/+'"),
         ('"alarms/{sensor}"', '"sensors/{sensor}/temperature"', "which route freezers reads"),
-        ('answer_topic = "explanations/{sensor}"\n', "", "route[0].ask and answer_topic belong together"),
+        (
+            'answer_topic = "explanations/{sensor}"\n',
+            "",
+            "route[0].ask and answer_topic are only valid together",
+        ),
     ],
 )
 def test_a_wrong_key_is_named_with_what_is_allowed(old: str, new: str, said: str) -> None:
@@ -437,7 +449,7 @@ def test_the_documented_routes_are_accepted_and_fire() -> None:
 
 
 def test_two_routes_of_one_name_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"route\[1\]\.name is 'freezers' again"):
+    with pytest.raises(ConfigError, match=r"route\[1\]\.name is 'freezers', the name of another route"):
         router(FREEZER + FREEZER)
 
 

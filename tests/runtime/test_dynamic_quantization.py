@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from edge.bundles.bundle import DECODER, read_manifest
+from edge.runtime.compiled_model import CompiledModel
 from edge.runtime.dynamic_quantization import dynamic_int8
-from edge.runtime.litert import CompiledModel
 from edge.runtime.mapped_rows import MappedRows
 from tests.support import bundles
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import threading
 import time
@@ -23,6 +24,7 @@ from edge.errors import BundleError
 from edge.files import write_atomically
 from edge.protocol.messages import Answer, Final, Request, parse_answer
 from edge.requests.engine import Engine
+from edge.runtime.weight_cache import PackedWeights
 from edge.service import bundle_keeper
 from edge.service.bundle_keeper import StoreKeeper
 from tests.attacks.test_crashes import SerialLoad
@@ -284,6 +286,26 @@ def kept(tmp_path: Path, store: BundleStore, names: tuple[str, str]) -> Iterator
     kept = Kept(tmp_path, store)
     yield kept
     kept.end()
+
+
+def test_packed_weights_that_are_damaged_while_in_use_are_packed_again_between_two_requests(
+    kept: Kept, tmp_path: Path
+) -> None:
+    before = kept.text("before")
+    (packed,) = (tmp_path / "cache").glob("*.xnnpack")
+    overwrite(packed, packed.stat().st_size // 4, os.urandom(packed.stat().st_size // 2))
+    kept.look_until(lambda: "damaged; they were packed again" in (kept.engine.last_error or ""))
+    assert kept.text("after") == before
+    assert PackedWeights(packed).check()
+
+
+def overwrite(path: Path, at: int, content: bytes) -> None:
+    """Change a file in place and keep its times, as a bad card does."""
+    status = path.stat()
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 @pytest.mark.parametrize("together", [True, False])

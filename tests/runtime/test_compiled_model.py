@@ -12,9 +12,10 @@ import pytest
 from numpy.typing import NDArray
 
 from edge.bundles.bundle import DECODER, read_manifest
-from edge.runtime import litert
-from edge.runtime.litert import CompiledModel, weight_cache_name
+from edge.runtime import weight_cache
+from edge.runtime.compiled_model import CompiledModel
 from edge.runtime.signature import aligned_array
+from edge.runtime.weight_cache import weight_cache_name
 from tests.support import bundles
 
 NAME = "gemma3-two-kv-heads"
@@ -92,9 +93,9 @@ def test_a_damaged_cache_is_rebuilt(tmp_path: Path, damage: str) -> None:
 
 def test_the_cache_is_named_after_version_cpu_and_model(monkeypatch: pytest.MonkeyPatch) -> None:
     names = {weight_cache_name("a"), weight_cache_name("b")}
-    monkeypatch.setattr("edge.runtime.litert._version", lambda: "another")
+    monkeypatch.setattr("edge.runtime.litert_api.version", lambda: "another")
     names.add(weight_cache_name("a"))
-    monkeypatch.setattr("edge.runtime.litert._cpu_identity", lambda: "another")
+    monkeypatch.setattr("edge.runtime.weight_cache._cpu_identity", lambda: "another")
     names.add(weight_cache_name("a"))
     assert len(names) == 4
 
@@ -103,7 +104,7 @@ def test_two_processes_may_build_the_cache_at_once(tmp_path: Path) -> None:
     run = f"""
 import sys
 from pathlib import Path
-from edge.runtime.litert import CompiledModel
+from edge.runtime.compiled_model import CompiledModel
 CompiledModel(Path(sys.argv[1]), "digest", Path({str(tmp_path)!r}), 1)
 """
     path = str(bundles.small_bundle(NAME, "int8") / DECODER)
@@ -119,14 +120,14 @@ def test_what_a_crash_left_of_packing_takes_no_room_from_the_next_start(tmp_path
     packing = """
 import os, sys
 from pathlib import Path
-from edge.runtime.litert import CompiledModel
+from edge.runtime.compiled_model import CompiledModel
 os.replace = lambda *_: os._exit(9)
 CompiledModel(Path(sys.argv[1]), "digest", Path(sys.argv[2]), 1)
 """
     path = str(bundles.small_bundle(NAME, "int8") / DECODER)
     assert subprocess.run([sys.executable, "-c", packing, path, str(tmp_path)], check=False).returncode == 9
     (left,) = tmp_path.glob("*/building")
-    with litert._locked(left.parent):  # as long as it is being packed it stays
+    with weight_cache._locked(left.parent):  # as long as it is being packed it stays
         compile_model(tmp_path)
         assert left.stat().st_size > 100_000
     next(tmp_path.glob("*.stamp")).unlink()
@@ -140,7 +141,7 @@ def test_where_no_file_can_be_kept_packed_weights_are_in_memory_and_give_the_sam
     (tmp_path / "file").write_text("")
     in_memory = compile_model(tmp_path / "file" / "cache")
     assert (
-        f"{tmp_path}/file/cache: can't keep packed weights there: Not a directory; they are in memory"
+        f"{tmp_path}/file/cache: can't store packed weights: Not a directory; they stay in memory"
         in caplog.text
     )
     np.testing.assert_array_equal(head_of(in_memory), head_of(compile_model(tmp_path / "cache")))

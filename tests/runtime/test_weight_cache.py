@@ -1,0 +1,138 @@
+"""Packed weights on disk: any damage to them or to their stamp is found, at the start or while idle."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge.runtime import weight_cache
+from edge.runtime.weight_cache import BLOCK_BYTES, CHECK_EVERY_S, PackedWeights, open_packed, publishing
+
+BLOCKS = 40
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of random bytes that was published as packed weights are."""
+    path = tmp_path_factory.mktemp("cache") / "key.xnnpack"
+    with publishing(path) as building:
+        building.write_bytes(os.urandom(BLOCKS * BLOCK_BYTES + 17))
+    return path
+
+
+def flip(path: Path, at: int) -> None:
+    """Change one bit of a file and keep its times."""
+    status = path.stat()
+    with path.open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def whole_check(weights: PackedWeights) -> bool:
+    """Whether all blocks pass; checks on after a damaged one, as the next poll would."""
+    return False not in {weights.check() for _ in range(BLOCKS)}
+
+
+def test_intact_weights_pass_the_check_of_every_block(packed: Path) -> None:
+    weights = PackedWeights(packed)
+    assert whole_check(weights)
+
+
+@settings(max_examples=25, deadline=None)
+@given(at=st.integers(0, BLOCKS * BLOCK_BYTES + 16))
+def test_a_flipped_bit_is_found_at_the_start_or_while_idle(packed: Path, at: int) -> None:
+    flip(packed, at)
+    try:
+        weights = open_packed(packed)
+        assert weights is None or not whole_check(weights)
+    finally:
+        flip(packed, at)
+
+
+@pytest.mark.parametrize("at", [0, BLOCKS * BLOCK_BYTES - 1, BLOCKS * BLOCK_BYTES + 16])
+def test_what_litert_parses_is_checked_at_the_start(packed: Path, at: int) -> None:
+    flip(packed, at)
+    try:
+        assert open_packed(packed) is None
+    finally:
+        flip(packed, at)
+
+
+def test_a_bit_that_flips_after_the_start_is_found_by_the_check_of_the_next_day(
+    packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    weights = PackedWeights(packed)
+    assert whole_check(weights)
+    flip(packed, 3 * BLOCK_BYTES)
+    try:
+        assert whole_check(weights)  # not due yet
+        now += CHECK_EVERY_S + 1
+        assert not whole_check(weights)
+    finally:
+        flip(packed, 3 * BLOCK_BYTES)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_stamp_that_was_changed_in_any_way_means_not_intact(packed: Path, data: st.DataObject) -> None:
+    stamp = packed.with_suffix(".stamp")
+    content = stamp.read_bytes()
+    changed = bytearray(content)
+    for _ in range(data.draw(st.integers(1, 3))):
+        changed[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    changed = changed[: data.draw(st.integers(0, len(content)))]
+    stamp.write_bytes(changed)
+    try:
+        assert (open_packed(packed) is not None) == (bytes(changed) == content)
+    finally:
+        stamp.write_bytes(content)
+
+
+def test_a_stamp_that_is_a_fifo_or_endless_means_not_intact(packed: Path, tmp_path: Path) -> None:
+    stamp = packed.with_suffix(".stamp")
+    kept = tmp_path / "stamp"
+    os.replace(stamp, kept)
+    try:
+        os.mkfifo(stamp)
+        assert open_packed(packed) is None
+        stamp.unlink()
+        stamp.symlink_to("/dev/zero")
+        assert open_packed(packed) is None
+        stamp.unlink()
+    finally:
+        os.replace(kept, stamp)
+    assert open_packed(packed) is not None
+
+
+def test_damaged_weights_are_removed_but_not_those_that_another_process_published(tmp_path: Path) -> None:
+    path = tmp_path / "key.xnnpack"
+    with publishing(path) as building:
+        building.write_bytes(b"old")
+    old = PackedWeights(path)
+    with publishing(path) as building:
+        building.write_bytes(b"new")
+    old.remove()
+    new = PackedWeights(path)
+    new.remove()
+    assert not list(tmp_path.iterdir())
+
+
+def test_packed_weights_can_be_read_by_their_user_only(packed: Path) -> None:
+    assert packed.stat().st_mode & 0o777 == 0o600
+    assert packed.with_suffix(".stamp").stat().st_mode & 0o777 == 0o600
+
+
+def test_few_blocks_are_read_at_a_start_however_large_the_file_is() -> None:
+    assert set(weight_cache._sampled(3)) == {0, 1, 2}
+    sampled = set(weight_cache._sampled(2500))
+    assert {0, 2498, 2499} <= sampled
+    assert len(sampled) <= 8
