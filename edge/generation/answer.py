@@ -1,9 +1,9 @@
 """The loop of one answer: prefill, then choose and run tokens until something ends it.
 
-Where a grammar says what must come next, those tokens are run together with the one before them, or with the
-prompt, and without the output head; where it allows a few, only their logits are computed; tokens that were
-guessed right are run together and checked in one pass. None of it changes what is generated: each token is
-the sampler's own choice from the model's logits, with one random number drawn for it.
+Tokens that a grammar forces are run together with the token before them, or with the prompt, and without the
+output head. Where a grammar allows only a few tokens, only their logits are computed. Drafted tokens are run
+together and checked in one pass. None of this changes what is generated: each token is the sampler's own
+choice from the model's logits, with one random number drawn for it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from edge.runtime.prefix_cache import SHORTEST
 from edge.text.prompt import OutputParser
 
 Interrupted = Callable[[], str | None]
-"""Polled once per prefill chunk and decode step: None to go on, or the finish reason to stop with."""
+"""Polled once per prefill chunk and decode step: None to continue, or the finish reason to stop with."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Delta:
 
 @dataclass(frozen=True)
 class Completion:
-    """The whole answer. `finish_reason` is stop, length, tool_calls, or what `interrupted` said."""
+    """The whole answer. `finish_reason` is stop, length, tool_calls, or what `interrupted` returned."""
 
     text: str
     finish_reason: str
@@ -46,9 +46,9 @@ class Completion:
 
 
 class AnswerLoop:
-    """One answer in the making. `budget` is the most tokens it may have; `tokens` are those it has.
+    """Generates one answer of at most `budget` tokens; `tokens` are those it has so far.
 
-    The first `stable` tokens of the prompt are worth remembering for others.
+    Later prompts are likely to start with the first `stable` tokens of this one, so these are remembered.
     """
 
     def __init__(
@@ -89,10 +89,9 @@ class AnswerLoop:
         return reason
 
     def _prefill(self, opening: list[int], interrupted: Interrupted) -> str | None:
-        """Run the prompt, as far as it is not at hand, and what the answer must begin with.
+        """Run the part of the prompt that is not cached, and `opening`, which the answer must start with.
 
-        Remembers the prompt's stable part, if it is worth a snapshot beside what is at hand: a word that two
-        questions begin with is not.
+        Remembers the prompt's stable part if it is long enough to be worth another snapshot.
         """
         decoder, prompt = self._decoder, self._prompt
         self._cached = decoder.recall(prompt[:-1])
@@ -104,20 +103,20 @@ class AnswerLoop:
         return decoder.advance(prompt[len(decoder.tokens) :] + opening, interrupted)
 
     def _decode(self, opening: list[int], interrupted: Interrupted) -> Coroutine[Delta, None, str]:
-        """Say `opening`, which was run, then choose and run tokens until something ends the answer.
+        """Yield `opening`, which was run already, then choose and run tokens until the answer ends.
 
         Returns the finish reason.
         """
         if opening:
             self._first_token = time.monotonic()
-            ended = yield from self._say(opening)
+            ended = yield from self._emit(opening)
             if ended is not None:
                 return ended
         chosen = pending = self._chooser.next(self._decoder)
         if not opening:
             self._first_token = time.monotonic()
         while True:
-            ended = yield from self._say(chosen)
+            ended = yield from self._emit(chosen)
             if ended is not None:
                 return ended
             reason = interrupted()
@@ -138,8 +137,8 @@ class AnswerLoop:
             if single:
                 self._drafter.gate.stepped(time.perf_counter() - started)
 
-    def _say(self, chosen: list[int]) -> Coroutine[Delta, None, str | None]:
-        """Show tokens one by one; returns the finish reason if one of them ends the answer."""
+    def _emit(self, chosen: list[int]) -> Coroutine[Delta, None, str | None]:
+        """Yield tokens one by one; returns the finish reason if one of them ends the answer."""
         for token in chosen:
             self.tokens.append(token)
             if token in self._chooser.stop_ids:
@@ -157,7 +156,7 @@ class AnswerLoop:
         return "stop" if self._chooser.whole else "length"
 
     def _guesses(self, pending: list[int]) -> list[int]:
-        """Guesses for what follows `pending`, as many as one pass can check."""
+        """Return guesses for the tokens after `pending`, as many as one pass can check."""
         room = self._decoder.verify_width - len(pending)
         room = min(room, self._budget - len(self.tokens) - 1)
         guesses = self._drafter.guess(self.tokens, room) if room > 0 else []

@@ -1,9 +1,9 @@
-"""Guesses for the next tokens by prompt lookup: what followed the last few tokens where they stood before.
+"""Drafts by prompt lookup: the tokens that followed an earlier occurrence of the last few tokens.
 
-A sensor's answer repeats its prompt (names, units, numbers) and earlier answers of its kind. A guess costs
-one look into a dictionary, checking it a verify pass of more than one step's time. So `DraftGate` watches how
-many tokens are accepted and stops drafting where it does not pay. Guesses never change what is generated:
-they are checked against the model's own choice (`edge.generation.sampling`).
+A sensor's answer repeats its prompt (names, units, numbers) and earlier answers of its type. A guess costs
+one dictionary lookup; checking it costs a verify pass, which takes longer than a decode step. So `DraftGate`
+counts how many guesses are accepted, and stops drafting where it does not pay. Guesses never change what is
+generated: they are checked against the model's own choice (`edge.generation.token_choice`).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ _LONGEST_MATCH = 16
 
 
 class PromptLookup:
-    """The last tokens' earlier occurrences, over a growing text.
+    """Finds earlier occurrences of the last tokens in a growing text.
 
-    `history` holds earlier texts, oldest first, the prompt last; no guess goes over a border between two.
+    `history` holds earlier texts, oldest first, the prompt last; no guess crosses the border between two.
     """
 
     def __init__(self, history: Iterable[Sequence[int]]) -> None:
@@ -38,9 +38,9 @@ class PromptLookup:
                 del places[0]
 
     def guess(self, count: int) -> list[int]:
-        """Return up to `count` tokens that may come next, [] if the last two have not been there before.
+        """Return up to `count` tokens that may come next, [] if the last two tokens did not occur before.
 
-        Of several earlier places the one with the longest match before it is taken, then the latest.
+        Of several occurrences the one with the longest match before it is used, then the latest.
         """
         tokens, end = self._tokens, len(self._tokens)
         places = self._places.get((tokens[-2], tokens[-1]), []) if end >= 3 else []
@@ -49,7 +49,7 @@ class PromptLookup:
         return guessed[: guessed.index(_BORDER)] if _BORDER in guessed else guessed
 
     def _rank(self, place: int) -> tuple[int, int]:
-        """How many tokens before `place` are those at the end, at most `_LONGEST_MATCH`; and where it is."""
+        """Return the length of the match before `place`, up to `_LONGEST_MATCH`, and `place`."""
         tokens, end = self._tokens, len(self._tokens)
         length = 0
         while (
@@ -61,7 +61,7 @@ class PromptLookup:
 
 
 class Drafter:
-    """Guesses for one answer, as long as guessing pays. `history` as in `PromptLookup`."""
+    """Guesses for one answer, as long as drafting pays. `history` as in `PromptLookup`."""
 
     def __init__(self, history: Sequence[Sequence[int]], gate: DraftGate) -> None:
         self._history, self.gate = history, gate
@@ -79,11 +79,11 @@ class Drafter:
 
 
 class DraftGate:
-    """Whether drafting pays, judged by a moving average over verify passes, best over many answers.
+    """Decides whether to draft, by a moving average over the verify passes of many answers.
 
-    `cost` is the time of a verify pass in decode steps, until both have been timed. It pays if the tokens
-    that it yields (those accepted and the model's own one) are more than that. While it does not, one pass is
-    tried again after 16, 32, ... 512 opportunities.
+    `cost` is the time of a verify pass in decode steps, until both have been measured. Drafting pays if a
+    pass yields more tokens than that (those accepted, and the model's own one). While it does not, one pass
+    is tried after 16, 32, ... 512 opportunities.
     """
 
     FIRST_PAUSE, LAST_PAUSE = 16, 512
@@ -97,29 +97,29 @@ class DraftGate:
 
     @property
     def pays(self) -> bool:
-        """Whether the last passes were worth their time."""
+        """Whether recent passes took less time than the decode steps that they replaced."""
         return self._mean >= self._cost
 
     def allows(self) -> bool:
-        """Whether to draft now; to be asked once at each opportunity."""
+        """Return whether to draft now. Call it once for each opportunity."""
         if self.pays:
             return True
         self._waiting -= 1
         return self._waiting < 0
 
     def stepped(self, seconds: float) -> None:
-        """Note how long a decode step took, its choice included."""
+        """Record how long a decode step took, including the choice of the token."""
         self._step_s += 0.1 * (seconds - self._step_s) if self._step_s else seconds
 
     def verified(self, accepted: int, seconds: float) -> None:
-        """Note that a verify pass took so long and accepted so many drafted tokens."""
+        """Record how long a verify pass took, and how many drafted tokens it accepted."""
         self._verify_s += 0.2 * (seconds - self._verify_s) if self._verify_s else seconds
         if self._step_s:
             self._cost = self._verify_s / self._step_s
         self.observe(accepted)
 
     def observe(self, accepted: int) -> None:
-        """Note that a verify pass accepted so many drafted tokens."""
+        """Record how many drafted tokens a verify pass accepted."""
         paid = self.pays
         self._mean += 0.2 * (accepted + 1 - self._mean)
         if self.pays:

@@ -1,9 +1,9 @@
 """A request in, a stream of text out.
 
-`Generator` owns a bundle's decoder and tokenizer. What a prompt has in common with the one before it, from
-its start on, is not computed again as far as the KV cache still holds it. What comes before a request's first
-user message (its system prompt, its tools) is stored on disk when it is first seen, and so is what two
-prompts in a row have in common, if that is a few dozen tokens more.
+`Generator` owns a bundle's decoder and tokenizer. A prefix that a prompt shares with the one before it is not
+computed again as long as the KV cache holds it. What precedes a request's first user message (its system
+prompt, its tools) is stored on disk when it is first seen. So is a prefix that two consecutive prompts share,
+if it is a few dozen tokens longer.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 __all__ = ["Completion", "Delta", "Generator", "Interrupted"]
 
 _EARLIER_ANSWERS = 4
-"""Answers that guesses are looked up in, beside the prompt."""
+"""Answers that guesses are looked up in, in addition to the prompt."""
 
 _VERIFY_COST = 1.8
-"""A verify pass in decode steps, until both have been timed."""
+"""A verify pass in decode steps, until both have been measured."""
 
 
 class Generator:
@@ -51,7 +51,7 @@ class Generator:
         context: int | None,
         compiled: CompiledModel | None = None,
     ) -> None:
-        """`compiled` is the bundle's graph, if it has been compiled already. Raises RuntimeFailure."""
+        """`compiled` is the bundle's graph if it was compiled already. Raises RuntimeFailure."""
         manifest = bundle.manifest
         self.bundle = bundle
         self.context = min(context or manifest.context, manifest.context)
@@ -72,15 +72,15 @@ class Generator:
         return cls(Bundle.open(directory, cache_directory), cache_directory, threads, context)
 
     def close(self) -> None:
-        """Give all memory back; the generator can't be used after that."""
+        """Release all memory; the generator can't be used after that."""
         self.grammars.close()
         self.decoder.close()
 
     def generate(self, request: Request, interrupted: Interrupted) -> Iterator[Delta | Completion]:
-        """Yield text as it becomes certain, and at last one Completion.
+        """Yield text as it becomes certain, and finally one Completion.
 
-        Raises RequestError: bad_request if the prompt format can't say it, too_long if the prompt leaves no
-        room in the context.
+        Raises RequestError: bad_request if the prompt format can't express the request or its answer format
+        can't be followed, too_long if the prompt leaves no room in the context.
         """
         manifest = self.bundle.manifest
         prompt = self.prompt_of(request)
@@ -108,18 +108,18 @@ class Generator:
     ) -> Iterator[Delta | Completion]:
         self._previous = prompt
         for item in answer.run(interrupted):
-            if isinstance(item, Completion):  # whoever has it asks for no more
+            if isinstance(item, Completion):  # the caller may not ask for more
                 self._answers.append(answer.tokens)
-                return_free_memory()  # what the graph's scratch tensors had before caches grew
+                return_free_memory()  # of the graph's scratch tensors from before the caches grew
             yield item
 
     def prompt_of(self, request: Request) -> list[int]:
-        """The token ids of a request. Raises RequestError if the prompt format can't say it."""
+        """Return a request's token ids. Raises RequestError if the prompt format can't express it."""
         manifest = self.bundle.manifest
         return render(request, manifest.prompt_format, self.tokenizer, manifest.bos_id)
 
     def _stable_length(self, request: Request, prompt: list[int]) -> int:
-        """How many of the prompt's first tokens later prompts are likely to begin with."""
+        """Return how many of the prompt's first tokens later prompts are likely to start with."""
         stable = _common(prompt, self._previous)
         if request.messages and request.messages[0].role == "system":
             other = replace(request, messages=(request.messages[0], Message("user", "\0")))
@@ -128,5 +128,5 @@ class Generator:
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the longest common beginning."""
+    """Return the length of the longest common prefix."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

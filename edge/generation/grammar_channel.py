@@ -12,8 +12,9 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-OPERATION_S = 1.0
-"""Processor time of one operation."""
+REQUEST_S = 1.0
+STEP_S = 0.02
+"""Processor time that one request may take, and what each of its operations adds to it (up to the former)."""
 
 MEMORY_BYTES = 48 * 1024 * 1024
 STACK_BYTES = 16 * 1024 * 1024

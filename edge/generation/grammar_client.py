@@ -25,8 +25,8 @@ from edge.generation.answer_format import AnswerFormat
 from edge.generation.constraint import Interruption, Step
 from edge.generation.grammar_channel import (
     MEMORY_BYTES,
-    OPERATION_S,
     OUT_OF_MEMORY,
+    REQUEST_S,
     STACK_BYTES,
     STATUS,
     Channel,
@@ -312,7 +312,7 @@ def _reason(status: int, fields: str) -> EdgeError:
     """Return the error for a child that ended in the middle of an operation."""
     number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
     if number == signal.SIGPROF:
-        return _too_complex(fields, f"takes more than {OPERATION_S:.0f} s of processor time")
+        return _too_complex(fields, f"takes more than {REQUEST_S:.0f} s of processor time")
     out_of_memory = os.WIFEXITED(status) and os.WEXITSTATUS(status) == OUT_OF_MEMORY
     if out_of_memory or number in (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS):
         return _too_complex(fields, _MUCH_MEMORY)

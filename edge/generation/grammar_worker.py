@@ -1,9 +1,10 @@
 """The process that grammars are compiled and stepped in, so that one that explodes can be killed.
 
 The worker builds the engine's view of the vocabulary once, and forks a child whenever the daemon asks for
-one. A child starts within milliseconds and shares the pages of the view. It answers one request at a time and
-is limited by the kernel: one operation gets `OPERATION_S` of processor time, one request `MEMORY_BYTES` and a
-stack of `STACK_BYTES`. It keeps compiled grammars as long as they take less than `CACHE_BYTES` together.
+one. A child starts within milliseconds and shares the pages of the view. It serves one answer at a time, and
+the kernel limits it: an answer gets `REQUEST_S` of processor time and `STEP_S` more for each operation,
+`MEMORY_BYTES`, and a stack of `STACK_BYTES`. A child keeps compiled grammars as long as they take less than
+`CACHE_BYTES` together.
 
 The daemon's side is `edge.generation.grammar_client`. The worker ends when the daemon does, because that
 closes its control socket; a child ends when the socket that its operations come from is closed.
@@ -29,10 +30,11 @@ from edge.generation.constraint import Step
 from edge.generation.grammar import GrammarCompiler, GrammarConstraint
 from edge.generation.grammar_channel import (
     MEMORY_BYTES,
-    OPERATION_S,
     OUT_OF_MEMORY,
+    REQUEST_S,
     STACK_BYTES,
     STATUS,
+    STEP_S,
     Channel,
 )
 from edge.runtime.memory import return_free_memory
@@ -127,6 +129,7 @@ class _Child:
         self._channel, self._compiler = channel, compiler
         self._constraint: GrammarConstraint | None = None
         self._base = _resident()
+        self._left_s = REQUEST_S
 
     def serve(self) -> None:
         """Carry out operations. Raises EOFError at the end of the channel."""
@@ -140,15 +143,18 @@ class _Child:
                 self._channel.send((result, False, refusal))
 
     def _limited(self, operation: str, arguments: Sequence[Any]) -> tuple[Any, str | None]:
-        """Carry out an operation; the kernel ends this process if that takes too long."""
-        signal.setitimer(signal.ITIMER_PROF, OPERATION_S)
+        """Carry out an operation; the kernel ends this process when the answer's time is used up."""
+        if operation == "open":
+            self._left_s = REQUEST_S
+        signal.setitimer(signal.ITIMER_PROF, self._left_s)
         try:
             method = self._open if operation == "open" else getattr(self._constraint, operation)
             result = method(*arguments)
         except RequestError as error:
             return None, str(error)
         finally:
-            signal.setitimer(signal.ITIMER_PROF, 0)
+            left_s, _ = signal.setitimer(signal.ITIMER_PROF, 0)
+            self._left_s = min(REQUEST_S, left_s + STEP_S)
         return (tuple(result) if isinstance(result, Step) else result), None
 
     def _open(self, answer_format: str, max_tokens: int, taken: Sequence[int]) -> None:

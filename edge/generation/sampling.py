@@ -1,8 +1,8 @@
 """From logits to the next token: temperature, then top-k, then top-p, as in transformers.
 
-The same seed and the same logits give the same tokens. One uniform number is drawn for each token sampled,
-and none for a greedy one, so checking drafted tokens (sample at each position, go on while the draft agrees)
-gives the very tokens that plain decoding gives, and leaves the distribution exact.
+The same seed and the same logits give the same tokens. One uniform number is drawn for each sampled token,
+and none for a greedy one. So checking drafted tokens (sample at each position, continue while the draft
+agrees) gives the same tokens as plain decoding, and the distribution stays exact.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Sampling:
 class Sampler:
     """Draws tokens for one generation, with NumPy's PCG64.
 
-    `softcap` c replaces each logit x by c * tanh(x / c) (Gemma 4), which does not change the order of tokens
-    but their probabilities; None where the logits are final. A logit of -inf marks a token as not allowed.
+    `softcap` c replaces each logit x by c * tanh(x / c) (Gemma 4), which changes the probabilities of tokens
+    but not their order; None where the logits are final. A logit of -inf marks a token as not allowed.
     """
 
     def __init__(self, sampling: Sampling, softcap: float | None = None) -> None:
@@ -42,16 +42,16 @@ class Sampler:
 
     @property
     def greedy(self) -> bool:
-        """Whether the most probable token is always taken."""
+        """Whether the most probable token is always chosen."""
         return self._sampling.temperature == 0
 
     @property
     def candidates(self) -> int:
-        """How many of the largest logits can matter."""
+        """How many of the largest logits can affect the choice."""
         return 1 if self.greedy else self._sampling.top_k
 
     def sample(self, logits: NDArray[np.float32], ids: NDArray[np.int32] | None = None) -> int:
-        """Choose a token from logits [n]; logit i is of token `ids[i]` (ascending), or of token i.
+        """Choose a token from logits [n]; logit i belongs to token `ids[i]` (ascending), or to token i.
 
         Of equal logits the lower id wins. Raises RuntimeFailure if a logit is NaN or none is finite.
         """
@@ -67,7 +67,7 @@ class Sampler:
     def distribution(
         self, logits: NDArray[np.float32], ids: NDArray[np.int32] | None = None
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Tokens that `sample` may choose, most probable first, and their probabilities (which sum to 1).
+        """Return the tokens that `sample` may choose, most probable first, and their probabilities (sum 1).
 
         top-p keeps the fewest tokens whose probabilities reach `top_p`. Arguments and errors as in `sample`.
         """
@@ -95,7 +95,7 @@ def _check(largest: np.float32) -> None:
 
 
 def largest(logits: NDArray[np.float32], count: int) -> NDArray[np.int64]:
-    """Indices of the `count` largest finite logits, largest first; of equal ones the lower index first.
+    """Return the indices of the `count` largest finite logits, largest first; of equal ones the lower first.
 
     At least `count` logits reach the `count`-th largest of the blocks' maxima, so the others need no sorting.
     """

@@ -1,11 +1,11 @@
-"""Whether a bundle works on this board: what it makes of a short text, against what was recorded of it.
+"""Checks that a bundle works on this board: its loss over a short text must match the recorded loss.
 
-The recorded value is the mean negative log-likelihood of the text's tokens. It is not the answer to a prompt:
-XNNPACK rounds activations to 8 bits, and an Arm rounds some of them differently than an x86, so where two
-tokens are nearly as likely the answers part. The loss moves by hundredths of a nat then: 0.01 for the 270M in
-int8, 0.04 in int4. A wrong kernel, a damaged table or another model move it by whole ones.
+The loss is the mean negative log-likelihood of the text's tokens. A recorded answer would not do: XNNPACK
+rounds activations to 8 bits, and an Arm rounds some of them differently from an x86, so answers diverge where
+two tokens are almost equally likely. The loss differs by only hundredths of a nat then: 0.01 for the 270M in
+int8, 0.04 in int4. A wrong kernel, a damaged table or another model changes it by whole nats.
 
-A short greedy answer follows, which goes through everything else: the prompt's format, the caches, the head.
+Then a short greedy answer is generated, which uses everything else: prompt format, caches, head.
 """
 
 from __future__ import annotations
@@ -31,12 +31,15 @@ _QUESTION = Request("self-test", prompt="1", max_tokens=4, stream=False)
 
 
 def golden_ids(tokenizer: Tokenizer, bos_id: int, text: str, context: int) -> tuple[int, ...]:
-    """The ids that a recording of `text` is over: `<bos>` and the first of the text."""
+    """Return the ids that the loss over `text` is computed on: `<bos>` and the first ids of the text."""
     return (bos_id, *tokenizer.encode(text))[: min(MOST_TOKENS, context)]
 
 
 def mean_loss(decoder: Decoder, ids: Sequence[int]) -> float:
-    """Mean negative log-likelihood of all `ids` but the first, in nats; not finite if a logit is not."""
+    """Return the mean negative log-likelihood of all `ids` but the first, in nats.
+
+    It is not finite if a logit is not.
+    """
     following, total = list(ids[1:]), 0.0
     for block in decoder.logits_of(ids[:-1]):
         for logits in block:
@@ -48,27 +51,29 @@ def mean_loss(decoder: Decoder, ids: Sequence[int]) -> float:
 
 
 def record(generator: Generator, text: str) -> Golden:
-    """Record what a bundle makes of `text`.
+    """Record a bundle's loss over `text`.
 
-    Raises EdgeError if that is too short, BundleError if the result is not finite.
+    Raises EdgeError if the text is too short, BundleError if the loss is not finite.
     """
     manifest = generator.bundle.manifest
     ids = golden_ids(generator.tokenizer, manifest.bos_id, text, generator.context)
     if len(ids) < FEWEST_TOKENS:
-        raise EdgeError(f"the text has {len(ids)} tokens, {FEWEST_TOKENS} are needed; give a longer one")
+        raise EdgeError(f"the text has {len(ids)} tokens, but {FEWEST_TOKENS} are needed; use a longer text")
     loss = mean_loss(generator.decoder, ids)
     if not math.isfinite(loss):
-        raise BundleError(f"{generator.bundle.directory}: its logits are not finite; convert it again")
+        raise BundleError(
+            f"{generator.bundle.directory}: the logits are not finite; convert the bundle again"
+        )
     return Golden(text, ids, round(loss, 2))
 
 
 def self_test(generator: Generator) -> None:
-    """Raise BundleError if the bundle does not do what was recorded of it, or does not answer."""
+    """Raise BundleError if the bundle's loss differs from the recorded loss, or if it does not answer."""
     bundle = generator.bundle
     golden = bundle.manifest.golden
     if golden is not None and len(golden.ids) <= generator.context:
         _compare(generator, golden)
-    with contextlib.suppress(RequestError):  # a context that is too short for any question is no fault
+    with contextlib.suppress(RequestError):  # a context that is too short for the question is not a fault
         for _ in generator.generate(_QUESTION, lambda: None):
             pass
 
@@ -78,11 +83,11 @@ def _compare(generator: Generator, golden: Golden) -> None:
     ids = golden_ids(generator.tokenizer, bundle.manifest.bos_id, golden.text, len(golden.ids))
     if ids != golden.ids:
         raise BundleError(
-            f"{bundle.directory}: the self-test's text has other tokens here than where it was recorded"
+            f"{bundle.directory}: the self-test's text has other token ids than recorded; convert it again"
         )
     loss = mean_loss(generator.decoder, ids)
-    if not abs(loss - golden.loss) <= TOLERANCE:  # also if it is not a number
+    if not abs(loss - golden.loss) <= TOLERANCE:  # also if it is NaN
         raise BundleError(
             f"{bundle.directory}: the self-test failed: the loss over its text is {loss:.2f},"
-            f" recorded were {golden.loss:.2f}"
+            f" but {golden.loss:.2f} was recorded; install the bundle again"
         )

@@ -1,8 +1,8 @@
 """Grammar of tool calls: the declared parameters' schemas in Gemma 4's notation, as rules of Lark.
 
-Supported are types, enum, const, anyOf, local references (recursive ones too), lengths and patterns of
+Supported are types, enum, const, anyOf, local references (including recursive ones), lengths and patterns of
 strings, bounds of numbers and lengths of arrays. Members are sorted by key, as the model writes them, and an
-object with listed properties holds nothing else. Any other keyword is refused by name.
+object with listed properties holds no others. Any other keyword is refused by name.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ANNOTATIONS = frozenset((
 ))
 # fmt: on
 _NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
-_KINDS: dict[str, tuple[str, ...]] = {
+_TYPES: dict[str, tuple[str, ...]] = {
     "string": ("minLength", "maxLength", "pattern"),
     "number": _NUMBERS,
     "integer": _NUMBERS,
@@ -44,8 +44,8 @@ def quoted(text: str) -> str:
 def number_bounds(schema: Mapping[str, Any], whole: bool) -> dict[str, Any]:
     """Return the keywords that `schema` lacks to keep its numbers within I-JSON (RFC 7493, 2.2).
 
-    That is, within 2**53 - 1 either way, and unless they are `whole` with at most nine decimals. It rules out
-    exponents, which may overflow, and digits without end, which a small model may fall into.
+    That is, between -(2**53 - 1) and 2**53 - 1, and with at most nine decimals unless they are `whole`. This
+    rules out exponents, which can overflow, and endless digits, which a small model can get stuck in.
     """
     bounds: dict[str, Any] = {}
     if "minimum" not in schema and "exclusiveMinimum" not in schema:
@@ -68,7 +68,7 @@ class ToolRules:
         self._tool = ""
 
     def control(self, control: Control) -> str:
-        """Write a control token, by number, as Lark has it."""
+        """Write a control token in Lark: by its number."""
         return f"<[{self._tokenizer.control_id(control.piece)}]>"
 
     def calls(self, tools: tuple[Mapping[str, Any], ...]) -> list[str]:
@@ -80,7 +80,7 @@ class ToolRules:
             self._root = function.get("parameters") or {"properties": {}}
             self._root = {"type": "object", **self._root}
             if self._root["type"] != "object":
-                self._refuse(self._tool, "parameters that are not an object can't be written")
+                self._refuse(self._tool, "the parameters must be an object")
             calls.append(f"{quoted('call:' + function['name'])} {self._schema(self._root, self._tool)}")
         call = f"call: {self.control(CALL)} ({' | '.join(calls)}) {self.control(CALL_END)}"
         return [call, *self._rules]
@@ -105,20 +105,20 @@ class ToolRules:
         return name
 
     def _refuse(self, path: str, what: str) -> NoReturn:
-        raise RequestError("bad_request", f"{path}: {what} in a tool call; describe it otherwise")
+        raise RequestError("bad_request", f"{path}: {what} in a tool call; describe it differently")
 
     def _schema(self, schema: Any, path: str) -> str:
-        """The name of a rule for values of `schema`."""
+        """Write a rule for values of `schema`; returns its name."""
         if schema is True:
             schema = {}
         if not isinstance(schema, Mapping):
-            self._refuse(path, "a schema that is not an object can't be followed")
+            self._refuse(path, "a schema must be an object")
         if "$ref" in schema:
             return self._reference(schema["$ref"], path)
         if "const" in schema or "enum" in schema:
             values = [schema["const"]] if "const" in schema else schema["enum"]
             if not isinstance(values, list) or not values:
-                self._refuse(path, "an enum without values can't be followed")
+                self._refuse(path, "an enum needs values")
             return self._rule(" | ".join(self._literal(list(value(item))) for item in values))
         options = self._options(schema, path)
         if schema.get("nullable") is True:
@@ -131,26 +131,26 @@ class ToolRules:
             self._only(schema, ("anyOf",), path)
             choices = schema["anyOf"]
             if not isinstance(choices, list) or not choices:
-                self._refuse(path, "an anyOf without schemas can't be followed")
+                self._refuse(path, "an anyOf needs schemas")
             return [self._schema(item, f"{path}.anyOf[{i}]") for i, item in enumerate(choices)]
-        self._only(schema, ("type", *(key for keys in _KINDS.values() for key in keys)), path)
-        implied = [kind for kind, keys in _KINDS.items() if not set(keys).isdisjoint(schema)]
-        kinds = schema.get("type", implied or list(_KINDS))
-        kinds = [kinds] if isinstance(kinds, str) else kinds
-        if not isinstance(kinds, list) or not kinds or any(kind not in _KINDS for kind in kinds):
-            self._refuse(path, f"type {kinds!r:.60} can't be followed")
-        if "number" in kinds and "integer" in kinds:
-            kinds = [kind for kind in kinds if kind != "integer"]
-        self._only(schema, ("type", *(key for kind in kinds for key in _KINDS[kind])), path)
-        return [getattr(self, f"_{kind}")(schema, path) for kind in kinds]
+        self._only(schema, ("type", *(key for keys in _TYPES.values() for key in keys)), path)
+        implied = [type_name for type_name, keys in _TYPES.items() if not set(keys).isdisjoint(schema)]
+        types = schema.get("type", implied or list(_TYPES))
+        types = [types] if isinstance(types, str) else types
+        if not isinstance(types, list) or not types or any(type_name not in _TYPES for type_name in types):
+            self._refuse(path, f"type {types!r:.60} is not supported")
+        if "number" in types and "integer" in types:
+            types = [type_name for type_name in types if type_name != "integer"]
+        self._only(schema, ("type", *(key for type_name in types for key in _TYPES[type_name])), path)
+        return [getattr(self, f"_{type_name}")(schema, path) for type_name in types]
 
     def _only(self, schema: Mapping[str, Any], known: tuple[str, ...], path: str) -> None:
         for key in schema:
             if key not in known and key not in _ANNOTATIONS:
-                self._refuse(path, f"the keyword {key!r:.60} can't be followed")
+                self._refuse(path, f"the keyword {key!r:.60} is not supported")
 
     def _reference(self, pointer: Any, path: str) -> str:
-        """The rule of a `#/...` pointer, which may be under construction: schemas may be recursive."""
+        """Return the rule of a `#/...` pointer, which may be incomplete yet: schemas can be recursive."""
         key = (self._tool, str(pointer))
         if key not in self._references:
             target: Any = self._root
@@ -158,7 +158,7 @@ class ToolRules:
                 name = part.replace("~1", "/").replace("~0", "~")
                 target = target.get(name) if isinstance(target, Mapping) else None
             if not isinstance(target, Mapping) or not str(pointer).startswith("#"):
-                self._refuse(path, f"the reference {pointer!r:.60} leads nowhere and can't be followed")
+                self._refuse(path, f"the reference {pointer!r:.60} points to no schema")
             self._references[key] = name = self._rule("", "r")
             place = len(self._rules) - 1
             self._rules[place] = f"{name}: {self._schema(target, path)}"
@@ -169,7 +169,7 @@ class ToolRules:
         least, most = schema.get("minLength", 0), schema.get("maxLength", "")
         if "pattern" in schema:
             if least or most != "":
-                self._refuse(path, "pattern together with minLength or maxLength can't be followed")
+                self._refuse(path, "a pattern together with minLength or maxLength is not supported")
             pattern = str(schema["pattern"])
             head = "" if pattern.startswith("^") else "(?s:.*)"
             tail = "" if pattern.endswith("$") and not pattern.endswith("\\$") else "(?s:.*)"
@@ -187,12 +187,12 @@ class ToolRules:
             or least < 0
             or (most != "" and most < least)
         ):
-            self._refuse(path, f"lengths from {least!r:.20} to {most!r:.20} can't be followed")
+            self._refuse(path, f"lengths from {least!r:.20} to {most!r:.20} are not supported")
 
-    def _number(self, schema: Mapping[str, Any], _path: str, kind: str = "number") -> str:
+    def _number(self, schema: Mapping[str, Any], _path: str, type_name: str = "number") -> str:
         bounds = {key: schema[key] for key in _NUMBERS if key in schema}
-        bounds |= number_bounds(schema, whole=kind == "integer")
-        return f"%json {json.dumps({'type': kind, **bounds})}"
+        bounds |= number_bounds(schema, whole=type_name == "integer")
+        return f"%json {json.dumps({'type': type_name, **bounds})}"
 
     def _integer(self, schema: Mapping[str, Any], path: str) -> str:
         return self._number(schema, path, "integer")
@@ -215,20 +215,20 @@ class ToolRules:
         return f'"[" {more} "]"' if least else f'"[" ({more})? "]"'
 
     def _object(self, schema: Mapping[str, Any], path: str) -> str:
-        """Members sorted by key as the model writes them; what is not listed is not written."""
+        """Write listed members, sorted by key as the model writes them; others are not allowed."""
         required = schema.get("required", [])
         if "properties" not in schema and not required:
             return self._map(schema.get("additionalProperties", True), path)
         properties = schema.get("properties", {})
         if not isinstance(properties, Mapping):
-            self._refuse(path, "properties that are not an object can't be followed")
+            self._refuse(path, "properties must be an object")
         if not isinstance(required, list) or any(name not in properties for name in required):
-            self._refuse(path, "required names that are not in properties can't be followed")
+            self._refuse(path, "required names must be in properties")
         first, more = '"}"', '"}"'
         for name, child in reversed(by_key(properties)):
             where = f"{path}.properties.{name}"
             if not name or set(name) & set('{}[],:<>" \n\t'):
-                self._refuse(where, "a name with spaces or punctuation can't be written")
+                self._refuse(where, "a name can't have spaces or punctuation")
             member = f"{quoted(name + ':')} {self._schema(child, where)}"
             rest = self._rule(more, "m")
             optional = "" if name in required else " | "
@@ -246,11 +246,13 @@ class ToolRules:
         return f'"{{" ({key} ":" {item} ("," {key} ":" {item})*)? "}}"'
 
     def _any(self) -> str:
-        """Any value at all; one recursive rule, shared."""
+        """Return the rule for any value; it is recursive and shared."""
         key = ("", "any")
         if key not in self._references:
             self._references[key] = name = self._rule("", "r")
             place = len(self._rules) - 1
-            options = [getattr(self, f"_{kind}")({}, "") for kind in _KINDS if kind != "integer"]
+            options = [
+                getattr(self, f"_{type_name}")({}, "") for type_name in _TYPES if type_name != "integer"
+            ]
             self._rules[place] = f"{name}: {' | '.join(options)}"
         return self._references[key]

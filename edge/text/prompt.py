@@ -1,8 +1,8 @@
 """Requests as token ids, and a model's output ids as answer, reasoning and tool calls.
 
 Turn formats are those of the chat templates published with Gemma 3 and Gemma 4 (E2B and E4B). Control tokens
-are inserted by number and every text between two of them is encoded on its own, control parsing off: the ids
-are those of the rendered template, and no text can forge a turn.
+are inserted by number, and each text between two of them is encoded on its own, without parsing control
+tokens. So the ids are those of the rendered template, and no text can forge a turn.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ RESPONSE, RESPONSE_END = Control("<|tool_response>"), Control("<tool_response|>"
 
 
 def render(request: Request, prompt_format: str, tokenizer: Tokenizer, bos_id: int) -> list[int]:
-    """Return the prompt's ids, beginning with `bos_id` and ending where the model goes on.
+    """Return the prompt's ids, from `bos_id` to the place where the model continues.
 
     `prompt_format` is "plain" (a base model: `prompt` is continued), "gemma3" or "gemma4" (a `prompt` is one
-    user turn). Raises RequestError("bad_request"), naming the message, if the format can't say the request.
+    user turn). Raises RequestError("bad_request"), naming the message, if the format can't express the
+    request.
     """
     if prompt_format == "plain":
         segments = _plain(request)
@@ -39,7 +40,7 @@ def render(request: Request, prompt_format: str, tokenizer: Tokenizer, bos_id: i
 
 
 def encode_segments(segments: Iterable[Segment], tokenizer: Tokenizer) -> list[int]:
-    """Ids of `segments`: adjacent texts are encoded as one, so tokens may span where they were joined."""
+    """Return the ids of `segments`. Adjacent texts are encoded as one, so tokens can span two of them."""
     ids: list[int] = []
     text = ""
     for segment in segments:
@@ -79,9 +80,9 @@ def _gemma3(request: Request, messages: Sequence[Message]) -> Iterator[Segment]:
     for index, message in enumerate(messages[first:], first):
         expected = ("user", "assistant")[(index - first) % 2]
         if message.role != expected or message.tool_calls:
-            found = "a tool call" if message.tool_calls else message.role
+            actual = "a tool call" if message.tool_calls else message.role
             _refuse(
-                f"messages[{index}]: {found} where {expected} is due; in Gemma 3 user and assistant alternate"
+                f"messages[{index}]: expected {expected}, not {actual}; Gemma 3 alternates user and assistant"
             )
         role = "user" if expected == "user" else "model"
         yield Control("<start_of_turn>")
@@ -114,29 +115,27 @@ def _gemma4(request: Request, messages: Sequence[Message]) -> Iterator[Segment]:
 
 
 def begins_in_thought(request: Request) -> bool:
-    """Whether a Gemma 4's prompt ends in an open channel, so that the output begins with thoughts."""
+    """Whether a Gemma 4's prompt ends in an open channel, so that the output starts inside the reasoning."""
     return request.reasoning and _is_open(request.messages)
 
 
 def _is_open(messages: Sequence[Message]) -> bool:
-    """Whether the model's turn goes on after a tool's result."""
+    """Whether the model's turn continues after a tool's result."""
     last = next((message for message in reversed(messages) if message.role != "tool"), None)
     return last is not None and last.role == "assistant" and not _without_thoughts(last.content)
 
 
 def _check_gemma4(messages: Sequence[Message]) -> None:
-    """System first, each call answered by the tool messages right after it, and something to answer last."""
+    """Refuse a misplaced system message, calls without results, and messages that end without a question."""
     unanswered: list[str] = []
     for index, message in enumerate(messages):
         where = f"messages[{index}]"
         if message.role == "tool":
             if message.tool_name not in unanswered:
-                _refuse(
-                    f"{where}: a result of {message.tool_name}, which the assistant before it did not call"
-                )
+                _refuse(f"{where}: a result of {message.tool_name}, which was not called before")
             unanswered.remove(message.tool_name)
         elif unanswered:
-            _refuse(f"{where}: {message.role} where the result of the call of {unanswered[0]} is due")
+            _refuse(f"{where}: expected the result of the call of {unanswered[0]}, not {message.role}")
         elif message.role == "system" and index:
             _refuse(f"{where}: a system message can only be the first")
         unanswered += [call.name for call in message.tool_calls]
@@ -148,7 +147,7 @@ def _check_gemma4(messages: Sequence[Message]) -> None:
 
 
 def _gemma4_turns(messages: Sequence[Message]) -> Iterator[Segment]:
-    """All turns but the system's. A call's results belong to the model's turn, which they leave open."""
+    """Yield all turns but the system's. A call's results belong to the model's turn, and leave it open."""
     last_user = max((i for i, message in enumerate(messages) if message.role == "user"), default=-1)
     roles = [message.role for message in messages]
     previous = ""
@@ -182,14 +181,14 @@ def _calls(message: Message, after: Sequence[Message]) -> Iterator[Segment]:
 
 
 def _without_thoughts(content: str) -> str:
-    """Cut thoughts that a client left in an answer, as the model must not see them again."""
+    """Cut reasoning that a client left in an answer; the model must not see it again."""
     parts = content.split(CHANNEL_END.piece)
     return "".join(part.split(CHANNEL.piece)[0] for part in parts).strip()
 
 
 @dataclass(frozen=True)
 class Increment:
-    """What one more token made certain: text of the answer and of the reasoning, each often ""."""
+    """Text of the answer and of the reasoning that became certain with one more token; each is often ""."""
 
     text: str = ""
     reasoning: str = ""
@@ -198,12 +197,12 @@ class Increment:
 class OutputParser:
     """Output ids in, increments of answer and reasoning out; tool calls are collected in `tool_calls`.
 
-    A Gemma 4 thinks between `<|channel>` and `<channel|>` (after a first line that names the channel) and
-    calls between `<|tool_call>` and `<tool_call|>`; everything else, and all output of other formats, is the
-    answer. Stop strings count in the answer only. A call that can't be read, or that was cut short, stays in
-    the answer as the text that the model wrote, so that nothing is lost and nobody acts on half a call.
+    A Gemma 4 reasons between `<|channel>` and `<channel|>` (after a first line that names the channel), and
+    calls tools between `<|tool_call>` and `<tool_call|>`. Everything else, and all output of other formats,
+    is the answer. Stop strings count in the answer only. A call that can't be read, or is incomplete, stays
+    in the answer as the text that the model wrote: nothing is lost, and nobody acts on half a call.
 
-    `prompt` holds the ids that the output continues: they may end in an open channel.
+    `prompt` holds the ids that the output continues; they may end in an open channel.
     """
 
     def __init__(
@@ -237,16 +236,16 @@ class OutputParser:
 
     @property
     def tool_calls(self) -> tuple[ToolCall, ...]:
-        """The calls that are complete; their ids count up from `call_0`."""
+        """The complete calls; their ids count up from `call_0`."""
         return tuple(self._tool_calls)
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string was met; nothing after it is shown."""
+        """Whether a stop string occurred; nothing after it is returned."""
         return self._answer.stopped
 
     def push(self, token: int) -> Increment:
-        """Take one more token. Control tokens without a meaning here, stop ids too, are passed over."""
+        """Take one more token. Control tokens without a meaning here, including stop ids, are skipped."""
         control = self._controls.get(token)
         if self._section == "call" and control in (None, QUOTE):
             self._call.append(token)
@@ -268,7 +267,7 @@ class OutputParser:
         return Increment(unread + self._answer.finish(), self._thoughts.finish())
 
     def _end_call(self, complete: bool) -> str:
-        """Read the call that was collected; return what is shown of it if that can't be done."""
+        """Read the collected call; return it as text if it is not a call."""
         quote = self._tokenizer.control_id(QUOTE.piece)
         parts: list[list[int]] = [[]]
         for token in self._call:
@@ -290,7 +289,7 @@ class OutputParser:
 
 
 class _Thoughts:
-    """Text of all channels; the line that names a channel and the newlines at its end are not part of it."""
+    """Text of all channels, without the line that names a channel and the newlines at its end."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._stream = TextStream(tokenizer)

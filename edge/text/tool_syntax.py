@@ -1,9 +1,9 @@
-"""Gemma 4's notation for tools: declarations and results to write, calls to write and to read back.
+"""Gemma 4's notation for tools: writes declarations, calls and results, and reads calls.
 
 A value is JSON with bare keys, and with the control token `<|"|>` on both sides of a string:
-`call:get_weather{city:<|"|>Oslo<|"|>,days:3,tags:[]}`. What stands between two of these tokens is literal, so
-no string can break out. Follows the chat template published with Gemma 4 E2B and E4B; mappings are sorted by
-key without regard to case, as Jinja's `dictsort` does.
+`call:get_weather{city:<|"|>Oslo<|"|>,days:3,tags:[]}`. Text between two of these tokens is literal, so no
+string can break out. Follows the chat template published with Gemma 4 E2B and E4B; mappings are sorted by
+key, ignoring case, as Jinja's `dictsort` does.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from edge.protocol.messages import ToolCall
 
 MAX_DEPTH = 32
-"""How deep the arguments of a call may nest."""
+"""How deeply the arguments of a call may nest."""
 
 
 @dataclass(frozen=True)
@@ -36,23 +36,23 @@ _STANDARD_KEYS = ("description", "type", "properties", "required", "nullable")
 
 
 class ToolCallError(ValueError):
-    """What the model wrote is not a call; the message says why."""
+    """The model's output is not a call; the message says why."""
 
 
 def call(tool_call: ToolCall) -> Iterator[Segment]:
-    """Segments of `call:name{...}`, without the tokens around it."""
+    """Yield the segments of `call:name{...}`, without the tokens around it."""
     yield f"call:{tool_call.name}"
     yield from value(tool_call.arguments)
 
 
 def response(name: str, content: str) -> Iterator[Segment]:
-    """Segments of `response:name{value:...}`, without the tokens around it."""
+    """Yield the segments of `response:name{value:...}`, without the tokens around it."""
     yield f"response:{name}"
     yield from value({"value": content})
 
 
 def declaration(tool: Mapping[str, Any]) -> Iterator[Segment]:
-    """Segments of `declaration:name{...}` for one of a request's tools, without the tokens around it.
+    """Yield the segments of `declaration:name{...}` for a tool, without the tokens around it.
 
     Parameters without a type are an object, as in JSON schema; the template would leave a brace open.
     """
@@ -74,7 +74,7 @@ def declaration(tool: Mapping[str, Any]) -> Iterator[Segment]:
 
 
 def value(item: Any, quoted_keys: bool = False) -> Iterator[Segment]:
-    """Segments of a JSON value. Only schemas below an array's `items` have their keys quoted."""
+    """Yield the segments of a JSON value. Only schemas below an array's `items` have quoted keys."""
     if isinstance(item, str):
         yield from (QUOTE, item, QUOTE)
     elif isinstance(item, Mapping):
@@ -92,7 +92,7 @@ def value(item: Any, quoted_keys: bool = False) -> Iterator[Segment]:
 
 
 def by_key(mapping: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """List members by key without regard to case, as the templates do."""
+    """Return the members sorted by key, ignoring case, as the templates do."""
     return sorted(mapping.items(), key=lambda member: member[0].lower())
 
 
@@ -112,29 +112,29 @@ def _properties(properties: Mapping[str, Any]) -> Iterator[Segment]:
 
 
 def _schema(schema: Mapping[str, Any]) -> list[list[Segment]]:
-    """Members of one property's schema, in the template's order. `["string", "null"]` is nullable."""
-    kind, nullable = schema.get("type", ""), bool(schema.get("nullable"))
-    if isinstance(kind, Sequence) and not isinstance(kind, str):
-        nullable = nullable or "null" in kind
-        kind = next((name for name in kind if name != "null"), "null")
-    kind = str(kind).upper()
+    """List the members of a property's schema in the template's order. `["string", "null"]` is nullable."""
+    type_name, nullable = schema.get("type", ""), bool(schema.get("nullable"))
+    if isinstance(type_name, Sequence) and not isinstance(type_name, str):
+        nullable = nullable or "null" in type_name
+        type_name = next((name for name in type_name if name != "null"), "null")
+    type_name = str(type_name).upper()
     members: list[list[Segment]] = []
     if schema.get("description"):
         members.append(["description:", *value(schema["description"])])
-    if kind == "STRING" and schema.get("enum"):
+    if type_name == "STRING" and schema.get("enum"):
         members.append(["enum:", *value(schema["enum"], True)])
-    if kind == "ARRAY" and schema.get("items") and isinstance(schema["items"], Mapping):
+    if type_name == "ARRAY" and schema.get("items") and isinstance(schema["items"], Mapping):
         members.append(["items:{", *_joined(_items(schema["items"])), "}"])
     if nullable:
         members.append(["nullable:true"])
-    if kind == "OBJECT":
+    if type_name == "OBJECT":
         inner = schema.get("properties")
         if not isinstance(inner, Mapping):
             inner = {key: child for key, child in schema.items() if key not in _STANDARD_KEYS}
         members.append(["properties:{", *_properties(inner), "}"])
         if schema.get("required"):
             members.append(["required:", *value(schema["required"])])
-    members.append(["type:", *value(kind)])
+    members.append(["type:", *value(type_name)])
     return members
 
 
@@ -145,20 +145,20 @@ def _items(schema: Mapping[str, Any]) -> Iterator[list[Segment]]:
         if key == "properties":
             yield ["properties:{", *(_properties(child) if isinstance(child, Mapping) else ()), "}"]
         elif key == "type":
-            kind = child.upper() if isinstance(child, str) else [str(name).upper() for name in child]
-            yield ["type:", *value(kind)]
+            type_name = child.upper() if isinstance(child, str) else [str(name).upper() for name in child]
+            yield ["type:", *value(type_name)]
         else:
             yield [f"{key}:", *value(child, True)]
 
 
 def parse_call(parts: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """Name and arguments of a call, given the texts before, between and after its `<|"|>` tokens.
+    """Return name and arguments of a call, given the texts before, between and after its `<|"|>` tokens.
 
-    So `parts[1]`, `parts[3]`, ... are strings, the others notation. Keys may be quoted too, and spaces may
-    stand around everything. Raises ToolCallError.
+    So `parts[1]`, `parts[3]`, ... are strings, and the others are notation. Keys may be quoted too, and there
+    may be spaces between any two symbols. Raises ToolCallError.
     """
     if len(parts) % 2 == 0:
-        raise ToolCallError("a string has no end")
+        raise ToolCallError("a string is incomplete")
     return _Reader(parts).call()
 
 
@@ -180,29 +180,29 @@ class _Reader:
         self._expect(":")
         name = self._take()
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
-            raise ToolCallError("a tool's name is missing")
+            raise ToolCallError("the tool's name is missing")
         self._expect("{")
         arguments = self._object(1)
         if self._next != len(self._symbols):
-            raise ToolCallError("there is more after the call's end")
+            raise ToolCallError("text follows the end of the call")
         return name, arguments
 
     def _take(self) -> str | tuple[str]:
         if self._next == len(self._symbols):
-            raise ToolCallError("the call has no end")
+            raise ToolCallError("the call is incomplete")
         self._next += 1
         return self._symbols[self._next - 1]
 
     def _expect(self, symbol: str) -> None:
-        found = self._take()
-        if found != symbol:
-            raise ToolCallError(f"{found!r} where {symbol!r} was expected")
+        taken = self._take()
+        if taken != symbol:
+            raise ToolCallError(f"expected {symbol!r}, not {taken!r}")
 
     def _ends(self, symbol: str) -> bool:
         """Take `symbol` if it is next."""
-        found = self._next < len(self._symbols) and self._symbols[self._next] == symbol
-        self._next += found
-        return found
+        ends = self._next < len(self._symbols) and self._symbols[self._next] == symbol
+        self._next += ends
+        return ends
 
     def _object(self, depth: int) -> dict[str, Any]:
         result: dict[str, Any] = {}
@@ -212,7 +212,7 @@ class _Reader:
             key = self._take()
             key = key if isinstance(key, str) else key[0]
             if key in result:
-                raise ToolCallError(f"key {key!r} is there twice")
+                raise ToolCallError(f"duplicate key {key!r}")
             self._expect(":")
             result[key] = self._value(depth)
         return result

@@ -1,4 +1,4 @@
-"""Grammars: what is sampled is valid, what must be complete is complete, what can't be followed is refused.
+"""Grammars: sampled answers are valid, answers end complete, what can't be followed is refused.
 
 Logits are random, so answers go where no trained model would: what holds for them holds for any model.
 """
@@ -522,9 +522,9 @@ REFUSED = {
     ),
     "an odd name in a tool": (for_tool({"properties": {"a:b": {}}}), "properties.a:b: a name with spaces or"),
     "no object in a tool": (for_tool({"type": "string"}), "parameters that are not an object"),
-    "a lost reference in a tool": (for_tool({"properties": {"x": {"$ref": "#/y"}}}), "leads nowhere"),
+    "a lost reference in a tool": (for_tool({"properties": {"x": {"$ref": "#/y"}}}), "points to no schema"),
     "a tool's pattern": (for_tool({"properties": {"x": {"pattern": "(?=a)"}}}), "tools: look-around"),
-    "an unknown required name": (for_tool({"required": ["x"]}), "required names that are not in properties"),
+    "an unknown required name": (for_tool({"required": ["x"]}), "required names must be in properties"),
 }
 
 
