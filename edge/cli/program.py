@@ -10,6 +10,7 @@ import logging
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import click
@@ -75,7 +76,8 @@ def stop_on(*signals: signal.Signals) -> None:
         raise _Stopped(f"stopped by {signal.Signals(number).name}")
 
     for number in signals:
-        signal.signal(number, on_signal)
+        previous = signal.signal(number, on_signal)
+        click.get_current_context().call_on_close(partial(signal.signal, number, previous))
 
 
 class _Stopped(KeyboardInterrupt):

@@ -1,1 +1,1 @@
-"""The other end: ways to a model or a daemon, and what `edge-ask` shows."""
+"""The client side: connections to a daemon or a bundle, and what `edge-ask` shows."""

@@ -1,4 +1,4 @@
-"""A way from a client to a bundle in its own process, without a daemon (`edge.client.link`)."""
+"""Runs a bundle in the client's own process, without a daemon; a `Link` of `edge.client.link`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from edge.runtime.opening import Opening
 
 
 class BundleLink:
-    """A bundle in this process, without a daemon."""
+    """A bundle in this process."""
 
     def __init__(self, directory: Path, threads: int | None = None) -> None:
         """Open the bundle. Raises BundleError or RuntimeFailure."""

@@ -1,4 +1,4 @@
-"""Two ways from a client to a daemon (`edge.client.link`): over MQTT, or over a serial port."""
+"""Connections to a daemon over MQTT and over a serial port; each is a `Link` of `edge.client.link`."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from edge.transports.mqtt.connection import MqttConnection
 from edge.transports.mqtt.messages import Outgoing, Received
 from edge.transports.serial.port import SerialPort
 
-CONNECT_S = 10.0  # for a broker or a port to be there
+CONNECT_S = 10.0  # for a broker or a port to answer
 STATUS_S = 2.0  # for the retained status of a node to arrive
-OTHERS_S = 0.3  # after the first one's, for those of other nodes
+OTHERS_S = 0.3  # for those of other nodes, after the first
 LOST_S = 30.0  # for a lost broker, node or port to come back
-REMIND_S = 10.0  # between two times that a serial line is asked, in case the answer was lost
-ACK_S = (0.4, 0.8, 1.6, 3.2, 3.2)  # for an acknowledgement on a serial line, try by try, as EZSP's ASH has it
+REMIND_S = 10.0  # after which a request is sent again over serial, in case its answer was lost
+ACK_S = (0.4, 0.8, 1.6, 3.2, 3.2)  # for an acknowledgement of each attempt over serial, as in EZSP's ASH
 MAX_LINE_BYTES = 1024 * 1024  # of an answer
 
 
 class MqttLink:
-    """A client of a broker. `node` None means the only one that is online there."""
+    """A client of a broker. `node` None means the only node that is online."""
 
     def __init__(self, broker: Broker, node: str | None) -> None:
         """Prepare a connection. Raises TransportError if a TLS file can't be used."""
@@ -43,14 +43,14 @@ class MqttLink:
         self._connection.start()
 
     def ask(self, request: Request, patience_s: float | None = None) -> Iterator[Answer]:
-        """Send `request` to the node and yield what it answers.
+        """Send `request` to the node and yield its answers.
 
-        It is sent again after each new connection, and when the node was away; a repeat changes nothing.
+        It is sent again after a new connection and when the node comes back; a duplicate is harmless.
         """
         until = until_s(patience_s)
         node = self._find_node()
-        user = self._broker.username or "anonymous"  # so that a broker's access list can keep users apart
-        user = user.translate({ord("+"): "_", ord("#"): "_"})  # which no topic has
+        user = self._broker.username or "anonymous"  # lets a broker's access list keep users apart
+        user = user.translate({ord("+"): "_", ord("#"): "_"})  # not allowed in topics
         topics = NodeTopics(node)
         self._reply = f"{topics.reply}{user}/{uuid.uuid4().hex[:12]}"
         self._connection.post(lambda: self._connection.subscribe(self._reply))
@@ -71,7 +71,7 @@ class MqttLink:
                     return
             elif isinstance(event, Received) and _state(event)[0] == node:
                 there = _state(event)[1] == "online"
-                if there:  # it hears requests anew, and may have missed one
+                if there:  # it may have missed the request
                     self._publish(topic, payload)
 
     def cancel(self, request_id: str) -> bool:
@@ -82,11 +82,9 @@ class MqttLink:
         return bool(self._reply)
 
     def _give_up(self, node: str, there: bool, silent_s: float) -> None:
-        """Raise TransportError if the broker refuses, or it or the node has been away for too long."""
+        """Raise TransportError if the broker refuses messages, or broker or node were away for too long."""
         if self._refused:
-            raise TransportError(
-                f"broker {self._broker.address}: it does not take what is published: {self._refused}"
-            )
+            raise TransportError(f"broker {self._broker.address}: it refuses the request: {self._refused}")
         problem = self._connection.problem
         if problem and (self._connection.connected or silent_s > LOST_S):
             raise TransportError(problem)
@@ -130,35 +128,35 @@ class MqttLink:
         return self._choose(states)
 
     def _choose(self, states: dict[str, str]) -> str:
-        """Give the node that was not named, or say why there is none. Raises TransportError."""
+        """Return the only node online. Raises TransportError without exactly one, or for a named node."""
         online = sorted(name for name, state in states.items() if state == "online")
         if self._node is None and len(online) == 1:
             return online[0]
         at = f"at broker {self._broker.address}"
-        known = f"online are {', '.join(online)}" if online else "none is online"
+        known = f"online: {', '.join(online)}" if online else "none is online"
         if not self._connection.connected:
             raise TransportError(f"broker {self._broker.address}: no answer in {CONNECT_S:.0f} s")
         if self._node is None:
             raise TransportError(f"which node {at}? {known}; name one with --node, or start edge-daemon")
         raise TransportError(f"node {self._node} {at} is {states.get(self._node, 'not known')}; {known}")
 
-    # The listener of the connection, in its thread.
+    # The connection calls these in its own thread.
 
     def connected(self) -> None:
-        """Subscribe to what tells which nodes there are, and to the answers."""
+        """Subscribe to the status of all nodes and to the answers."""
         self._connection.subscribe(STATUS_OF_ALL, *([self._reply] if self._reply else []), retained=True)
         if self._reply:
             self._events.put("back")
 
     def subscribed(self) -> None:
-        """Pass it on."""
+        """Queue it for `ask`."""
         self._events.put("subscribed")
 
     def disconnected(self) -> None:
         """Do nothing: the connection comes back."""
 
     def received(self, message: Received) -> None:
-        """Pass it on."""
+        """Queue it for `ask`."""
         self._events.put(message)
         self._connection.acknowledge(message.token)
 
@@ -167,7 +165,7 @@ class MqttLink:
 
 
 def _state(message: Received) -> tuple[str, str]:
-    """Name and state of the node that a status message is about."""
+    """Return name and state of the node that a status message is about."""
     try:
         return node_of(message.topic), str(loads(message.payload, 65536).get("state"))
     except StrictJsonError:
@@ -175,7 +173,7 @@ def _state(message: Received) -> tuple[str, str]:
 
 
 class SerialLink:
-    """A client at the other end of a serial line."""
+    """A client on a serial line."""
 
     def __init__(self, config: SerialConfig) -> None:
         """Open the port. Raises TransportError."""
@@ -192,9 +190,9 @@ class SerialLink:
             time.sleep(0.01)
 
     def ask(self, request: Request, patience_s: float | None = None) -> Iterator[Answer]:
-        """Send `request` until it is acknowledged, and yield what is answered.
+        """Send `request` until it is acknowledged, and yield its answers.
 
-        It is sent again now and then, since the answer may have been lost: the daemon acknowledges that.
+        It is sent again from time to time, because its answer may have been lost: a duplicate gets it again.
         """
         until = until_s(patience_s)
         self._send_until_acknowledged(request)
@@ -204,7 +202,7 @@ class SerialLink:
             now = time.monotonic()
             heard = heard if line is None else now
             self._give_up(now - heard)
-            if isinstance(line, Damaged) or _kind(line) == "hello" or now - sent > REMIND_S:
+            if isinstance(line, Damaged) or _type_of(line) == "hello" or now - sent > REMIND_S:
                 self._port.send(request.to_json())
                 sent = now
             if (answer := _answer(line, request.id)) is not None:
@@ -215,8 +213,8 @@ class SerialLink:
     def _give_up(self, silent_s: float) -> None:
         """Raise TransportError if the daemon or the port has been away for too long."""
         if silent_s > LOST_S:
-            said = f"nothing has come for {silent_s:.0f} s; is edge-daemon there?"
-            raise TransportError(self._port.problem or f"port {self._port.name}: {said}")
+            message = f"nothing received for {silent_s:.0f} s; is edge-daemon running?"
+            raise TransportError(self._port.problem or f"port {self._port.name}: {message}")
 
     def cancel(self, request_id: str) -> bool:
         """Send a cancellation."""
@@ -228,7 +226,7 @@ class SerialLink:
         self._port.stop(1)
 
     def _send_until_acknowledged(self, request: Request) -> None:
-        """Send, and send again on `nak` or silence. Raises TransportError."""
+        """Send the request, and again after `nak` or silence. Raises TransportError."""
         for wait_s in ACK_S:
             self._port.send(request.to_json())
             until = time.monotonic() + wait_s
@@ -237,17 +235,19 @@ class SerialLink:
                     line = self._lines.get(timeout=left)
                 except queue.Empty:
                     break
-                if isinstance(line, Damaged) or _kind(line) == "nak":
+                if isinstance(line, Damaged) or _type_of(line) == "nak":
                     break
-                if _kind(line) in ("ack", "error"):
-                    if _kind(line) == "error":
+                if _type_of(line) in ("ack", "error"):
+                    if _type_of(line) == "error":
                         self._lines.put(line)
                     return
         name = self._port.name
-        raise TransportError(f"port {name}: no acknowledgement; is edge-daemon there, at the same baud rate?")
+        raise TransportError(
+            f"port {name}: no acknowledgement; is edge-daemon running, at the same baud rate?"
+        )
 
 
-def _kind(line: str | Damaged | None) -> str:
+def _type_of(line: str | Damaged | None) -> str:
     try:
         return str(loads(line, MAX_LINE_BYTES).get("type")) if isinstance(line, str) else ""
     except StrictJsonError:
@@ -255,8 +255,8 @@ def _kind(line: str | Damaged | None) -> str:
 
 
 def _answer(line: str | Damaged | None, request_id: str) -> Answer | None:
-    """Read the answer in a line if it is one to this request."""
-    if not isinstance(line, str) or _kind(line) not in ("partial", "final", "error"):
+    """Parse the answer in a line; None if it is not an answer to this request."""
+    if not isinstance(line, str) or _type_of(line) not in ("partial", "final", "error"):
         return None
     answer = parse_answer(line)
     return answer if answer.id in (request_id, None) else None

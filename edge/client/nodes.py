@@ -1,4 +1,4 @@
-"""Which nodes there are at a broker and how they are, by their retained status and health."""
+"""The nodes of a broker and their state, from their retained status and health."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from edge.transports.mqtt.connection import MqttConnection
 from edge.transports.mqtt.messages import Received
 
 CONNECT_S = 10.0  # for the broker to answer
-QUIET_S = 0.5  # what is retained has come when nothing more comes for so long
+QUIET_S = 0.5  # after which all retained messages have arrived
 MAX_BYTES = 64 * 1024  # of a status or health
 
 
 class Nodes:
-    """Listens to the status and health of nodes at a broker, of all or of the one that is named.
+    """Listens to status and health of all nodes of a broker, or of one `node`; a context manager.
 
-    `found` has status and health, in one, of each by name. A context manager: the connection ends with it.
-    Raises TransportError if a TLS file can't be used.
+    `states` maps each node's name to its status and health, merged. Raises TransportError if a TLS file can't
+    be used.
     """
 
     def __init__(self, broker: Broker, node: str | None) -> None:
-        self.found: dict[str, dict[str, Any]] = {}
+        self.states: dict[str, dict[str, Any]] = {}
         topics = NodeTopics(node or "+")
         self._topics = topics.status, topics.health
-        self._heard: queue.Queue[Received | None] = queue.Queue()  # None: subscribed, or the connection ended
+        self._queue: queue.Queue[Received | None] = queue.Queue()  # None: subscribed, or the connection ended
         name = f"edge-ask-{uuid.uuid4().hex[:12]}"
         self._connection = MqttConnection(broker, name, self, session_expiry_s=0)
 
@@ -46,44 +46,44 @@ class Nodes:
 
     @property
     def problem(self) -> str | None:
-        """Why the broker can't be heard, or None."""
+        """Why there is no connection, or None."""
         return self._connection.problem
 
     def wait(self, timeout_s: float) -> bool:
-        """Take in the next thing that is heard; False if there is none in time."""
+        """Process the next message or change of the connection; False if there is none in time."""
         try:
-            message = self._heard.get(timeout=timeout_s)
+            message = self._queue.get(timeout=timeout_s)
         except queue.Empty:
             return False
         if message is not None:
-            self.found.setdefault(node_of(message.topic), {}).update(_content(message))
+            self.states.setdefault(node_of(message.topic), {}).update(_content(message))
         return True
 
-    # The listener of the connection, in its thread.
+    # The connection calls these in its own thread.
 
     def connected(self) -> None:
         """Subscribe."""
         self._connection.subscribe(*self._topics, retained=True)
 
     def subscribed(self) -> None:
-        """Pass it on."""
-        self._heard.put(None)
+        """Wake up `wait`."""
+        self._queue.put(None)
 
     def received(self, message: Received) -> None:
-        """Pass it on."""
-        self._heard.put(message)
+        """Queue it for `wait`."""
+        self._queue.put(message)
         self._connection.acknowledge(message.token)
 
     def disconnected(self) -> None:
-        """Pass it on: the connection comes back."""
-        self._heard.put(None)
+        """Wake up `wait`; the connection comes back."""
+        self._queue.put(None)
 
     def tick(self) -> None:
         """Do nothing."""
 
 
 def read_nodes(broker: Broker, node: str | None) -> dict[str, dict[str, Any]]:
-    """Give status and health, in one, of each node by name; of one node only if it is named.
+    """Return status and health, merged, of each node by name; only of `node` if it is given.
 
     Raises TransportError if the broker does not answer or refuses.
     """
@@ -97,19 +97,19 @@ def read_nodes(broker: Broker, node: str | None) -> dict[str, dict[str, Any]]:
                 answered, until = True, time.monotonic() + QUIET_S
     if not answered:
         raise TransportError(f"broker {broker.address}: no answer in {CONNECT_S:.0f} s")
-    return dict(sorted(nodes.found.items()))
+    return dict(sorted(nodes.states.items()))
 
 
-def as_text(name: str, found: Mapping[str, Any]) -> str:
-    """Write a node's state in one line; what it does not tell is left out."""
-    parts = [f"{name}: {found.get('state', 'unknown')}"]
-    parts += [f"{found['model']} {found.get('bundle', '')}".strip()] if "model" in found else []
-    if found.get("state") == "online" and "queue" in found:
-        parts.append(f"{found['queue']} waiting, {'working' if found.get('working') else 'idle'}")
-        parts.append(f"{found.get('answered', 0)} answered, {found.get('failed', 0)} failed")
+def as_text(name: str, state: Mapping[str, Any]) -> str:
+    """Write a node's state in one line; unknown values are left out."""
+    parts = [f"{name}: {state.get('state', 'unknown')}"]
+    parts += [f"{state['model']} {state.get('bundle', '')}".strip()] if "model" in state else []
+    if state.get("state") == "online" and "queue" in state:
+        parts.append(f"{state['queue']} waiting, {'working' if state.get('working') else 'idle'}")
+        parts.append(f"{state.get('answered', 0)} answered, {state.get('failed', 0)} failed")
         for key, form in _FORMS.items():
-            if found.get(key) not in (None, []):
-                parts.append(form(found[key]))
+            if state.get(key) not in (None, []):
+                parts.append(form(state[key]))
     return "; ".join(parts)
 
 

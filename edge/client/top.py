@@ -1,8 +1,7 @@
-"""`edge-ask top`: how all nodes of a broker are, live on a terminal, until q or Ctrl-C.
+"""`edge-ask top`: the state of all nodes of a broker, live on a terminal, until q or Ctrl-C.
 
-A node takes one line, and one more for each thing that is wrong with it. It is drawn anew when a node says
-something, a few times a second at most. Lines are as long as the terminal lets them be, and what strangers
-publish can't touch the terminal.
+A node has one line, and one more for each problem. The screen is redrawn when a node publishes something, at
+most a few times a second. Lines are cut to the width of the terminal, and untrusted input can't control it.
 """
 
 from __future__ import annotations
@@ -22,31 +21,31 @@ from edge.client.nodes import Nodes
 from edge.endpoints import Broker
 from edge.protocol.strict_json import printable
 
-REDRAW_S = 0.25  # between two pictures
-CLOCK_S = 1.0  # the picture shows that it lives this often
-ENTER, LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"  # another screen without a cursor, and back
+REDRAW_S = 0.25  # between two screens, at least
+CLOCK_S = 1.0  # between two screens, at most
+ENTER, LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"  # alternate screen without cursor, and back
 HOME, TO_LINE_END, TO_SCREEN_END = "\x1b[H", "\x1b[K", "\x1b[J"
 REVERSED, PLAIN = "\x1b[7m", "\x1b[m"
 NAME_COLUMNS = 8  # at least
 
 
 def top(broker: Broker, node: str | None) -> None:
-    """Show the nodes, or the one that is named; stdin and stdout must be terminals.
+    """Show all nodes, or one `node`; stdin and stdout must be terminals.
 
     Raises TransportError if a TLS file can't be used.
     """
     with Nodes(broker, node) as nodes, _screen():
-        while not _wants_to_leave(nodes):
+        while not _wants_to_quit(nodes):
             size = shutil.get_terminal_size()
             title = nodes.problem or f"broker {broker.address}"
-            _draw(picture(title, nodes.found, size.columns, size.lines), size.lines)
+            _draw(render(title, nodes.states, size.columns, size.lines), size.lines)
 
 
-def _wants_to_leave(nodes: Nodes) -> bool:
-    """Wait until there is something new to show, and return False, or until the person wants to leave."""
-    began, news = time.monotonic(), False
+def _wants_to_quit(nodes: Nodes) -> bool:
+    """Wait for news to show and return False; return True as soon as the user wants to quit."""
+    started, news = time.monotonic(), False
     try:
-        while time.monotonic() - began < (REDRAW_S if news else CLOCK_S):
+        while time.monotonic() - started < (REDRAW_S if news else CLOCK_S):
             news = nodes.wait(0.05) or news
             if select.select([sys.stdin], [], [], 0)[0] and os.read(sys.stdin.fileno(), 1) in b"qQ":
                 return True
@@ -57,7 +56,7 @@ def _wants_to_leave(nodes: Nodes) -> bool:
 
 @contextmanager
 def _screen() -> Iterator[None]:
-    """Take the whole terminal, with keys as they are pressed, and give it back as it was."""
+    """Use the whole terminal, without line buffering, and restore it at the end."""
     before = termios.tcgetattr(sys.stdin)
     tty.setcbreak(sys.stdin)
     sys.stdout.write(ENTER)
@@ -70,25 +69,25 @@ def _screen() -> Iterator[None]:
 
 
 def _draw(lines: list[str], rows: int) -> None:
-    """Replace what the screen shows; the second line is a heading."""
+    """Replace the content of the screen; the second line is a heading."""
     shown = [f"{REVERSED}{line}{PLAIN}" if number == 1 else line for number, line in enumerate(lines)]
     rest = f"\n{TO_SCREEN_END}" if len(lines) < rows else ""
     sys.stdout.write(HOME + "\n".join(TO_LINE_END + line for line in shown) + rest)
     sys.stdout.flush()
 
 
-def picture(title: str, found: Mapping[str, Mapping[str, Any]], columns: int, rows: int) -> list[str]:
-    """Give the lines to show, at most `rows`, each of at most `columns` printable ASCII characters."""
-    online = sum(said.get("state") == "online" for said in found.values())
-    nodes = "1 node" if len(found) == 1 else f"{len(found)} nodes"
-    summary = f"{nodes}, {online} online  {time.strftime('%H:%M:%S')}  q: leave"
+def render(title: str, states: Mapping[str, Mapping[str, Any]], columns: int, rows: int) -> list[str]:
+    """Return at most `rows` lines to show, each of at most `columns` printable ASCII characters."""
+    online = sum(state.get("state") == "online" for state in states.values())
+    nodes = "1 node" if len(states) == 1 else f"{len(states)} nodes"
+    summary = f"{nodes}, {online} online  {time.strftime('%H:%M:%S')}  q: quit"
     room = max(columns - len(summary) - 2, 0)
     others = sum(column.width + 1 for column in _COLUMNS)
-    width = max(NAME_COLUMNS, min(max(map(len, found), default=0), columns - others))
+    width = max(NAME_COLUMNS, min(max(map(len, states), default=0), columns - others))
     heading = "NODE".ljust(width) + "".join(f" {column.title:{column.form}}" for column in _COLUMNS)
     lines = [f"{_plain(title, room):{room}}  {summary}", heading]
-    for name, said in sorted(found.items()):
-        lines += _node(_plain(name, width).ljust(width), said)
+    for name, state in sorted(states.items()):
+        lines += _node(_plain(name, width).ljust(width), state)
     if len(lines) > rows:
         lines[rows - 1 :] = [f"... {len(lines) - rows + 1} more lines; --node shows one node"]
     return [
@@ -96,15 +95,15 @@ def picture(title: str, found: Mapping[str, Mapping[str, Any]], columns: int, ro
     ]
 
 
-def _node(name: str, said: Mapping[str, Any]) -> Iterator[str]:
-    """Write a node's line, and one for each thing that is wrong with it."""
-    cells = (f"{_plain(column.show(said), column.width):{column.form}}" for column in _COLUMNS)
+def _node(name: str, state: Mapping[str, Any]) -> Iterator[str]:
+    """Write a node's line, and one for each problem."""
+    cells = (f"{_plain(column.show(state), column.width):{column.form}}" for column in _COLUMNS)
     yield " ".join((name, *cells))
-    for key, what in _WRONG.items():
-        value = said.get(key)
-        if value and said.get("state") == "online":
+    for key, label in _PROBLEMS.items():
+        value = state.get(key)
+        if value and state.get("state") == "online":
             shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-            yield f"  {what}: {_plain(shown, 1000)}"
+            yield f"  {label}: {_plain(shown, 1000)}"
 
 
 def _plain(text: str, limit: int) -> str:
@@ -113,7 +112,7 @@ def _plain(text: str, limit: int) -> str:
 
 
 class _Column(NamedTuple):
-    """A column: its title, how it is aligned and how wide it is, and what it shows of a node's state."""
+    """A column: title, alignment, width, and the function that formats a node's value."""
 
     title: str
     align: str
@@ -122,21 +121,21 @@ class _Column(NamedTuple):
 
     @property
     def form(self) -> str:
-        """The format specification of its cells."""
+        """The format specification of the cells."""
         return f"{self.align}{self.width}"
 
 
-def _state(said: Mapping[str, Any]) -> str:
-    state = str(said.get("state", "?"))
-    return ("working" if said.get("working") else "idle") if state == "online" else state
+def _state(node: Mapping[str, Any]) -> str:
+    state = str(node.get("state", "?"))
+    return ("working" if node.get("working") else "idle") if state == "online" else state
 
 
 def _value(key: str, form: str, scale: float = 1) -> Callable[[Mapping[str, Any]], str]:
-    """Make what shows a value of an online node; a dash if it is not known."""
+    """Make a function that formats a value of an online node, or a dash if it is unknown."""
 
-    def show(said: Mapping[str, Any]) -> str:
-        value = said.get(key)
-        if value is None or said.get("state") != "online":
+    def show(state: Mapping[str, Any]) -> str:
+        value = state.get(key)
+        if value is None or state.get("state") != "online":
             return "-"
         return form.format(value / scale) if isinstance(value, (int, float)) else str(value)
 
@@ -152,6 +151,6 @@ _COLUMNS = (
     _Column("FIRST", ">", 6, _value("first_token_ms", "{:.2f}s", 1000)),
     _Column("MIB", ">", 5, _value("memory_mib", "{:.0f}")),
     _Column("TEMP", ">", 4, _value("temperature_c", "{:.0f}C")),
-    _Column("BUNDLE", "<", 12, lambda said: str(said.get("bundle", "-"))),
+    _Column("BUNDLE", "<", 12, lambda state: str(state.get("bundle", "-"))),
 )
-_WRONG = {"throttling": "held back", "last_error": "last error", "journal": "journal"}
+_PROBLEMS = {"throttling": "throttled", "last_error": "last error", "journal": "journal"}

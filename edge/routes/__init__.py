@@ -1,1 +1,1 @@
-"""Sensor readings in, events and questions out, without any I/O or thread."""
+"""From sensor readings to events and questions; no I/O and no threads."""

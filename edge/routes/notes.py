@@ -1,4 +1,7 @@
-"""What arithmetic can say of readings, in words beside them: a small model is bad at comparing numbers."""
+"""Adds to readings, in words, what arithmetic can tell: a small model is bad at comparing numbers.
+
+The field adapter is trained on this text, so its form must not change.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,12 @@ from dataclasses import dataclass
 from statistics import median
 
 JUMP_FACTOR = 5.0
-OVERDUE_FACTOR = 3.0  # of the median pause, as a gap is
+OVERDUE_FACTOR = 3.0  # times the median pause
 
 
 @dataclass(frozen=True)
 class Limit:
-    """Values above, or else below `value` are beyond it."""
+    """A limit that values above it, or else below it, exceed."""
 
     above: bool
     value: float
@@ -22,20 +25,20 @@ class Limit:
         return f"{'above' if self.above else 'below'} {number(self.value)}"
 
     def exceeded_by(self, value: float) -> bool:
-        """Whether `value` is beyond the limit."""
+        """Whether `value` exceeds the limit."""
         return value > self.value if self.above else value < self.value
 
 
 def number(value: float) -> str:
-    """Four digits; powers of ten only from 1e+10, or below 0.0001."""
+    """Format with four digits; with an exponent only from 1e+10 on, or below 0.0001."""
     text = f"{value:.4g}"
     return f"{float(text):.0f}" if "e+0" in text else text
 
 
 def noted(text: str, value: float, before: float | None, limit: Limit | None) -> str:
-    """A reading as `text`; in brackets its change since the one before, and whether it is beyond the limit.
+    """Add to a reading's `text` its change since the one `before`, and `beyond` if it exceeds the limit.
 
-    The change is `same`, a signed difference, or `jump` where one is at least five times the other.
+    The change is `same`, a signed difference, or `jump` if one is at least five times the other.
     """
     marks = [] if before is None else [_change(value, before)]
     if limit is not None and limit.exceeded_by(value):
@@ -44,14 +47,14 @@ def noted(text: str, value: float, before: float | None, limit: Limit | None) ->
 
 
 def age(seconds: float, overdue: bool) -> str:
-    """How old the newest reading is."""
+    """Write the age of the newest reading."""
     return f"newest {number(seconds)} s old{', overdue' if overdue else ''}"
 
 
 def notes(readings: Sequence[tuple[float, float]], now: float, limit: Limit | None) -> str:
-    """Readings as (time in seconds, value), oldest first: `7.9, 8.4 (+0.5, beyond), newest 33 s old`.
+    """Write readings (time in seconds, value), oldest first: `7.9, 8.4 (+0.5, beyond), newest 33 s old`.
 
-    With three or more, the newest is overdue if it is older than three times the median pause.
+    From three readings on, the newest is overdue if it is older than three times the median pause.
     """
     if not readings:
         return "no readings"

@@ -1,11 +1,11 @@
-"""Sensor readings in, events and questions out: windows, triggers and prompts, without any I/O or thread.
+"""From sensor readings to events and questions: windows, triggers and prompts; no I/O and no threads.
 
-An event (an alarm, its end, a silence) comes out of the call that noticed it; the model is never in its
-way. A question about the same thing comes out beside it, or later if the sensor was asked about less than
-`min_interval_s` ago, then with the statistics of that moment. Each sensor has at most one question waiting,
-and a route at most `max_sensors` sensors, so memory is bounded whatever the topics are.
+The call that notices an alarm, its end or a silence returns the event; events never wait for the model. It
+also returns the question about it, unless the last question about the sensor is less than `min_interval_s`
+old: then the question follows later, with the statistics of that moment. At most one question waits for each
+sensor, and a route has at most `max_sensors` sensors, so memory is bounded whatever topics arrive.
 
-`now` is in seconds of a monotonic clock and never goes back. Call `tick` when `next_due` says so.
+`now` is in seconds of a monotonic clock and never decreases. The caller calls `tick` at `next_due`.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from edge.routes.values import UnusableError, read_value
 
 READINGS_SHOWN = 12
 PAYLOAD_CHARACTERS_SHOWN = 400
-FORGET_S = 86_400.0  # a sensor silent for so long makes room for a new one
+FORGET_S = 86_400.0  # a sensor that has been silent this long makes room for a new one
 
 
 @dataclass(frozen=True)
 class Event:
-    """Something to publish at once. `payload` is JSON."""
+    """A message to publish at once. `payload` is JSON."""
 
     route: str
     topic: str
@@ -41,7 +41,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Question:
-    """A request for the model; its answer belongs on `answer_topic`, as `answer_payload` writes it."""
+    """A request for the model; `answer_payload` of its answer is published on `answer_topic`."""
 
     route: str
     sensor: str
@@ -65,9 +65,9 @@ Outcome = Event | Question | Ignored
 
 @dataclass(frozen=True)
 class Known:
-    """What outlives a run of one sensor of a route: what was said of it and not taken back.
+    """The state of a sensor of a route that outlives a run.
 
-    `silent_since` is in seconds since the epoch; None if it is not silent.
+    `silent_since` is in seconds since the epoch; None if the sensor is not silent.
     """
 
     route: str
@@ -78,7 +78,7 @@ class Known:
 
 @dataclass
 class _Sensor:
-    """What is remembered of one topic."""
+    """The state of one topic."""
 
     topic: str
     name: str
@@ -86,18 +86,18 @@ class _Sensor:
     heard: float
     payload: str = ""
     alarmed: bool = False
-    alarmed_before: bool = False  # in an earlier run: said again if it still is, or else ended
+    alarmed_before: bool = False  # in an earlier run; reported again, or as cleared
     silent: bool = False
-    silent_since: float | None = None  # of the wall clock; also when it was said in an earlier run only
+    silent_since: float | None = None  # wall clock; also set if only an earlier run reported it
     next_regular: float = math.inf
     may_ask: float = -math.inf
-    pending: str | None = None  # the reason of a question that waits
+    pending: str | None = None  # reason of the waiting question
 
 
 class Router:
-    """Applies the routes to readings. `wall_clock` (seconds since the epoch) is only for what events say.
+    """Applies the routes to readings. `wall_clock` (seconds since the epoch) gives the time in events.
 
-    `plain` is for models without a chat format: questions are then one `prompt`. It may be set at any time.
+    `plain` is for models without a chat format: a question is then one `prompt`. It can be set at any time.
     """
 
     def __init__(
@@ -105,24 +105,24 @@ class Router:
     ) -> None:
         self._wall_clock, self.plain = wall_clock, plain
         self._asked = 0
-        self._next_due = math.inf  # never later than it is
-        self._listening = -math.inf  # since when readings can come; infinity if they can't
+        self._next_due = math.inf  # never later than something is due
+        self._listening = -math.inf  # since when readings can arrive; infinity if they can't
         self._states = {route.name: _RouteState(route) for route in routes}
 
     @property
     def filters(self) -> tuple[str, ...]:
-        """Every topic filter to subscribe to, once."""
+        """All topic filters to subscribe to, without repetitions."""
         return tuple(dict.fromkeys(f.text for s in self._states.values() for f in s.route.topics))
 
     def readers(self, topic: str) -> list[str]:
-        """Give the names of the routes that read a topic."""
+        """Return the names of the routes that read a topic."""
         states = self._states.values()
         return [state.route.name for state in states if _name(state.route, topic) is not None]
 
     def reading(self, topic: str, payload: bytes, now: float) -> list[Outcome]:
-        """Take in one message of a sensor."""
+        """Apply the routes to one message of a sensor."""
         if not topic or set(topic) & set("+#\0") or len(topic.encode(errors="replace")) > MAX_TOPIC_BYTES:
-            return [Ignored("", printable(topic), "not a topic that can be answered")]
+            return [Ignored("", printable(topic), "not a valid topic of a sensor")]
         outcomes: list[Outcome] = []
         for state in self._states.values():
             name = _name(state.route, topic)
@@ -131,15 +131,15 @@ class Router:
         return outcomes
 
     def listen(self, since: float) -> None:
-        """Note that readings can come from the time `since` on; infinity: they can't.
+        """Set the time `since` when readings can arrive; infinity if they can't.
 
-        A sensor is not called silent for what could not be heard.
+        A sensor does not count as silent while its readings can't arrive.
         """
         self._listening = since
         self._plan()
 
     def known(self) -> list[Known]:
-        """What to `recall` in the next run: who may fall silent, or is alarmed."""
+        """Return what the next run has to `recall`: sensors that can become silent, or are alarmed."""
         return [
             Known(route.name, sensor.topic, sensor.alarmed or sensor.alarmed_before, sensor.silent_since)
             for route, sensor in self._sensors()
@@ -147,10 +147,10 @@ class Router:
         ]
 
     def recall(self, known: Sequence[Known], now: float) -> None:
-        """Go on from what an earlier run knew; to be called before anything else.
+        """Continue from the state of an earlier run; called before anything else.
 
-        What is still so is said again, since nobody knows whether it was heard; what is no longer so is said
-        to have ended. A sensor that was silent for a day is forgotten.
+        An alarm or silence that still holds is reported again, because the first report may have been lost;
+        the end of one that no longer holds is reported. A sensor that was silent for a day is forgotten.
         """
         for one in known:
             state = self._states.get(one.route)
@@ -164,13 +164,13 @@ class Router:
         self._plan()
 
     def tick(self, now: float) -> list[Outcome]:
-        """Say and ask what is due: regular questions, silences, questions that had to wait."""
+        """Return what is due: regular questions, silences, and questions that had to wait."""
         outcomes = [outcome for route, sensor in self._sensors() for outcome in self._due(route, sensor, now)]
         self._plan()
         return outcomes
 
     def next_due(self) -> float:
-        """When to call `tick`: at the latest when it has something to do; infinity if never."""
+        """Return when to call `tick`, at the latest when something is due; infinity if nothing will be."""
         return self._next_due
 
     def _sensors(self) -> Iterator[tuple[Route, _Sensor]]:
@@ -179,8 +179,8 @@ class Router:
     def _plan(self) -> None:
         self._next_due = min((self._due_time(*each) for each in self._sensors()), default=math.inf)
 
-    def _look_after(self, route: Route, sensor: _Sensor) -> None:
-        """Have `tick` called in time for a sensor of which something may have changed."""
+    def _plan_for(self, route: Route, sensor: _Sensor) -> None:
+        """Let `tick` be called in time for a sensor that may have changed."""
         self._next_due = min(self._next_due, self._due_time(route, sensor))
 
     def _due_time(self, route: Route, sensor: _Sensor) -> float:
@@ -192,18 +192,18 @@ class Router:
         return min(times)
 
     def _silence_time(self, route: Route, sensor: _Sensor) -> float:
-        """When a sensor that is not heard until then is silent; infinity if nobody wants to know."""
+        """Return when the sensor becomes silent without a reading; infinity without `silence_s`."""
         silence_s = route.trigger.silence_s
         return math.inf if silence_s is None else max(sensor.heard, self._listening) + silence_s
 
     def postpone(self, question: Question, until: float) -> None:
-        """Ask again, with newer statistics, at `until`: for a question that was refused as busy."""
+        """Ask a question that was refused as busy again at `until`, with newer statistics."""
         state = self._states[question.route]
         sensor = state.sensors.get(question.topic)
         if sensor is not None:
             sensor.pending = sensor.pending or question.reason
-            sensor.may_ask = until  # nothing was asked, so no interval has to be kept
-            self._look_after(state.route, sensor)
+            sensor.may_ask = until  # nothing was asked, so min_interval_s does not apply
+            self._plan_for(state.route, sensor)
 
     def _apply(
         self, state: _RouteState, topic: str, name: str, payload: bytes, now: float
@@ -216,7 +216,9 @@ class Router:
             return
         sensor = state.sensor(topic, name, now)
         if sensor is None:
-            yield Ignored(route.name, topic, f"max_sensors ({route.max_sensors}) are heard already")
+            yield Ignored(
+                route.name, topic, f"the route already has max_sensors ({route.max_sensors}) sensors"
+            )
             return
         sensor.window.add(now, value)
         sensor.heard, sensor.payload = now, strict_json.dumps(content)[:PAYLOAD_CHARACTERS_SHOWN]
@@ -226,7 +228,7 @@ class Router:
         if route.trigger.when is not None:
             yield from self._condition(route, sensor, _facts(sensor, content, now), now)
         yield from self._due(route, sensor, now)
-        self._look_after(route, sensor)
+        self._plan_for(route, sensor)
 
     def _condition(
         self, route: Route, sensor: _Sensor, facts: dict[str, Any], now: float
@@ -263,7 +265,7 @@ class Router:
             sensor.may_ask = now + trigger.min_interval_s
             yield self._question(route, sensor, reason, now)
 
-    def _event(self, route: Route, sensor: _Sensor, what: str, now: float) -> Iterator[Event]:
+    def _event(self, route: Route, sensor: _Sensor, event: str, now: float) -> Iterator[Event]:
         if route.event_topic is None:
             return
         statistics = sensor.window.statistics(now)
@@ -271,7 +273,7 @@ class Router:
             "route": route.name,
             "sensor": sensor.name,
             "topic": sensor.topic,
-            "event": what,
+            "event": event,
             "at": round(self._wall_clock(), 3),
             "statistics": None if statistics is None else _rounded(asdict(statistics)),
         }
@@ -281,13 +283,13 @@ class Router:
         assert route.ask is not None
         assert route.answer_topic is not None
         self._asked += 1
-        asked = route.ask.question.format(**_fields(sensor, reason, now, route.ask.limit))
+        question = route.ask.question.format(**_fields(sensor, reason, now, route.ask.limit))
         messages = [Message("system", route.ask.instructions)] if route.ask.instructions else []
-        prompt = "\n\n".join([*(message.content for message in messages), asked])
+        prompt = "\n\n".join([*(message.content for message in messages), question])
         request = Request(
             id=f"{route.name}.{int(self._wall_clock() * 1000)}.{self._asked}",
             prompt=prompt if self.plain else None,
-            messages=() if self.plain else (*messages, Message("user", asked)),
+            messages=() if self.plain else (*messages, Message("user", question)),
             stream=False,
             **route.ask.request,
         )
@@ -303,10 +305,10 @@ class _RouteState:
         self.sensors: dict[str, _Sensor] = {}
 
     def sensor(self, topic: str, name: str, now: float) -> _Sensor | None:
-        """Find the sensor of a topic, or begin one; None if there are too many that were heard lately."""
-        found = self.sensors.get(topic)
-        if found is not None:
-            return found
+        """Find or add the sensor of a topic; None if there are max_sensors, all heard within a day."""
+        known = self.sensors.get(topic)
+        if known is not None:
+            return known
         if len(self.sensors) >= self.route.max_sensors:
             stalest = min(self.sensors.values(), key=lambda sensor: sensor.heard)
             if now - stalest.heard < FORGET_S:
@@ -321,13 +323,13 @@ class _RouteState:
 
 
 def _name(route: Route, topic: str) -> str | None:
-    """What {sensor} stands for in a topic; None if the route does not read it."""
+    """Return the value of {sensor} for a topic; None if the route does not read it."""
     matched = next((m for m in (f.match(topic) for f in route.topics) if m is not None), None)
     return None if matched is None else "/".join(matched) or topic
 
 
 def answer_payload(question: Question, answer: Final | Failure) -> str:
-    """Write what is published on the answer topic, as JSON; an answer that is a JSON object stays one."""
+    """Write the JSON for the answer topic; an answer that is a JSON object is embedded as such."""
     content: dict[str, Any] = {
         "route": question.route,
         "sensor": question.sensor,
@@ -337,14 +339,14 @@ def answer_payload(question: Question, answer: Final | Failure) -> str:
     if isinstance(answer, Failure):
         return strict_json.dumps(content | {"error": {"code": answer.code, "message": answer.message}})
     try:
-        said: Any = strict_json.loads(answer.text, len(answer.text.encode()))
+        content["answer"] = strict_json.loads(answer.text, len(answer.text.encode()))
     except StrictJsonError:
-        said = answer.text
-    return strict_json.dumps(content | {"answer": said, "finish_reason": answer.finish_reason})
+        content["answer"] = answer.text
+    return strict_json.dumps(content | {"finish_reason": answer.finish_reason})
 
 
 def _facts(sensor: _Sensor, payload: Any, now: float) -> dict[str, Any]:
-    """Gather what conditions may look at."""
+    """Collect the names that conditions can use."""
     statistics = sensor.window.statistics(now)
     assert statistics is not None  # a reading has just been added
     return {
@@ -356,10 +358,10 @@ def _facts(sensor: _Sensor, payload: Any, now: float) -> dict[str, Any]:
 
 
 def _fields(sensor: _Sensor, reason: str, now: float, limit: Limit | None) -> dict[str, str]:
-    """Gather what a question's template may name, as text."""
+    """Collect the fields that a question's template can use, as text."""
     sensor.window.expire(now)
-    found = sensor.window.statistics(now)
-    shown = found and {name: _number(value) for name, value in asdict(found).items()}
+    statistics = sensor.window.statistics(now)
+    shown = statistics and {name: _number(value) for name, value in asdict(statistics).items()}
     names = ("count", "minimum", "mean", "maximum", "last", "trend", "gaps")
     latest = sensor.window.latest(READINGS_SHOWN)
     readings = [f"{_number(v)} ({_number(now - t)} s ago)" for t, v in latest]
@@ -367,7 +369,7 @@ def _fields(sensor: _Sensor, reason: str, now: float, limit: Limit | None) -> di
         "sensor": sensor.name,
         "topic": sensor.topic,
         "reason": reason,
-        "statistics": _sentence(found, now - sensor.heard),
+        "statistics": _sentence(statistics, now - sensor.heard),
         "readings": ", ".join(readings) or "none",
         "notes": notes(latest, now, limit),
         "limit": str(limit),
@@ -377,14 +379,15 @@ def _fields(sensor: _Sensor, reason: str, now: float, limit: Limit | None) -> di
     }
 
 
-def _sentence(found: Statistics | None, age: float) -> str:
-    if found is None:
+def _sentence(statistics: Statistics | None, age: float) -> str:
+    if statistics is None:
         return f"no readings for {_number(age)} s"
+    shown = {name: _number(value) for name, value in asdict(statistics).items()}
     return (
-        f"{found.count} readings in {_number(found.span_s)} s, minimum {_number(found.minimum)}, "
-        f"mean {_number(found.mean)}, maximum {_number(found.maximum)}, last {_number(found.last)}, "
-        f"trend {_number(found.trend)} per hour, {found.gaps} gaps (longest pause "
-        f"{_number(found.longest_pause_s)} s), last reading {_number(age)} s ago"
+        f"{statistics.count} readings in {shown['span_s']} s, minimum {shown['minimum']}, "
+        f"mean {shown['mean']}, maximum {shown['maximum']}, last {shown['last']}, "
+        f"trend {shown['trend']} per hour, {statistics.gaps} gaps (longest pause "
+        f"{shown['longest_pause_s']} s), last reading {_number(age)} s ago"
     )
 
 

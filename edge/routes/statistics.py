@@ -1,4 +1,4 @@
-"""The readings of one sensor over a sliding window, and what is worth saying about them."""
+"""The readings of one sensor in a sliding window, and their statistics."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 GAP_FACTOR = 3.0  # a pause this many times the median interval is a gap
-MIN_INTERVALS = 4  # fewer intervals than this have no trustworthy median
+MIN_INTERVALS = 4  # with fewer intervals the median means little
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of the readings in a window. `trend` is the least-squares slope in units an hour, or None.
+    """Statistics of the readings in a window. `trend` is the least-squares slope per hour, or None.
 
-    `gaps` counts pauses of more than three times the median interval, `longest_pause_s` is the longest
-    of all; `span_s` is the time between first and last reading, `age_s` how old the last one is.
+    `gaps` counts pauses of more than three times the median interval; `longest_pause_s` is the longest
+    pause; `span_s` is the time from the first to the last reading, and `age_s` the age of the last.
     """
 
     count: int
@@ -32,7 +32,7 @@ class Statistics:
 
 
 class Window:
-    """At most `readings` readings, none older than `seconds`; 32 bytes a reading, grown as needed."""
+    """At most `readings` readings, none older than `seconds`; grows as needed, to 32 bytes per reading."""
 
     def __init__(self, readings: int, seconds: float) -> None:
         self._most, self._seconds = readings, seconds
@@ -43,7 +43,7 @@ class Window:
         return self._end - self._start
 
     def add(self, time: float, value: float) -> None:
-        """Take in a reading; `time` (seconds of a monotonic clock) never goes back."""
+        """Add a reading; `time` (seconds of a monotonic clock) never decreases."""
         if self._end == self._buffer.shape[1]:
             self._make_room()
         self._buffer[:, self._end] = time, value
@@ -52,7 +52,7 @@ class Window:
         self.expire(time)
 
     def expire(self, now: float) -> None:
-        """Drop what is older than the window."""
+        """Drop readings that are older than the window."""
         times = self._buffer[0, self._start : self._end]
         self._start += int(np.searchsorted(times, now - self._seconds))
 
@@ -62,7 +62,7 @@ class Window:
         return [(float(t), float(v)) for t, v in self._buffer[:, first : self._end].T]
 
     def statistics(self, now: float) -> Statistics | None:
-        """Summarise the readings, or None if there are none."""
+        """Return the statistics of the readings; None without any."""
         if not len(self):
             return None
         times, values = self._buffer[:, self._start : self._end]
@@ -84,24 +84,24 @@ class Window:
         )
 
     def _make_room(self) -> None:
-        """Move the window to the front, of a buffer twice as large if it fills more than half of this one."""
-        kept = self._buffer[:, self._start : self._end]
+        """Move the window to the front of a new buffer, twice as large if it fills more than half of this."""
+        window = self._buffer[:, self._start : self._end]
         width = self._buffer.shape[1]
-        if 2 * kept.shape[1] > width:
+        if 2 * window.shape[1] > width:
             width = min(2 * width, 2 * self._most)
         moved = np.empty((2, width))
-        moved[:, : kept.shape[1]] = kept
-        self._buffer, self._start, self._end = moved, 0, kept.shape[1]
+        moved[:, : window.shape[1]] = window
+        self._buffer, self._start, self._end = moved, 0, window.shape[1]
 
 
 def _mean(values: NDArray[np.float64]) -> float:
-    """Mean that lies between minimum and maximum even where a sum would overflow or round beyond them."""
+    """Return a mean between minimum and maximum, even where the sum would overflow or be rounded."""
     scale = float(np.abs(values).max()) or 1.0
     return float(np.clip((values / scale).mean() * scale, values.min(), values.max()))
 
 
 def _slope(times: NDArray[np.float64], values: NDArray[np.float64]) -> float | None:
-    """Least-squares slope in units an hour; None without two different times, or if no float holds it."""
+    """Return the least-squares slope per hour; None without two different times, or on overflow."""
     hours = (times - times.mean()) / 3600.0
     spread = float(hours @ hours)
     if len(times) < 2 or spread == 0.0:

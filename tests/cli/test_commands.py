@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import pytest
@@ -22,7 +23,7 @@ from edge.cli.main import main
 from edge.cli.program import Command
 from edge.endpoints import Broker
 from tests.support.bundles import small_bundle
-from tests.support.counterparts import WAIT_S, edge_command, free_port
+from tests.support.counterparts import WAIT_S, edge_command, free_port, wait_for
 
 
 def commands(command: click.Command, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
@@ -123,26 +124,31 @@ def test_ctrl_c_during_imports_is_one_line_and_130(module: str) -> None:
     assert interrupted_after(module, "--port", port, "--timeout", "60", "x") == (130, ["Interrupted"])
 
 
-@pytest.mark.parametrize("module", ["ctypes", "numpy.linalg", "edge.requests.engine"])
-def test_ctrl_c_while_a_bundle_is_opened_is_one_line_and_130(module: str) -> None:
-    bundle = str(small_bundle("gemma3-one-kv-head"))
-    code, lines = interrupted_after(module, "--bundle", bundle, "--max-tokens", "100", "x")
-    assert (code, lines[-1:]) == (130, ["Interrupted"])
-    assert "Traceback" not in "".join(lines)
+@pytest.mark.parametrize("library", ["libLiteRt", "_multiarray_umath", "_umath_linalg"])
+def test_ctrl_c_while_a_bundle_is_opened_is_one_line_and_130(library: str) -> None:
+    bundle = str(small_bundle("gemma3-one-kv-head", context=2048))
+    command = edge_command("ask", "--bundle", bundle, "--max-tokens", "2000", "x")
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(lambda: library in Path(f"/proc/{process.pid}/maps").read_text())
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=WAIT_S)
+    last = ("Interrupted", "Error: the answer is not complete: cancelled")  # on a busy machine it had begun
+    assert (process.returncode, errors.splitlines()[-1] in last) == (130, True)
+    assert "Traceback" not in errors
 
 
-def test_ctrl_c_while_it_waits_for_the_prompt_or_the_broker_is_one_line_and_130() -> None:
-    ours, theirs = pty.openpty()
+def test_at_a_terminal_it_asks_for_the_prompt_and_ctrl_c_is_one_line_and_130() -> None:
+    master, slave = pty.openpty()
     process = subprocess.Popen(
-        edge_command("ask"), stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        edge_command("ask"), stdin=slave, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stderr is not None
     assert process.stderr.readline() == "Type the prompt, then press Enter and Ctrl-D.\n"
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=WAIT_S) == ("", "Interrupted\n")
     assert process.returncode == 130
-    os.close(ours)
-    os.close(theirs)
+    os.close(master)
+    os.close(slave)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +169,7 @@ def test_a_host_can_have_a_port(text: str, host: str, port: int | None) -> None:
 @pytest.mark.parametrize(
     "text", ["", ":1", "a:", "a:b", "a:0", "a:65536", "a:٣", "[::1", "[::1]1", "[]:1", "[::1]:"]
 )
-def test_what_is_no_host_is_refused(text: str) -> None:
+def test_other_text_is_not_a_host(text: str) -> None:
     result = CliRunner().invoke(ask, ["--host", text, "x"])
     assert result.exit_code == ExitCode.USAGE
     assert "is not HOST, HOST:PORT or [IPV6]:PORT" in result.stderr
@@ -175,7 +181,7 @@ def test_two_ports_contradict_each_other() -> None:
     assert "--host a:1 and --port 2 contradict each other" in result.stderr
 
 
-def test_an_ipv6_address_stands_in_brackets_in_messages() -> None:
+def test_an_ipv6_address_is_in_brackets_in_messages() -> None:
     port = free_port()
     done = CliRunner().invoke(ask, ["--host", f"[::1]:{port}", "x"])
     assert done.exit_code == ExitCode.UNREACHABLE
@@ -183,7 +189,7 @@ def test_an_ipv6_address_stands_in_brackets_in_messages() -> None:
     assert Broker("broker.lan").address == "broker.lan:1883"
 
 
-def test_a_client_of_a_daemon_imports_neither_routes_nor_jmespath_nor_numpy() -> None:
+def test_a_client_imports_neither_routes_nor_jmespath_nor_numpy() -> None:
     code = "import sys, edge.cli.ask, edge.client.links, edge.client.nodes; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())

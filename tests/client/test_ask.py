@@ -1,4 +1,4 @@
-"""edge-ask as a shell uses it: over MQTT, over a serial port and in process, with its exit codes."""
+"""edge-ask as a shell runs it: over MQTT, over a serial port and in process, with its exit codes."""
 
 import json
 import os
@@ -35,19 +35,21 @@ def run(*arguments: str, text: str = "", timeout: float = WAIT_S) -> subprocess.
 
 
 @pytest.fixture(params=["mqtt", "serial", "bundle"])
-def way(request: pytest.FixtureRequest, served: Field) -> list[str]:
-    """Options for each way to the model."""
-    ways = {
+def connection(request: pytest.FixtureRequest, served: Field) -> list[str]:
+    """Options for each connection to the model."""
+    options = {
         "mqtt": ["--port", str(served.mosquitto.port)],
         "serial": ["--serial", str(served.ptys.far)],
         "bundle": ["--bundle", str(served.bundle)],
     }
-    return ways[request.param]
+    return options[request.param]
 
 
-def test_the_same_question_gets_the_same_answer_on_every_way(way: list[str], served: Field) -> None:
+def test_the_same_request_gets_the_same_answer_over_every_connection(
+    connection: list[str], served: Field
+) -> None:
     in_process = run("--bundle", str(served.bundle), "--max-tokens", "8", "--json", "Pump?")
-    done = run(*way, "--max-tokens", "8", "--json", "Pump?")
+    done = run(*connection, "--max-tokens", "8", "--json", "Pump?")
     assert done.returncode == 0, done.stderr
     answer, expected = json.loads(done.stdout), json.loads(in_process.stdout)
     assert answer["type"] == "final"
@@ -55,9 +57,9 @@ def test_the_same_question_gets_the_same_answer_on_every_way(way: list[str], ser
     assert answer["text"] == expected["text"]
 
 
-def test_text_is_printed_and_a_prompt_is_read_from_stdin(way: list[str]) -> None:
-    given = run(*way, "--max-tokens", "8", "Pump?")
-    piped = run(*way, "--max-tokens", "8", text="Pump?")
+def test_text_is_printed_and_the_prompt_can_come_from_stdin(connection: list[str]) -> None:
+    given = run(*connection, "--max-tokens", "8", "Pump?")
+    piped = run(*connection, "--max-tokens", "8", text="Pump?")
     assert given.stdout == piped.stdout
     assert given.stdout.strip()
     assert given.stderr.replace(LITERT, "") == ""
@@ -66,72 +68,74 @@ def test_text_is_printed_and_a_prompt_is_read_from_stdin(way: list[str]) -> None
 LITERT = "INFO: Created TensorFlow Lite XNNPACK delegate for CPU.\n"
 
 
-def test_statistics_go_to_stderr(way: list[str]) -> None:
-    done = run(*way, "--max-tokens", "8", "--stats", "Pump?")
+def test_statistics_go_to_stderr(connection: list[str]) -> None:
+    done = run(*connection, "--max-tokens", "8", "--stats", "Pump?")
     assert "8 generated at" in done.stderr
     assert "generated" not in done.stdout
 
 
-def test_a_refused_request_has_an_exit_code_and_one_line(way: list[str]) -> None:
-    done = run(*way, "word " * 3000)
+def test_a_refused_request_has_an_exit_code_and_one_line(connection: list[str]) -> None:
+    done = run(*connection, "word " * 3000)
     assert done.returncode == 8
     assert done.stdout == ""
     assert done.stderr.replace(LITERT, "").count("\n") == 1
     assert "shorten" in done.stderr
 
 
-def test_a_timeout_has_an_exit_code_of_its_own(way: list[str]) -> None:
-    done = run(*way, *LONG, "--timeout", "0.3", "Pump?")
+def test_a_timeout_has_its_own_exit_code(connection: list[str]) -> None:
+    done = run(*connection, *LONG, "--timeout", "0.3", "Pump?")
     assert done.returncode == 10
     assert "deadline" in done.stderr
 
 
-def test_ctrl_c_cancels_the_request(way: list[str]) -> None:
-    ours, theirs = pty.openpty()
-    command = edge_command("ask", *way, *LONG, "Pump?")
-    process = subprocess.Popen(command, stdout=theirs, stderr=subprocess.PIPE, text=True)
-    os.close(theirs)
-    os.read(ours, 1)  # the answer has begun
+def test_ctrl_c_cancels_the_request(connection: list[str]) -> None:
+    master, slave = pty.openpty()
+    command = edge_command("ask", *connection, *LONG, "Pump?")
+    process = subprocess.Popen(command, stdout=slave, stderr=subprocess.PIPE, text=True)
+    os.close(slave)
+    os.read(master, 1)  # the answer has begun
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=WAIT_S)
-    os.close(ours)
+    _, errors = process.communicate(timeout=WAIT_S)
+    os.close(master)
     assert process.returncode == 130
-    assert said.endswith("Error: the answer is not complete: cancelled\n")
+    assert errors.endswith("Error: the answer is not complete: cancelled\n")
 
 
-def test_on_a_terminal_the_answer_streams_and_is_whole(way: list[str]) -> None:
-    plain = run(*way, "--max-tokens", "200", "Pump?")
-    ours, theirs = pty.openpty()
+def test_on_a_terminal_the_answer_streams_and_is_whole(connection: list[str]) -> None:
+    plain = run(*connection, "--max-tokens", "200", "Pump?")
+    master, slave = pty.openpty()
     process = subprocess.Popen(
-        edge_command("ask", *way, "--max-tokens", "200", "Pump?"), stdout=theirs, stderr=subprocess.DEVNULL
+        edge_command("ask", *connection, "--max-tokens", "200", "Pump?"),
+        stdout=slave,
+        stderr=subprocess.DEVNULL,
     )
-    os.close(theirs)
+    os.close(slave)
     shown = b""
     pieces = 0
     while True:
         try:
-            piece = os.read(ours, 65536)
-        except OSError:  # Linux says so when the other end is closed
+            piece = os.read(master, 65536)
+        except OSError:  # EIO: the other end is closed
             break
         if not piece:
             break
         shown += piece
         pieces += 1
     assert process.wait(WAIT_S) == 0
-    os.close(ours)
+    os.close(master)
     assert shown.decode().replace("\r\n", "\n") == plain.stdout
     assert pieces > 1
 
 
-def test_a_node_is_found_by_itself_or_named(served: Field) -> None:
+def test_the_only_node_online_is_found_or_one_is_named(served: Field) -> None:
     port = str(served.mosquitto.port)
     assert run("--port", port, "--node", "pump", "--max-tokens", "1", "x").returncode == 0
     done = run("--port", port, "--node", "tank", "x")
     assert done.returncode == 6
-    assert done.stderr == f"Error: node tank at broker 127.0.0.1:{port} is not known; online are pump\n"
+    assert done.stderr == f"Error: node tank at broker 127.0.0.1:{port} is not known; online: pump\n"
 
 
-def test_status_says_how_the_nodes_are(served: Field) -> None:
+def test_status_shows_the_state_of_the_nodes(served: Field) -> None:
     port = str(served.mosquitto.port)
     publish.single("edge/v1/tank/status", '{"state":"offline"}', qos=1, retain=True, port=int(port))
     run("--port", port, "--node", "pump", "--max-tokens", "8", "x")
@@ -163,7 +167,7 @@ def test_a_node_that_is_offline_is_named(mosquitto: Mosquitto) -> None:
     assert "which node" in run("--port", str(mosquitto.port), "x").stderr
 
 
-def test_a_broker_that_is_not_there_or_refuses_is_named(
+def test_a_broker_that_is_missing_or_refuses_the_login_is_named(
     start_mosquitto: Callable[..., Mosquitto], tmp_path: Path
 ) -> None:
     port = free_port()
@@ -183,7 +187,7 @@ def test_a_broker_that_is_not_there_or_refuses_is_named(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "message"),
     [
         (["--serial", "/dev/nothing", "x"], 6, "port /dev/nothing: it is not there; plug it in"),
         (["--bundle", "/nowhere", "x"], 3, "/nowhere/manifest.json"),
@@ -195,17 +199,17 @@ def test_a_broker_that_is_not_there_or_refuses_is_named(
         (["--ca-file", "/nowhere/ca", "--tls", "x"], 6, "a TLS file can't be used"),
     ],
 )
-def test_what_is_wrong_is_named_without_a_traceback(arguments: list[str], code: int, said: str) -> None:
+def test_errors_are_named_without_a_traceback(arguments: list[str], code: int, message: str) -> None:
     done = run(*arguments)
     assert done.returncode == code
-    assert said in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_a_serial_line_with_nobody_at_the_end_is_said(ptys: PtyPair) -> None:
+def test_a_serial_line_without_a_daemon_is_reported(ptys: PtyPair) -> None:
     done = run("--serial", str(ptys.far), "x")
     assert done.returncode == 6
-    assert "no acknowledgement; is edge-daemon there, at the same baud rate?" in done.stderr
+    assert "no acknowledgement; is edge-daemon running, at the same baud rate?" in done.stderr
 
 
 def test_the_word_top_is_a_prompt_after_two_dashes(served: Field) -> None:
@@ -238,7 +242,7 @@ def test_help_has_examples_and_exit_codes() -> None:
     assert "130 cancelled" in done.stdout
 
 
-def test_lost_parts_are_made_up_for_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_final_fills_in_for_lost_partials(capsys: pytest.CaptureFixture[str]) -> None:
     text = _Text(live=True)
     text.partial(Partial("a", 0, "one "))
     text.partial(Partial("a", 2, "three"))
@@ -246,7 +250,7 @@ def test_lost_parts_are_made_up_for_at_the_end(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out == "one two three\n"
 
 
-def test_an_answer_cant_touch_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_answer_cannot_control_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     text = _Text(live=True)
     text.partial(Partial("a", 0, "a\x1b[2J\x9b1mb\tc\n"))
     text.end(Final("a", "a\x1b[2J\x9b1mb\tc\nd", "stop", Usage(1, 0, 0, 3), Timings(0, 0, 0, 0)))

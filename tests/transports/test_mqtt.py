@@ -705,5 +705,5 @@ def test_who_asks_without_a_right_to_is_told_so(
     (tmp_path / "acl").write_text("topic read #\ntopic write edge/v1/pump/status\n")
     broker = start_mosquitto("allow_anonymous true", f"acl_file {tmp_path / 'acl'}")
     publish.single("edge/v1/pump/status", '{"state":"online"}', 1, True, port=broker.port)
-    with pytest.raises(TransportError, match=": it does not take what is published: Not authorized"):
+    with pytest.raises(TransportError, match=": it refuses the request: Not authorized"):
         list(ask_as(broker).ask(Request("a", "abc"), WAIT_S))

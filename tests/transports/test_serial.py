@@ -362,5 +362,7 @@ def test_edge_ask_waits_for_no_daemon_that_has_gone(
     monkeypatch.setattr(links, "LOST_S", 1.0)
     answers = link.ask(Request("7", "x"))
     threading.Timer(0.2, partial(board.send, '{"type":"ack","id":"7"}')).start()
-    with pytest.raises(TransportError, match=r"port .*near: nothing has come for 1 s; is edge-daemon there"):
+    with pytest.raises(
+        TransportError, match=r"port .*near: nothing received for 1 s; is edge-daemon running"
+    ):
         next(answers)
