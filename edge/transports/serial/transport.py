@@ -21,9 +21,9 @@ from edge.errors import RequestError
 from edge.logs import RepeatedLog, place_of
 from edge.protocol.checks import FieldError, mapping, one_of
 from edge.protocol.framing import Damaged
-from edge.protocol.messages import Answer, Failure, Partial, peek_request
+from edge.protocol.messages import Answer, Failure, Partial, PeekedRequest, peek_request
 from edge.protocol.request_fields import request_id, response_topic
-from edge.protocol.strict_json import StrictJsonError, dumps, loads
+from edge.protocol.strict_json import dumps
 from edge.requests.engine import Sink
 from edge.requests.journaled_engine import JournaledEngine
 from edge.transports.routes import Routes
@@ -77,17 +77,19 @@ class SerialTransport:
             self.port.send(dumps({"type": "nak", "reason": item.reason}), droppable=True)
         elif isinstance(item, Damaged):
             self._answer(Failure(None, "bad_request", str(item)))
-        elif not self._control(item):
-            self._request(item)
+        else:
+            peeked = peek_request(item)
+            if "type" in peeked.content:
+                self._control(peeked)
+            else:
+                self._request(peeked)
 
-    def _control(self, text: str) -> bool:
-        """Do what a frame with a `type` says; False if it has none, which makes it a request."""
+    def _control(self, frame: PeekedRequest) -> None:
+        """Do what a frame with a `type` asks for."""
+        data = frame.content
+        if data["type"] in OWN or (data["type"] == "hello" and "protocol" in data):
+            return  # the line echoes; an answer would be echoed in turn, without end
         try:
-            data = loads(text, MAX_LINE_BYTES)
-            if "type" not in data:
-                return False
-            if data["type"] in OWN or (data["type"] == "hello" and "protocol" in data):
-                return True  # the line echoes; to answer would go on for ever
             kind = one_of("cancel", "hello", "reading")("type", data["type"])
             if kind == "hello":
                 self._greet()
@@ -96,23 +98,19 @@ class SerialTransport:
             else:
                 mapping("cancel", data, ("type", "id"), ("id",))
                 self._engine.cancel(self.client, request_id("id", data["id"]))
-        except StrictJsonError:
-            return False
         except FieldError as error:
-            self._answer(Failure(peek_request(text).id, "bad_request", str(error)))
-        return True
+            self._answer(Failure(frame.id, "bad_request", str(error)))
 
     def _reading(self, data: Mapping[str, Any]) -> None:
         topic = response_topic("reading.topic", data["topic"])
         if self._routes is not None:
             self._routes.reading(topic, dumps(data["payload"]).encode())
 
-    def _request(self, text: str) -> None:
-        peeked = peek_request(text)
+    def _request(self, frame: PeekedRequest) -> None:
         try:
-            request = peeked.parse()
+            request = frame.parse()
         except RequestError as error:
-            self._answer(Failure(peeked.id, error.code, str(error)))
+            self._answer(Failure(frame.id, error.code, str(error)))
             return
         self.port.send(dumps({"type": "ack", "id": request.id}), droppable=True)
         try:
