@@ -38,6 +38,12 @@ class Outgoing:
     correlation: bytes | None = None
     response_topic: str | None = None
 
+    @property
+    def size(self) -> int:
+        """Characters and bytes that it holds, about what it takes in memory."""
+        texts = len(self.topic) + len(self.payload) + len(self.response_topic or "")
+        return texts + len(self.correlation or b"")
+
 
 class Listener(Protocol):
     """What happens on a connection, told in its thread. No method may block."""

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from edge.transports.mqtt.messages import Outgoing
 
 MAX_INFLIGHT = 20  # messages without an acknowledgement, if the broker takes so many
-MAX_QUEUED = 1024  # messages that wait
+MAX_QUEUED = 4096  # messages that wait: more than the requests that a broker sends at a time
+MAX_QUEUED_BYTES = 8 * 1024 * 1024  # of them: a refusal carries Correlation Data of its client's choice
 
 Done = Callable[[str | None], None]
 """Called once with None when the broker has a message, or with why it never will."""
@@ -45,6 +46,7 @@ class OutgoingQueue:
     def __init__(self) -> None:
         self._waiting: deque[Entry] = deque()
         self._inflight: dict[int, Entry] = {}  # by packet identifier, oldest first
+        self._bytes = 0  # of all that wait or are on their way
         self._suspects = 0  # the first so many of all
         self._window = MAX_INFLIGHT
         self._identifiers: set[int] = set()  # of messages in the queue
@@ -61,9 +63,12 @@ class OutgoingQueue:
         return self._suspects > 0
 
     def add(self, message: Outgoing, done: Done | None, keep: bool) -> bool:
-        """Queue a message; False if it is dropped because MAX_QUEUED wait, which `keep` prevents."""
-        if len(self._waiting) >= MAX_QUEUED and not keep:
+        """Queue a message; False if it is dropped because too many wait, which `keep` prevents."""
+        size = message.size
+        full = len(self._waiting) >= MAX_QUEUED or self._bytes + size > MAX_QUEUED_BYTES
+        if full and not keep:
             return False
+        self._bytes += size
         self._waiting.append(Entry(message, done))
         return True
 
@@ -86,6 +91,7 @@ class OutgoingQueue:
         """Take out the message that was acknowledged or can't be sent; None if there is none."""
         entry = self._inflight.pop(identifier, None)
         if entry is not None:
+            self._bytes -= entry.message.size
             self._identifiers.discard(identifier)
             self._suspects = max(0, self._suspects - 1)
         return entry
@@ -99,6 +105,7 @@ class OutgoingQueue:
         given_up = returned if blamed and self._suspects else []
         if given_up:
             self._suspects -= len(given_up)
+            self._bytes -= sum(entry.message.size for entry in given_up)
             self._identifiers.difference_update(entry.identifier for entry in given_up)
         else:
             for entry in returned:

@@ -19,6 +19,7 @@ from functools import partial
 from typing import TypeGuard
 
 from edge.errors import RequestError
+from edge.logs import RepeatedLog
 from edge.protocol.checks import FieldError, mapping
 from edge.protocol.messages import Answer, Failure, Final, Partial, PeekedRequest, Request, peek_request
 from edge.protocol.request_fields import request_id, response_topic
@@ -49,6 +50,8 @@ class MqttRequests:
         self._connection, self._topics, self._engine = connection, topics, engine
         self._prefixes = (topics.reply, *prefixes)
         self._deliveries = Deliveries(connection)
+        self._ignored, self._unanswerable = RepeatedLog(log), RepeatedLog(log)
+        self._dropped, self._refused = RepeatedLog(log), RepeatedLog(log)
         self.answering = 0
         """How many last answers the broker has not acknowledged."""
 
@@ -93,7 +96,7 @@ class MqttRequests:
             name = request_id("id", data["id"])
             reply = message.response_topic or response_topic("reply_to", data.get("reply_to"))
         except (StrictJsonError, FieldError) as error:
-            log.warning(
+            self._ignored.warning(
                 "%s: ignored: %s; the request's id and response topic are needed", message.topic, error
             )
         else:
@@ -131,14 +134,17 @@ class MqttRequests:
         if self._connection.publish(delivery.answer(answer), keep, done):
             self.answering += 1
         else:
-            log.error("%s: too many messages wait for the broker; a refusal is dropped", self._topics.base)
-            self._deliveries.forget(delivery)
+            self._dropped.warning(
+                "%s: too many messages wait for the broker; a refusal is dropped", self._topics.base
+            )
+            self._deliveries.finish(delivery)  # otherwise the broker would soon send nothing more
 
     def _sent(self, delivery: Delivery, answer: Answer, refused: str | None) -> None:
         """Note that the last answer of a request is out; one that is too large becomes an error."""
         self.answering -= 1
         if refused:
-            log.warning("%s: the broker refuses an answer: %s", printable(delivery.reply, 200), refused)
+            said = printable(delivery.reply, 200)
+            self._refused.warning("%s: the broker refuses an answer: %s", said, refused)
             size = self._connection.packet_bytes(delivery.answer(answer))
             limit = self._connection.max_packet_bytes
             if isinstance(answer, Final) and size > limit:
@@ -155,7 +161,7 @@ class MqttRequests:
             "names no response topic" if reply is None else f"has the response topic {printable(reply, 200)}"
         )
         allowed = ", ".join(f"{prefix}#" for prefix in self._prefixes)
-        log.warning("%s: a request %s; allowed are %s", message.topic, why, allowed)
+        self._unanswerable.warning("%s: a request %s; allowed are %s", message.topic, why, allowed)
         self._connection.acknowledge(message.token)
 
     def _may_answer(self, topic: str | None) -> TypeGuard[str]:

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from edge.config import MqttConfig
+from edge.logs import RepeatedLog
 from edge.protocol.strict_json import printable
 from edge.protocol.topics import ROOT, NodeTopics
 from edge.requests.engine import Sink
@@ -48,6 +49,7 @@ class MqttTransport:
         """Prepare the transport. Raises TransportError if a TLS file can't be used."""
         self._topics = topics = NodeTopics(node)
         self._engine = engine
+        self._retained, self._refused, self._dropped = (RepeatedLog(log) for _ in range(3))
         self._publishing = 0  # messages of routes that the broker has not acknowledged
         name, problems, broker = f"edge-{node}", Problems(), config.broker
         self.connection = MqttConnection(
@@ -136,7 +138,7 @@ class MqttTransport:
         if message.topic in self._presence.births:
             self._presence.birth(message)
         elif message.retained:
-            log.warning(
+            self._retained.warning(
                 "%s: a retained request is ignored; publish it without the retain flag", message.topic
             )
             self.connection.acknowledge(message.token)
@@ -159,11 +161,12 @@ class MqttTransport:
         def done(refused: str | None) -> None:
             self._publishing -= 1
             if refused:
-                log.warning("%s: the broker refuses it: %s", printable(topic, 200), refused)
+                self._refused.warning("%s: the broker refuses it: %s", printable(topic, 200), refused)
             if delivered is not None:
                 delivered()
 
         if self.connection.publish(Outgoing(topic, payload), keep=delivered is not None, done=done):
             self._publishing += 1
         else:
-            log.error("%s: too many messages wait for the broker; one is dropped", printable(topic, 200))
+            said = printable(topic, 200)
+            self._dropped.warning("%s: too many messages wait for the broker; one is dropped", said)
