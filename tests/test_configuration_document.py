@@ -72,7 +72,9 @@ def test_every_key_is_documented_once() -> None:
     known = [("", key) for key in TOP_KEYS if key not in tables]
     known += [("mqtt", key) for key in MQTT_KEYS] + [("serial", key) for key in SERIAL_KEYS]
     known += [("route", key) for key in ROUTE_KEYS] + [("route.trigger", key) for key in TRIGGER_KEYS]
-    known += [("route.ask", key) for key in ("instructions", "question", "limit", "schema", *ASK_KEYS)]
+    known += [
+        ("route.ask", key) for key in ("instructions", "question", "limit", "schema", "state", *ASK_KEYS)
+    ]
     assert sorted((row.section, row.key) for row in rows()) == sorted(known)
 
 

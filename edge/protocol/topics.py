@@ -19,8 +19,12 @@ class NodeTopics:
         """Prefix of the response topics that every client may use."""
 
     def route(self, name: str) -> str:
-        """Give the topic that shows a route's last answer to Home Assistant."""
+        """Give the topic that shows a route's last answer."""
         return f"{self.base}/routes/{name}"
+
+    def sensor(self, route: str, name: str) -> str:
+        """Give the topic that shows one sensor of a route; no route's name has a dot."""
+        return f"{self.base}/routes/{route}.{name}"
 
 
 def node_of(topic: str) -> str:

@@ -80,12 +80,14 @@ class Trigger:
 class Ask:
     """A route's questions: constant `instructions`, a `question` template, and fields of the request.
 
-    `limit` is for the template fields `{limit}` and `{notes}`.
+    `limit` is for the template fields `{limit}` and `{notes}`. `state` is a template over the fields of a
+    JSON answer, for Home Assistant; None shows the first field.
     """
 
     instructions: str
     question: str
     limit: Limit | None = None
+    state: str | None = None
     request: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -172,7 +174,7 @@ def _trigger(path: str, value: Any, json_payload: bool) -> Trigger:
 
 
 def _ask(path: str, value: Any) -> Ask:
-    known = ("instructions", "question", "limit", "schema", *ASK_KEYS)
+    known = ("instructions", "question", "limit", "schema", "state", *ASK_KEYS)
     table = checks.mapping(path, value, known, ("question",))
     request = {key: CHECKS[key](f"{path}.{key}", table[key]) for key in ASK_KEYS if key in table}
     if "schema" in table:
@@ -183,8 +185,17 @@ def _ask(path: str, value: Any) -> Ask:
         instructions=checks.text(f"{path}.instructions", table.get("instructions", "")),
         question=_template(f"{path}.question", table["question"], fields),
         limit=limit,
+        state=_state(f"{path}.state", table["state"]) if "state" in table else None,
         request=request,
     )
+
+
+def _state(path: str, value: Any) -> str:
+    """Check a template whose fields are those of the answer, which are not known yet."""
+    names = tuple(name for name in re.findall(r"{(\w+)}", checks.text(path, value)) if name.isidentifier())
+    if not names:
+        raise FieldError(f"{path} names no field of the answer; allowed: text with {{name}}")
+    return _template(path, value, names)
 
 
 def _limit(path: str, value: Any) -> Limit:

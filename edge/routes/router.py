@@ -146,6 +146,15 @@ class Router:
             if route.trigger.silence_s is not None or sensor.alarmed or sensor.alarmed_before
         ]
 
+    def names(self, known: Sequence[Known]) -> list[tuple[str, str]]:
+        """Give route and sensor of what is known, as events and answers name them."""
+        found = [(one.route, self._name_of(one)) for one in known]
+        return [(route, sensor) for route, sensor in found if sensor is not None]
+
+    def _name_of(self, known: Known) -> str | None:
+        state = self._states.get(known.route)
+        return None if state is None else _name(state.route, known.topic)
+
     def recall(self, known: Sequence[Known], now: float) -> None:
         """Continue from the state of an earlier run; called before anything else.
 

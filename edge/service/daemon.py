@@ -20,6 +20,7 @@ from edge.errors import EdgeError, TransportError
 from edge.requests.engine import ABANDON_S, Engine
 from edge.requests.journal import Journal
 from edge.requests.journaled_engine import JournaledEngine, Origin
+from edge.routes.display import Display
 from edge.service import route_runner
 from edge.service.bundle_keeper import keeper_of
 from edge.service.health import health
@@ -181,10 +182,10 @@ class Daemon:
             for port in self._ports:
                 port.publish(topic, payload, delivered)
 
-    def _show(self, route: str, payload: str) -> None:
-        """Show a route's answer in Home Assistant."""
+    def _show(self, display: Display) -> None:
+        """Show a sensor of a route in Home Assistant."""
         if self._mqtt is not None:
-            self._mqtt.show(route, payload)
+            self._mqtt.show(display)
 
     def _origin(self, client: str) -> Origin | None:
         """Find where the requests of a client come from."""

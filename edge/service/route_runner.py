@@ -9,6 +9,7 @@ back after a power cut is missed, and an alarm that has ended meanwhile is ended
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import queue
@@ -30,6 +31,7 @@ from edge.protocol.topic_filter import disjoint
 from edge.requests.engine import REFUSALS, Sink
 from edge.requests.journaled_engine import JournaledEngine
 from edge.routes.config import MAX_TOPIC_BYTES, Route
+from edge.routes.display import Alarms, Display, answer_display
 from edge.routes.router import Event, Ignored, Known, Outcome, Question, Router, answer_payload
 from edge.routes.values import MAX_PAYLOAD_BYTES
 
@@ -70,15 +72,16 @@ class RouteRunner:
         plain: bool,
         engine: JournaledEngine,
         publish: Publish,
-        show: Callable[[str, str], None] = lambda _route, _payload: None,
+        show: Callable[[Display], None] = lambda _display: None,
         memory: Path | None = None,
     ) -> None:
-        """Prepare the routes. `show` is given what a route has answered, after `publish`.
+        """Prepare the routes. `show` is given each answer, and each event of a route that does not ask.
 
         `memory` is the file of what is known of sensors; None: nothing is kept.
         """
         self.progress = 0
-        self.answering = tuple(route.name for route in routes if route.ask is not None)
+        self._templates = {route.name: route.ask.state for route in routes if route.ask is not None}
+        self._alarms = Alarms()
         self._show = show
         self._router = Router(routes, plain)
         self._engine, self._publish = engine, publish
@@ -139,6 +142,16 @@ class RouteRunner:
     def listen(self, on: bool) -> None:
         """Say that readings can come, or can't, from any thread; while they can't, no sensor is silent."""
         self._work.put(partial(self._listen, time.monotonic() if on else math.inf))
+
+    @property
+    def asking(self) -> frozenset[str]:
+        """Names of the routes that ask the model."""
+        return frozenset(self._templates)
+
+    @property
+    def displayed(self) -> Sequence[tuple[str, str]]:
+        """Route and sensor of what an earlier run knew."""
+        return self._router.names(self._known)
 
     def use_format(self, plain: bool) -> None:
         """Ask a model with, or without, a chat format from now on."""
@@ -221,6 +234,8 @@ class RouteRunner:
                 said = printable(outcome.topic, 200)
                 self._events[outcome.route].info("route %s: event on %s", outcome.route, said)
                 self._publish(outcome.topic, outcome.payload, None)
+                if outcome.route not in self._templates:
+                    self._show(self._alarms.display(json.loads(outcome.payload)))
             elif isinstance(outcome, Ignored):
                 self._ignore(outcome)
             elif self._questions.qsize() < MAX_QUESTIONS:
@@ -259,7 +274,7 @@ class RouteRunner:
         delivered = partial(self._engine.delivered, _client(question.route), question.request.id)
         payload = answer_payload(question, answer)
         self._publish(question.answer_topic, payload, delivered)
-        self._show(question.route, payload)
+        self._show(answer_display(json.loads(payload), self._templates.get(question.route)))
 
     def _postpone(self, question: Question, until: float) -> Sequence[Outcome]:
         self._router.postpone(question, until)

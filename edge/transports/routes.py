@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 
@@ -9,8 +10,12 @@ class Routes(Protocol):
     """Takes readings. Any thread may call its methods, and none of them waits."""
 
     @property
-    def answering(self) -> tuple[str, ...]:
-        """Names of the routes that ask the model."""
+    def asking(self) -> frozenset[str]:
+        """Names of the routes that ask the model; of the others only alarms are shown."""
+
+    @property
+    def displayed(self) -> Sequence[tuple[str, str]]:
+        """Route and sensor of what an earlier run knew, so that a dashboard need not wait for it."""
 
     @property
     def filters(self) -> tuple[str, ...]:

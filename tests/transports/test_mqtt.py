@@ -557,7 +557,8 @@ def test_a_problem_of_both_connections_is_logged_once(caplog: pytest.LogCaptureF
 class NoRoutes:
     """Routes that read one topic and do nothing with it."""
 
-    answering = ()
+    asking = frozenset[str]()
+    displayed = ()
     filters = ("sensors/#",)
 
     def listen(self, on: bool) -> None:

@@ -1,22 +1,30 @@
-"""What Home Assistant shows of a node: one device with its health and, for each route, the last answer.
+"""What Home Assistant shows of a node: one device with its health, and an entity for each sensor of a route.
 
-A retained message describes the device (MQTT device discovery, Home Assistant 2024.11 and later); it is
-published on each connection and when Home Assistant says that it has started. Figures come from the node's
-retained health, availability from its status. A state has at most 255 characters there, so the answer of a
-route is cut to that, and stands whole in the attributes.
+A retained message describes the device (MQTT device discovery, Home Assistant 2024.11 and later). It is
+published on each connection, when Home Assistant has started, and when a route has something to show of a
+sensor for the first time. Figures come from the node's retained health, availability from its status.
+
+A route that asks the model shows the last answer (`sensor`); one that only raises events shows whether there
+is an alarm (`binary_sensor`). A state has at most 255 characters there, so an answer is cut to that; the
+whole answer is in the attributes.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+import re
+import zlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from edge.protocol.strict_json import dumps
 from edge.protocol.topics import NodeTopics
+from edge.routes.display import Display
 from edge.transports.mqtt.messages import Outgoing
+from edge.transports.routes import Routes
 
 MAX_STATE = 255  # characters of a state in Home Assistant
+MAX_SENSORS = 500  # with an entity: 250 kB of description
+MAX_NAME = 64  # characters of a sensor in a topic
 
 # Of health, by its keys: the name, and what else Home Assistant needs to know.
 _FIGURES: dict[str, tuple[str, dict[str, str]]] = {
@@ -43,7 +51,7 @@ _PROBLEMS = {"throttling": "Throttling", "journal": "Journal"}
 class HomeAssistant:
     """Makes the messages for a node's device; `prefix` is Home Assistant's discovery prefix.
 
-    `topics` are those of the node, `status` gives what its status says, `routes` those that answer.
+    `topics` are those of the node, and `status` gives what its status contains.
     """
 
     def __init__(
@@ -52,11 +60,15 @@ class HomeAssistant:
         node: str,
         topics: NodeTopics,
         status: Callable[[], Mapping[str, Any]],
-        routes: Sequence[str],
+        routes: Routes | None,
     ) -> None:
         self.birth_topic = f"{prefix}/status"
         self._prefix, self._node, self._topics = prefix, node, topics
-        self._status, self._routes = status, routes
+        self._status = status
+        self._asking = frozenset[str]() if routes is None else routes.asking
+        self._sensors: dict[tuple[str, str], None] = {}  # route and sensor, in the order of their appearance
+        for route, sensor in () if routes is None else routes.displayed:
+            self._know(route, sensor)
 
     def device(self) -> Outgoing:
         """Describe the device."""
@@ -79,16 +91,24 @@ class HomeAssistant:
         }
         return Outgoing(f"{self._prefix}/device/{name}/config", dumps(described), retain=True)
 
-    def answer(self, route: str, payload: str) -> Outgoing:
-        """Give a route's last answer, `payload` as it is on the answer topic, as state and attributes."""
-        said = json.loads(payload)  # our own, so it is not read as that of a stranger
-        answer = said.get("answer", said.get("error"))
-        if "error" in said:
-            state = f"{said['error']['code']}: {said['error']['message']}"
-        else:
-            state = answer if isinstance(answer, str) else dumps(answer)
-        shown = {"state": _cut(state), "attributes": said}
-        return Outgoing(self._route_topic(route), dumps(shown), retain=True)
+    def show(self, display: Display) -> list[Outgoing]:
+        """Give the messages that show a sensor; the device comes first where it is a new one."""
+        new = self._know(display.route, display.sensor)
+        state = display.state
+        text = ("ON" if state else "OFF") if isinstance(state, bool) else _cut(state)
+        shown = dumps({"state": text, "attributes": display.attributes})
+        topics = [self._sensor_topic(display.route, display.sensor)]
+        if not isinstance(state, bool):
+            topics.append(self._topics.route(display.route))  # the last answer of the route
+        messages = [Outgoing(topic, shown, retain=True) for topic in topics]
+        return [self.device(), *messages] if new else messages
+
+    def _know(self, route: str, sensor: str) -> bool:
+        """Note a sensor; True if it is a new one that there is room for."""
+        new = (route, sensor) not in self._sensors and len(self._sensors) < MAX_SENSORS
+        if new:
+            self._sensors[route, sensor] = None
+        return new
 
     def _components(self) -> dict[str, dict[str, Any]]:
         health = self._topics.health
@@ -104,13 +124,22 @@ class HomeAssistant:
             parts[key]["device_class"] = "problem"
         for part in parts.values():
             part["entity_category"] = "diagnostic"
-        for route in self._routes:
-            topic, key = self._route_topic(route), f"route-{route}"
-            parts[key] = self._part("sensor", key, route, topic, "{{ value_json.state }}") | {
-                "json_attributes_topic": topic,
-                "json_attributes_template": "{{ value_json.attributes | tojson }}",
-            }
+        for route in sorted(self._asking):  # a route had one entity before: remove it
+            parts[f"route-{route}"] = {"platform": "sensor"}
+        for route, sensor in self._sensors:
+            parts[f"route-{route}-{_slug(sensor)}"] = self._sensor(route, sensor)
         return parts
+
+    def _sensor(self, route: str, sensor: str) -> dict[str, Any]:
+        """Describe the entity of a sensor of a route."""
+        topic, key = self._sensor_topic(route, sensor), f"route-{route}-{_slug(sensor)}"
+        platform = "sensor" if route in self._asking else "binary_sensor"
+        part = self._part(platform, key, f"{route} {sensor}", topic, "{{ value_json.state }}")
+        if platform == "binary_sensor":
+            part["device_class"] = "problem"
+        part["json_attributes_topic"] = topic
+        part["json_attributes_template"] = "{{ value_json.attributes | tojson }}"
+        return part
 
     def _part(self, platform: str, key: str, name: str, topic: str, template: str) -> dict[str, Any]:
         return {
@@ -121,8 +150,14 @@ class HomeAssistant:
             "value_template": template,
         }
 
-    def _route_topic(self, route: str) -> str:
-        return self._topics.route(route)
+    def _sensor_topic(self, route: str, sensor: str) -> str:
+        return self._topics.sensor(route, _slug(sensor))
+
+
+def _slug(sensor: str) -> str:
+    """Name a sensor in a topic and an identifier; a checksum tells apart names that look the same then."""
+    plain = re.sub(r"[^A-Za-z0-9_-]", "_", sensor)[:MAX_NAME]
+    return plain if plain == sensor else f"{plain}-{zlib.crc32(sensor.encode()):08x}"
 
 
 def _cut(text: str) -> str:

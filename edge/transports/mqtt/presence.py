@@ -12,6 +12,7 @@ from typing import Any
 
 from edge.protocol.strict_json import dumps
 from edge.protocol.topics import NodeTopics
+from edge.routes.display import Display
 from edge.transports.mqtt.connection import MqttConnection
 from edge.transports.mqtt.home_assistant import HomeAssistant
 from edge.transports.mqtt.messages import Outgoing, Received
@@ -91,6 +92,11 @@ class Presence:
         """Tell Home Assistant what there is to see."""
         if self._home is not None:
             self._connection.publish(self._home.device())
+
+    def show(self, display: Display) -> None:
+        """Show a sensor of a route in Home Assistant."""
+        for message in () if self._home is None else self._home.show(display):
+            self._connection.publish(message)
 
     def tick(self) -> None:
         """Publish health when it has changed, and now and then."""

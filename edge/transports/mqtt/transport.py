@@ -19,6 +19,7 @@ from edge.protocol.strict_json import printable
 from edge.protocol.topics import ROOT, NodeTopics
 from edge.requests.engine import Sink
 from edge.requests.journaled_engine import JournaledEngine
+from edge.routes.display import Display
 from edge.transports.mqtt import presence
 from edge.transports.mqtt.connection import MqttConnection
 from edge.transports.mqtt.home_assistant import HomeAssistant
@@ -56,12 +57,11 @@ class MqttTransport:
             broker, name, self, config.session_expiry_s, presence.will(topics), problems
         )
         self.connections = {"mqtt": self.connection}
-        self._home: HomeAssistant | None = None
+        home: HomeAssistant | None = None
         if config.discovery_prefix is not None:
-            answering = routes.answering if routes else ()
-            self._home = HomeAssistant(config.discovery_prefix, node, topics, status, answering)
+            home = HomeAssistant(config.discovery_prefix, node, topics, status, routes)
         self._requests = MqttRequests(self.connection, topics, config.reply_prefixes, engine)
-        self._presence = Presence(self.connection, topics, status, health, self._home, routes is not None)
+        self._presence = Presence(self.connection, topics, status, health, home, routes is not None)
         if routes is not None:
             heard = partial(self.connection.post, self._presence.readings_heard)
             readings = MqttReadings(broker, f"{name}-readings", routes, f"{ROOT}/", heard, problems)
@@ -107,11 +107,9 @@ class MqttTransport:
         """
         self.connection.post(lambda: self._publish(topic, payload, delivered))
 
-    def show(self, route: str, payload: str) -> None:
-        """Show the answer of a route in Home Assistant, from any thread."""
-        if self._home is not None:
-            message = self._home.answer(route, payload)
-            self.connection.post(lambda: self._tell(message))
+    def show(self, display: Display) -> None:
+        """Show a sensor of a route in Home Assistant, from any thread."""
+        self.connection.post(partial(self._presence.show, display))
 
     def announce(self) -> None:
         """Publish the status again, from any thread, because it has changed."""
@@ -153,9 +151,6 @@ class MqttTransport:
         """Have what was accepted written to the disk, and publish health."""
         self._engine.sync()
         self._presence.tick()
-
-    def _tell(self, message: Outgoing) -> None:
-        self.connection.publish(message)
 
     def _publish(self, topic: str, payload: str, delivered: Callable[[], None] | None) -> None:
         def done(refused: str | None) -> None:
