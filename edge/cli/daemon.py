@@ -48,8 +48,10 @@ daemon.add_command(bundle)
 def run(path: Path, force: bool) -> None:
     """Serve in the foreground until SIGTERM or Ctrl-C."""
     from edge.config import load
+    from edge.files import keep_private
     from edge.logs import log_to_stderr
 
+    keep_private()
     config = load(path)
     from edge.service.daemon import Daemon  # only now: it loads the runtime
 
