@@ -98,7 +98,7 @@ def test_a_second_daemon_on_the_same_state_is_refused_and_the_first_answers_on(
 
 
 @pytest.mark.parametrize("times", [4, pytest.param(40, marks=pytest.mark.slow)])
-def test_a_signal_at_any_moment_of_a_start_ends_it_and_the_next_start_works(
+def test_a_stop_at_any_moment_of_a_start_ends_it_and_the_next_start_works(
     daemon: DaemonProcess, mosquitto: Mosquitto, times: int
 ) -> None:
     daemon.start()
@@ -106,11 +106,10 @@ def test_a_signal_at_any_moment_of_a_start_ends_it_and_the_next_start_works(
     chance = random.Random(times)
     for _ in range(times):
         daemon.start(wait=False)
-        time.sleep(chance.uniform(0.2, 1.0))  # before that it is Python's own start that a SIGINT ends
+        time.sleep(chance.uniform(0, 1.0))
         assert daemon.process is not None
-        number = chance.choice([signal.SIGTERM, signal.SIGINT])
-        daemon.process.send_signal(number)
-        assert daemon.end() in (0, 130, 143, -number), daemon.log.read_text()[-2000:]
+        daemon.process.send_signal(signal.SIGTERM)
+        assert daemon.end() in (0, 143, -signal.SIGTERM), daemon.log.read_text()[-2000:]
     daemon.start()
     is_answered(mosquitto)
 
