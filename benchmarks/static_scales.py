@@ -29,7 +29,8 @@ from benchmarks.speed import seconds
 from converters.calibration.activations import round_activations
 from converters.checkpoints.base import Checkpoint
 from converters.checkpoints.opening import open_checkpoint
-from converters.evaluate import built_in_text, compare, cut
+from converters.evaluate import built_in_text
+from converters.fidelity import compare, cut
 from converters.quantization import Floats
 from converters.reference_decoder import Linear, ReferenceDecoder, Stream, multiply, run_layer
 from converters.tflite.graph import Graph, Model, Region, Tensor, Weight

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
-import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge.bundles.bundle import Manifest, read_manifest
+from converters.manifest_text import manifest_text
+from converters.progress_display import ProgressDisplay
+from edge.bundles.bundle import read_manifest
 from edge.cli.program import Group, stop_on
-from edge.errors import EdgeError
+from edge.errors import CheckpointError, EdgeError
 
 if TYPE_CHECKING:
     from converters.calibration.text import CalibrationText
@@ -31,7 +31,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 def _size(_ctx: click.Context, _option: click.Parameter, value: str | None) -> int | None:
-    """The number of bytes that 200MB or 1.5GB is."""
+    """Parse 200MB or 1.5GB into bytes."""
     if value is None:
         return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([MG])B", value, re.IGNORECASE)
@@ -40,25 +40,49 @@ def _size(_ctx: click.Context, _option: click.Parameter, value: str | None) -> i
     return round(float(match[1]) * {"M": 10**6, "G": 10**9}[match[2].upper()])
 
 
-class _ConvertByDefault(Group):
-    """A group whose first argument may be a checkpoint instead of a command."""
+def _existing_checkpoint(_ctx: click.Context, _argument: click.Parameter, path: Path) -> Path:
+    """Refuse a path at which there is nothing, before a missing option is reported."""
+    if not path.exists():
+        from converters.checkpoints.recognition import missing_checkpoint
+
+        raise CheckpointError(missing_checkpoint(path))
+    return path
+
+
+class _Program(Group):
+    """A group whose first argument can be a checkpoint instead of a command; `convert` is the default."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command. Raises UsageError for a word that is neither a path nor a command."""
         if args[0] not in self.commands:
+            similar = difflib.get_close_matches(args[0], self.commands, n=1)
+            if similar and not os.path.lexists(args[0]):
+                raise click.UsageError(f"no such command or file: {args[0]}; did you mean {similar[0]}?", ctx)
             args = ["convert", *args]
         return super().resolve_command(ctx, args)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put `convert` in front of options that are not this group's."""
         if args and args[0].startswith("-") and args[0] not in ("-h", "--help", "--version"):
             args = ["convert", *args]
         return super().parse_args(ctx, args)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command. A missing package is reported in one line, with what to install."""
+        try:
+            return super().invoke(ctx)
+        except ImportError as error:
+            raise click.ClickException(
+                f"edge-convert needs packages that are not installed ({error});"
+                " run: pip install 'edge-gemma[convert]'"
+            ) from error
 
-@click.group(cls=_ConvertByDefault)
+
+@click.group(cls=_Program)
 def main() -> None:
-    """Turn a Gemma checkpoint into a bundle for edge-daemon, and look at bundles.
+    """Convert a Gemma checkpoint into a bundle for edge-daemon; inspect and evaluate bundles.
 
     \b
     Examples:
@@ -69,23 +93,24 @@ def main() -> None:
       edge-convert evaluate bundle small-bundle --against gemma-3-270m.gguf
       edge-convert golden bundle
 
-    A checkpoint is a GGUF file or a Hugging Face folder (config.json, safetensors, tokenizer). Give
-    `edge-convert convert --help` for the options of a conversion; the word `convert` may be left out.
+    A checkpoint is a GGUF file or a Hugging Face folder (config.json, safetensors, tokenizer). For the
+    options of a conversion, run `edge-convert convert --help`; the word `convert` can be omitted.
     """
     stop_on(signal.SIGTERM)
     if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
-        stop_on(signal.SIGHUP)  # the terminal was closed: leave nothing, as with Ctrl-C
+        stop_on(signal.SIGHUP)  # the terminal was closed: leave nothing behind, as after Ctrl-C
 
 
 @main.command()
-@click.argument("checkpoint", type=_DIRECTORY)
+@click.argument("checkpoint", type=_DIRECTORY, callback=_existing_checkpoint)
 @click.option("-o", "--output", "target", type=_DIRECTORY, required=True, help="The bundle to write.")
 @click.option(
     "--recipe",
     type=click.Choice((*RECIPES, "auto")),
     help="int8: one scale per channel. int4: blocks of 32, the output head in int8. int4-all: the head in"
-    " int4 too. mobile: the bit widths of Gemma 4's mobile release. auto: what --budget allows. Default: the"
-    " one that keeps the checkpoint's own integers (mobile for that release, int4 for Q4_0), else int8.",
+    " int4 too. mobile: the bit widths of Gemma 4's mobile release. auto: mixed precision within --budget."
+    " Default: the recipe that keeps the integers of a quantised checkpoint (mobile for Gemma 4's mobile"
+    " release, int4 for Q4_0), otherwise int8.",
 )
 @click.option(
     "--lora", type=_DIRECTORY, help="A folder with a PEFT LoRA adapter, merged before quantisation."
@@ -96,23 +121,23 @@ def main() -> None:
     is_flag=False,
     flag_value="",
     metavar="[TEXT]",
-    help="Choose codes by what the matrices multiply when the model reads TEXT, a UTF-8 file of at least"
-    " 2,044 tokens; without one, a built-in text of sensor requests and prose. The bundle gets no larger and"
-    " no slower, and much closer to the checkpoint. Takes minutes.",
+    help="Calibrate: choose codes by what the matrices compute when the model reads TEXT, a UTF-8 file of at"
+    " least 2,044 tokens; without TEXT, a built-in text of sensor requests and prose. The bundle has the same"
+    " size and speed, and is much closer to the checkpoint. Takes minutes.",
 )
 @click.option(
     "--budget",
     metavar="SIZE",
     callback=_size,
-    help="With --recipe auto: the most that the bundle may take, e.g. 200MB. Each matrix gets int2, int4 or"
-    " int8, so that the bytes go where they buy most, and is calibrated in any case.",
+    help="With --recipe auto: the maximum size of the bundle, e.g. 200MB. Each matrix gets int2, int4 or"
+    " int8, the most sensitive ones the most bits. Implies --calibrate.",
 )
 @click.option(
     "--context",
     type=click.IntRange(min=16),
     default=DEFAULT_CONTEXT,
     show_default=True,
-    help="The most tokens that a conversation may have.",
+    help="The maximum number of tokens in a conversation.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one line of JSON.")
 def convert(
@@ -128,7 +153,7 @@ def convert(
     """Convert CHECKPOINT into the bundle given by -o.
 
     Memory stays bounded: tensors are read, quantised and written a slice at a time. The same checkpoint,
-    recipe and version give the same bytes. If anything goes wrong, nothing is left behind.
+    options and version give the same bytes. If anything fails, nothing is left behind.
 
     \b
     Examples:
@@ -140,17 +165,12 @@ def convert(
     from converters.checkpoints.opening import open_checkpoint
     from converters.convert import convert as run
     from converters.lora import merge_adapter
-    from converters.progress import Progress
 
     started = time.monotonic()
     opened = open_checkpoint(checkpoint)
     opened = opened if lora is None else merge_adapter(opened, lora)
-    with ProgressLine() as line:
-
-        def report(progress: Progress) -> None:
-            line.show(progress.done, progress.total, progress.name)
-
-        result = run(opened, target, recipe, context, report, _calibration_text(calibration), budget)
+    with ProgressDisplay() as display:
+        result = run(opened, target, recipe, context, display.show, _calibration_text(calibration), budget)
     summary = {
         "bundle": str(target),
         "recipe": result.recipe,
@@ -173,7 +193,7 @@ def convert(
 
 @main.command()
 @click.argument("bundle", type=_DIRECTORY)
-@click.option("--json", "as_json", is_flag=True, help="Print the manifest as it is.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest itself.")
 def inspect(bundle: Path, as_json: bool) -> None:
     """Print what is in BUNDLE.
 
@@ -182,51 +202,63 @@ def inspect(bundle: Path, as_json: bool) -> None:
       edge-convert inspect bundle
     """
     manifest = read_manifest(bundle)
-    click.echo(manifest.to_json() if as_json else _description(bundle, manifest), nl=not as_json)
+    click.echo(manifest.to_json() if as_json else manifest_text(bundle, manifest), nl=not as_json)
 
 
 @main.command()
 @click.argument("bundles", type=_DIRECTORY, nargs=-1, required=True, metavar="BUNDLE...")
 @click.option("--against", type=_DIRECTORY, required=True, help="The checkpoint that they were made from.")
+@click.option("--lora", type=_DIRECTORY, help="The LoRA adapter that was merged into them.")
 @click.option(
     "--text",
     type=_FILE,
-    help="A UTF-8 text file to run them over; without it, a built-in one of about 4,000 tokens.",
+    help="A UTF-8 text file to run them over; the default is a built-in text of about 4,000 tokens.",
 )
 @click.option(
-    "--picture", type=_FILE, help="An HTML page to write: size against fidelity, and all figures in a table."
+    "--picture",
+    type=_FILE,
+    help="Write an HTML page: a chart of size against fidelity, and a table of all figures.",
 )
-@click.option("--threads", type=click.IntRange(min=1), default=os.cpu_count(), show_default=True)
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    default=os.cpu_count(),
+    show_default=True,
+    help="Threads that a bundle runs on.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON for each bundle.")
 def evaluate(
     bundles: tuple[Path, ...],
     against: Path,
+    lora: Path | None,
     text: Path | None,
     picture: Path | None,
     threads: int,
     as_json: bool,
 ) -> None:
-    """Run each BUNDLE and a float32 decoder of their checkpoint over a text, and report how they differ.
+    """Run each BUNDLE and a float32 decoder of its checkpoint over a text and report how they differ.
 
-    Perplexity, KL divergence, agreement on the top token, error of logits and of each layer's keys, and
-    tokens per second on this machine.
+    Reports perplexity, KL divergence, agreement on the top token, errors of logits and of each layer's keys,
+    and tokens per second on this machine.
 
     \b
     Examples:
       edge-convert evaluate bundle --against gemma-3-270m.gguf --text field-notes.txt
       edge-convert evaluate int8 int4 --against gemma-3-270m.gguf --picture recipes.html
+      edge-convert evaluate tuned --against gemma-3-270m.gguf --lora ~/adapters/pump-faults
     """
     from converters.evaluate import built_in_text, evaluate_bundles
     from converters.picture import picture as page
 
-    with ProgressLine() as line:
+    with ProgressDisplay() as display:
         reports = evaluate_bundles(
             bundles,
             against,
             built_in_text() if text is None else _read_text(text),
             weight_cache_directory(),
             threads,
-            lambda done, total: line.show(done, total, "tokens"),
+            display.show,
+            lora,
         )
     for report in reports:
         click.echo(report.to_json() if as_json else str(report))
@@ -238,14 +270,15 @@ def evaluate(
 @click.argument("bundle", type=_DIRECTORY)
 @click.option(
     "--text",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="A UTF-8 text of your field; its first 64 tokens count. Without it, a built-in one.",
+    type=_FILE,
+    help="A UTF-8 text of your domain, of which the first 64 tokens are used; the default is"
+    " a built-in text.",
 )
 def golden(bundle: Path, text: Path | None) -> None:
-    """Record in BUNDLE what it makes of a short text, for the self-test of every board that it comes to.
+    """Record in BUNDLE its loss on a short text, for the self-test on every board that installs it.
 
-    A board runs a new bundle over the same text, and uses it only if the mean loss is what it was here, to
-    0.3. The manifest changes, so this comes before the signature; one that is there is removed.
+    A board runs a new bundle over the same text and uses it only if the mean loss is within 0.3 of the
+    recorded one. This changes the manifest, so run it before signing; an existing signature is removed.
 
     \b
     Example:
@@ -254,14 +287,14 @@ def golden(bundle: Path, text: Path | None) -> None:
     from converters.evaluate import built_in_text
     from converters.golden import record_golden
 
-    found = record_golden(
+    recorded = record_golden(
         bundle, built_in_text() if text is None else _read_text(text), weight_cache_directory()
     )
-    click.echo(f"{bundle}: a loss of {found.loss:.2f} over {len(found.ids)} tokens is recorded")
+    click.echo(f"{bundle}: recorded a loss of {recorded.loss:.2f} over {len(recorded.ids)} tokens")
 
 
 def weight_cache_directory() -> Path:
-    """Where packed weights of bundles that are run on a laptop are kept: $XDG_CACHE_HOME/edge-gemma."""
+    """The cache of packed weights on a laptop: $XDG_CACHE_HOME/edge-gemma, or ~/.cache/edge-gemma."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "edge-gemma")
 
 
@@ -274,13 +307,13 @@ def _read_text(path: Path) -> str:
         raise EdgeError(f"{path}: byte {error.start} is not UTF-8; save the text as UTF-8") from None
 
 
-def _calibration_text(asked: str | None) -> CalibrationText | None:
-    """The text that --calibrate asks for, the built-in one if it names no file."""
+def _calibration_text(path: str | None) -> CalibrationText | None:
+    """The text for --calibrate: None without the option, "" for the built-in one."""
     from converters.calibration.text import CalibrationText
 
-    if asked is None:
+    if path is None:
         return None
-    return CalibrationText(asked, _read_text(Path(asked))) if asked else CalibrationText.built_in()
+    return CalibrationText(path, _read_text(Path(path))) if path else CalibrationText.built_in()
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -291,101 +324,18 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _peak_memory() -> int:
-    """Most resident bytes that this process has had, file pages included.
+    """The most resident bytes that this process has had, file pages included.
 
-    Linux's ru_maxrss would count what the parent had when it started us.
+    Linux's ru_maxrss would include what the parent process had when it started this one.
     """
     try:
         status = Path("/proc/self/status").read_text()
         return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
     except (OSError, StopIteration):
+        import resource
+
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _description(bundle: Path, manifest: Manifest) -> str:
-    arch = manifest.architecture
-    full = sum(layer.attention == "full" for layer in arch.layers)
-    lines = [
-        f"{bundle}: {arch.family}, recipe {manifest.recipe}, context {manifest.context}, "
-        f"made by {manifest.made_by}",
-        f"  from {manifest.source['name']}; licence: {manifest.licence}",
-        f"  {len(arch.layers)} layers ({full} full, the others of window {arch.sliding_window}), "
-        f"hidden {arch.hidden}, {arch.query_heads} query and {arch.kv_heads} KV heads, "
-        f"vocabulary {arch.vocabulary:,}",
-        f"  prompt format {manifest.prompt_format}, begin {manifest.bos_id}, stop {list(manifest.stop_ids)}",
-        f"  {manifest.quantization['bytes_per_token'] / 1e6:,.1f} MB of weights read per token",
-    ]
-    lines += [f"    {group:<28} {kind}" for group, kind in manifest.quantization["groups"].items()]
-    if choice := manifest.quantization.get("choice"):
-        lines.append(f"  chosen for at most {choice['budget'] / 1e6:,.1f} MB, in these layers:")
-        lines += _choice_lines(choice["formats"])
-    if notes := manifest.quantization.get("calibration"):
-        lines.append(
-            f"  calibrated on {notes['text']}, {notes['tokens']:,} tokens;"
-            f" inputs made kinder at {notes['folds']} places"
-        )
-        lines += [
-            f"    {group:<28} output error {error:.2%}" for group, error in notes["output_errors"].items()
-        ]
-    lines += [f"  {entry.size:>13,} bytes  {entry.sha256[:16]}  {n}" for n, entry in manifest.files.items()]
-    return "\n".join(lines)
-
-
-def _choice_lines(formats: Mapping[str, str]) -> list[str]:
-    """For each group of matrices, the layers that each format was chosen for."""
-    groups: dict[str, dict[str, list[int]]] = {}
-    for name, kind in formats.items():
-        *layer, group = name.removeprefix("layers.").split(".")
-        groups.setdefault(group, {}).setdefault(kind, []).extend(map(int, layer))
-    return [
-        f"    {group:<28} " + "; ".join(f"{kind}{_in_layers(layers)}" for kind, layers in kinds.items())
-        for group, kinds in groups.items()
-    ]
-
-
-def _in_layers(layers: list[int]) -> str:
-    """Like " in 0-3, 7"; nothing for a matrix that is in no layer."""
-    if not layers:
-        return ""
-    runs = [[layer, layer] for layer in sorted(layers)]
-    for before, after in pairwise(list(runs)):
-        if after[0] == before[1] + 1:
-            after[0] = before[0]
-            runs.remove(before)
-    return " in " + ", ".join(f"{first}-{last}" if last > first else f"{first}" for first, last in runs)
-
-
-class ProgressLine:
-    """One line on a terminal that is written over; silent where standard error is not a terminal.
-
-    At the end of a `with` it is removed, so that an error does not stand behind it.
-    """
-
-    def __init__(self) -> None:
-        self._started = time.monotonic()
-        self._shown = 0.0
-        self._show: Callable[[str], None] = self._write if sys.stderr.isatty() else lambda _text: None
-
-    def show(self, done: int, total: int, name: str) -> None:
-        """Show the share done, what is in hand, and how long it may still take."""
-        now = time.monotonic()
-        if now - self._shown < 0.1 and done < total:
-            return
-        self._shown = now
-        left = (now - self._started) * (total - done) / max(done, 1)
-        self._show(f"{done / max(total, 1):4.0%}  {left:4.0f} s left  {name}")
-
-    def __enter__(self) -> ProgressLine:
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self._show("")
-
-    @staticmethod
-    def _write(text: str) -> None:
-        sys.stderr.write(f"\r\x1b[K{text}")
-        sys.stderr.flush()
 
 
 if __name__ == "__main__":

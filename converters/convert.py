@@ -21,6 +21,7 @@ from converters.calibration.text import CalibrationText
 from converters.checkpoints.base import Checkpoint
 from converters.decoder_graph import Widths, widths_of
 from converters.encoding import Encoder, NearestCodes, Quantizer
+from converters.merged_adapter import ADAPTER_WEIGHTS
 from converters.output_directory import all_or_nothing
 from converters.progress import ReportProgress, Work, ignore_progress
 from converters.quantization import tensor_group
@@ -158,7 +159,6 @@ class _Conversion:
     def manifest(self, directory: Path, tables: Tables, source_digests: Mapping[str, str]) -> Manifest:
         """Describe the bundle whose other files are in `directory`."""
         checkpoint, paths = self._checkpoint, sorted(directory.iterdir())
-        name = Path(os.path.abspath(checkpoint.path)).name
         return Manifest(
             architecture=checkpoint.architecture,
             context=self._context,
@@ -177,10 +177,23 @@ class _Conversion:
             head=tables.head,
             per_layer_embedding=tables.per_layer,
             files={path.name: FileEntry(path.stat().st_size, file_digest(path)) for path in paths},
-            source={"name": name, "sha256": source_digests},
+            source=self._source(source_digests),
             licence=checkpoint.licence,
             made_by=f"edge-gemma {version('edge-gemma')}",
         )
+
+    def _source(self, digests: Mapping[str, str]) -> dict[str, object]:
+        """What the manifest records of the checkpoint, and of the adapter that was merged."""
+        source: dict[str, object] = {"name": _name_of(self._checkpoint.path), "sha256": digests}
+        if self._checkpoint.adapter is not None:
+            adapter = {"name": _name_of(self._checkpoint.adapter), "sha256": digests[ADAPTER_WEIGHTS]}
+            source["adapter"] = adapter
+        return source
+
+
+def _name_of(path: Path) -> str:
+    """The last part of a path, also of "."."""
+    return Path(os.path.abspath(path)).name
 
 
 def _formats_by_group(plan: Plan) -> dict[str, str]:

@@ -22,6 +22,7 @@ from converters.architectures.names import huggingface_name
 from converters.architectures.tensor_shapes import tensor_shapes
 from converters.checkpoints.base import Checkpoint, LazyTensor
 from converters.checkpoints.chat import chat_info, folder_template
+from converters.checkpoints.recognition import wrong_adapter
 from converters.checkpoints.safetensors_file import TensorEntry, read_safetensors
 from converters.checkpoints.tensor_reader import (
     Floats,
@@ -33,11 +34,12 @@ from converters.checkpoints.tensor_reader import (
     require_finite,
 )
 from converters.checkpoints.text_files import read_json
+from converters.merged_adapter import ADAPTER_WEIGHTS
 from converters.recipes import stored_format
 from edge.bundles.architecture import Architecture
 from edge.errors import CheckpointError
 
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_CONFIG = "adapter_config.json"
 _TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight")
 _PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.", "")
 _TOWERS = ("vision_tower.", "audio_tower.", "embed_vision.", "embed_audio.")
@@ -71,6 +73,8 @@ def merge_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     Raises CheckpointError that names the file and the setting, module or tensor if the adapter is damaged, of
     a kind that can't be merged, or made for another model; also if the checkpoint holds packed integers.
     """
+    if advice := wrong_adapter(folder):
+        raise CheckpointError(advice)
     adapter = _Adapter(folder, checkpoint.architecture)
     tensors = dict(checkpoint.tensors)
     for name in adapter.modules:
@@ -82,11 +86,11 @@ def merge_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
                 " into the bf16 checkpoint"
             )
         tensors[name] = _Merged(tensors[name], adapter, name)
-    files = (*checkpoint.source_files, folder / _CONFIG, folder / _WEIGHTS)
+    files = (*checkpoint.source_files, folder / _CONFIG, folder / ADAPTER_WEIGHTS)
     chat = chat_info(checkpoint.architecture.family, folder_template(folder))
     if chat.prompt_format == "plain":  # it brings no template of the family
         chat = checkpoint.chat
-    return replace(checkpoint, tensors=tensors, source_files=files, chat=chat)
+    return replace(checkpoint, tensors=tensors, source_files=files, chat=chat, adapter=folder)
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ class _Adapter:
 
     def __init__(self, folder: Path, arch: Architecture) -> None:
         self._settings = _Settings(folder / _CONFIG)
-        self._path = folder / _WEIGHTS
+        self._path = folder / ADAPTER_WEIGHTS
         self._shapes = tensor_shapes(arch)
         self._tied = arch.tied_head
         self._names = {

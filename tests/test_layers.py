@@ -26,9 +26,9 @@ ORDER = {
         routes config requests transports service doctor client cli __main__
     """,
     "converters": """
-        progress output_directory source_digests tflite quantization architectures checkpoints encoding
-        weight_layout decoder_graph recipes reference_decoder calibration lora bundle_writer convert
-        evaluate golden picture cli __main__
+        progress progress_display output_directory source_digests merged_adapter manifest_text tflite
+        quantization architectures checkpoints encoding weight_layout decoder_graph recipes
+        reference_decoder calibration lora bundle_writer convert fidelity evaluate golden picture cli __main__
     """,
 }
 SHARED = {"errors", "endpoints", "files", "protocol", "bundles", "text"}

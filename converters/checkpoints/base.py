@@ -89,7 +89,8 @@ class Checkpoint:
     """An opened checkpoint; what the architecture asks for is there, and of the right shape.
 
     `tensors` has the names of `converters.architectures.tensor_shapes`; `tokenizer_model` is a SentencePiece
-    ModelProto, serialised; `licence` is one line, or "" if the checkpoint states none.
+    ModelProto, serialised; `licence` is one line, or "" if the checkpoint states none; `adapter` is the
+    folder of the LoRA adapter that was merged.
     """
 
     path: Path
@@ -99,3 +100,4 @@ class Checkpoint:
     chat: ChatInfo
     source_files: tuple[Path, ...]
     licence: str
+    adapter: Path | None = None

@@ -123,9 +123,10 @@ def assert_refused(checkpoint: Path, said: str, options: list[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in checkpoint.parent.rglob("*")}
     result = CliRunner().invoke(main, [str(checkpoint), "-o", str(checkpoint.parent / "bundle"), *options])
     assert result.exit_code == ExitCode.CHECKPOINT, result.output
-    assert result.stderr.startswith(f"Error: {checkpoint}")
-    assert said in result.stderr
-    assert result.stderr.count("\n") == 1
+    error = result.stderr.splitlines()[-1]  # after lines of progress
+    assert error.startswith(f"Error: {checkpoint}")
+    assert said in error
+    assert result.stderr.count("Error: ") == 1
     assert not result.stdout
     assert {path: path.stat().st_mtime_ns for path in checkpoint.parent.rglob("*")} == before
 
@@ -170,22 +171,3 @@ def test_a_gemma_3_has_no_mobile_recipe(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert result.stderr == "Error: --recipe mobile: is for Gemma 4, this is gemma3; choose int4 or int8\n"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-@pytest.mark.parametrize(
-    ("file", "given", "said"),
-    [
-        ("model.safetensors", "model.safetensors", ": holds tensors only; give its folder, with config.json"),
-        ("model.bin", "model.bin", ": not a GGUF file (it does not start with GGUF); give one, or a model"),
-        ("m-Q8_0.gguf", "", ": is a folder of GGUF files; give one of them, like "),
-        ("adapter_config.json", "", ": is a LoRA adapter; give its base model, and this after --lora"),
-        ("snapshots/0a1b/config.json", "", ": is a download cache; give a folder in "),
-    ],
-)
-def test_what_is_no_checkpoint_is_refused_with_what_to_give(
-    file: str, given: str, said: str, tmp_path: Path
-) -> None:
-    path = tmp_path / "model" / file
-    path.parent.mkdir(parents=True)
-    path.write_bytes(b"xxxxxxxx")
-    assert_refused(tmp_path / "model" / given, said, [])

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from hypothesis import strategies as st
 from converters import evaluate
 from converters.checkpoints.opening import open_checkpoint
 from converters.convert import convert
-from converters.evaluate import Fidelity, Report, built_in_text, compare, cut, evaluate_bundles
-from converters.picture import picture
+from converters.evaluate import Report, built_in_text, evaluate_bundles
+from converters.fidelity import Fidelity, compare, cut
+from converters.picture import CHARACTER, HEIGHT, LABEL_SIZE, WIDTH, picture
 from converters.reference_decoder import Floats, Linear, ReferenceDecoder, Stream
 from edge.bundles.bundle import read_manifest
 from edge.errors import BundleError, EdgeError
@@ -58,7 +60,7 @@ def test_chunks_hold_the_whole_text_and_each_starts_with_bos() -> None:
 
 @pytest.mark.parametrize("count", [0, 16])
 def test_a_text_too_short_for_a_perplexity_is_refused(count: int) -> None:
-    with pytest.raises(EdgeError, match=rf"^the text has {count} tokens, 17 are needed; give a longer one$"):
+    with pytest.raises(EdgeError, match=rf"^the text has {count} tokens, at least 17 are needed; give a longer one$"):
         cut([5] * count, bos_id=2, length=32)
     assert cut([5] * 17, bos_id=2, length=32) == [[2] + [5] * 17]
 
@@ -116,7 +118,7 @@ def test_logits_that_are_not_finite_are_refused(value: float) -> None:
         logits[5, 7] = value
         return logits
 
-    with pytest.raises(EdgeError, match="not finite at position 0 or soon after"):
+    with pytest.raises(EdgeError, match="not finite at or soon after position 0"):
         measured(in_blocks(8, broken))
 
 
@@ -131,7 +133,7 @@ def test_progress_counts_up_to_all_tokens() -> None:
         CHUNKS,
         [made_up(ids, 0) for ids in CHUNKS],
         [in_blocks(8, lambda ids: made_up(ids, 0)), in_blocks(8, lambda ids: made_up(ids, 1))],
-        lambda done, total: seen.append((done, total)),
+        lambda progress: seen.append((progress.done, progress.total)),
     )
     assert seen == sorted(seen)
     assert seen[-1] == (208, 208)
@@ -191,20 +193,43 @@ def test_the_picture_has_a_point_and_a_row_for_each_bundle_and_loads_nothing() -
     assert {"pump <1>", "other", "3.0", "1.0", "12.5"} <= set(page.words)
 
 
-@given(st.lists(st.tuples(st.integers(1, 10**10), st.floats(-0.9, 50)), min_size=1, max_size=5))
-def test_every_point_of_the_picture_lies_within_it(points: list[tuple[int, float]]) -> None:
+@given(
+    st.lists(
+        st.tuples(st.text(min_size=1, max_size=60), st.integers(10_000, 10**10), st.floats(-0.9, 50)),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_every_point_and_label_of_the_picture_is_within_it(bundles: list[tuple[str, int, float]]) -> None:
     fidelity = REPORT.fidelity
     reports = [
         replace(
             REPORT,
+            name=name,
             bytes=size,
             fidelity=replace(fidelity, bundle_perplexity=fidelity.checkpoint_perplexity * (1 + rise)),
         )
-        for size, rise in points
+        for name, size, rise in bundles
     ]
-    found = re.findall(r'<circle cx="([-\d.]+)" cy="([-\d.]+)"', picture(reports, "model"))
-    assert len(found) == len(points)
-    assert all(0 <= float(x) <= 720 and 0 <= float(y) <= 380 for x, y in found)
+    chart = picture(reports, "model")
+    points = re.findall(r'<circle cx="([-\d.]+)" cy="([-\d.]+)"', chart)
+    assert len(points) == len(bundles)
+    assert all(0 <= float(x) <= WIDTH and 0 <= float(y) <= HEIGHT for x, y in points)
+    labels = re.findall(r'<text x="([-\d.]+)" y="([-\d.]+)" text-anchor="(\w+)">([^<]*)<', chart)
+    for x, y, anchor, text in labels:
+        width = CHARACTER * len(unescape(text))
+        left = float(x) - {"start": 0, "middle": width / 2, "end": width}[anchor]
+        assert left >= 0, text
+        assert left + width <= WIDTH, text
+        assert LABEL_SIZE <= float(y) <= HEIGHT, text
+
+
+def test_labels_of_neighbouring_points_are_not_on_top_of_each_other() -> None:
+    chart = picture([replace(REPORT, name=name) for name in ("one", "two", "three")], "model")
+    labels = re.findall(r'y="([-\d.]+)" text-anchor="\w+">[^<]*\(', chart)
+    low, middle, high = sorted(map(float, labels))
+    assert middle - low > LABEL_SIZE - 1
+    assert high - middle > LABEL_SIZE - 1
 
 
 def test_the_built_in_text_has_at_least_4000_tokens_of_a_real_gemma() -> None:

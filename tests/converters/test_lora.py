@@ -20,8 +20,11 @@ from converters.checkpoints.base import Checkpoint
 from converters.checkpoints.opening import open_checkpoint
 from converters.cli import main
 from converters.convert import convert
+from converters.evaluate import built_in_text
 from converters.lora import merge_adapter
-from edge.bundles.bundle import read_manifest
+from converters.merged_adapter import MergedAdapter, merged_adapter
+from edge.bundles.bundle import file_digest, read_manifest
+from edge.cli.exit_codes import ExitCode
 from edge.errors import CheckpointError
 from tests.support import bundles
 from tests.support.checkpoint_files import (
@@ -297,3 +300,81 @@ def test_the_command_merges_and_the_manifest_has_the_adapter_s_digest(tmp_path: 
     assert refused.stderr.startswith(f"Error: {ADAPTERS / GEMMA4}/{WEIGHTS}: ")
     assert refused.stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with the adapter of GEMMA3 merged."""
+    bundle = tmp_path_factory.mktemp("tuned") / "bundle"
+    convert(merge_adapter(open_checkpoint(FIXTURES / GEMMA3), ADAPTERS / GEMMA3), bundle, "float32", 128)
+    return bundle
+
+
+def without_adapter_entry(bundle: Path, target: Path) -> Path:
+    """The bundle as the version before adapters were recorded wrote it."""
+    shutil.copytree(bundle, target)
+    manifest = json.loads((target / "manifest.json").read_text())
+    del manifest["source"]["adapter"]
+    (target / "manifest.json").write_text(json.dumps(manifest))
+    return target
+
+
+def test_the_manifest_and_inspect_name_the_merged_adapter(tuned: Path) -> None:
+    digest = file_digest(ADAPTERS / GEMMA3 / WEIGHTS)
+    manifest = read_manifest(tuned)
+    assert manifest.source["adapter"] == {"name": GEMMA3, "sha256": digest}
+    assert merged_adapter(manifest) == MergedAdapter(GEMMA3, digest)
+    shown = CliRunner().invoke(main, ["inspect", str(tuned)]).output
+    assert f"LoRA adapter '{GEMMA3}' merged, SHA-256 {digest[:16]}" in shown
+    assert "LoRA" not in CliRunner().invoke(main, ["inspect", str(bundles.small_bundle(GEMMA3))]).output
+
+
+def test_a_bundle_of_an_earlier_version_has_an_adapter_without_a_name(tuned: Path, tmp_path: Path) -> None:
+    manifest = read_manifest(without_adapter_entry(tuned, tmp_path / "old"))
+    assert merged_adapter(manifest) == MergedAdapter("", file_digest(ADAPTERS / GEMMA3 / WEIGHTS))
+
+
+@pytest.mark.parametrize("entry", [1, {}, {"name": "x"}])
+def test_a_malformed_adapter_entry_is_one_line(entry: object, tuned: Path, tmp_path: Path) -> None:
+    copy = without_adapter_entry(tuned, tmp_path / "bundle")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["source"]["adapter"] = entry
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    result = CliRunner().invoke(main, ["inspect", str(copy)])
+    assert result.exit_code == ExitCode.BUNDLE
+    assert "source.adapter in the manifest must have name and sha256" in result.stderr
+
+
+def evaluated(tmp_path: Path, *arguments: str) -> list[dict[str, Any]]:
+    text = tmp_path / "text.txt"
+    text.write_text(built_in_text()[:1500])
+    environment = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    command = ["evaluate", *arguments, "--against", str(FIXTURES / GEMMA3), "--text", str(text), "--json"]
+    result = CliRunner(env=environment).invoke(main, command)
+    assert result.exit_code == 0, result.output
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def test_evaluate_merges_the_adapter_and_without_it_reports_the_difference(
+    tuned: Path, tmp_path: Path
+) -> None:
+    adapter, base = str(ADAPTERS / GEMMA3), str(bundles.small_bundle(GEMMA3))
+    fair, plain = evaluated(tmp_path, str(tuned), base, "--lora", adapter)
+    assert fair["adapter_note"] == ""
+    assert fair["maximum_error"] < 1e-3
+    assert plain["adapter_note"] == f"--lora '{GEMMA3}' is not merged into this bundle; leave it out"
+    unfair, plain = evaluated(tmp_path, str(tuned), base)
+    expected = f"'{GEMMA3}' is merged into the bundle but not into the checkpoint; give --lora FOLDER"
+    assert unfair["adapter_note"] == expected
+    assert unfair["maximum_error"] > 1
+    assert plain["adapter_note"] == ""
+
+
+def test_evaluate_reports_that_another_adapter_was_merged(tuned: Path, tmp_path: Path) -> None:
+    a, b = factors_for(open_checkpoint(FIXTURES / GEMMA3), "layers.0.query")
+    other = write_adapter(tmp_path / "other", {"model.layers.0.self_attn.q_proj": (a, b)})
+    (report,) = evaluated(tmp_path, str(tuned), "--lora", str(other))
+    assert (
+        report["adapter_note"]
+        == f"'{GEMMA3}' is merged into the bundle, another one into the checkpoint: 'other'"
+    )

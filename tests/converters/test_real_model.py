@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from converters.checkpoints.opening import open_checkpoint
-from converters.evaluate import Fidelity, built_in_text, evaluate_bundles
+from converters.evaluate import built_in_text, evaluate_bundles
+from converters.fidelity import Fidelity
 from converters.reference_decoder import ReferenceDecoder
 from edge.bundles.bundle import TOKENIZER, read_manifest
 from edge.text.tokenizer import Tokenizer
