@@ -18,6 +18,7 @@ from edge.bundles.bundle import TOKENIZER, Bundle
 from edge.errors import RequestError
 from edge.generation.answer import AnswerLoop, Completion, Delta, Interrupted
 from edge.generation.answer_format import AnswerFormat
+from edge.generation.client_prefixes import ClientPrefixes
 from edge.generation.drafting import Drafter, DraftGate
 from edge.generation.grammar_client import GrammarWorker
 from edge.generation.sampling import Sampler, Sampling
@@ -59,6 +60,7 @@ class Generator:
         self.tokenizer = Tokenizer.open(bundle.path(TOKENIZER), digest, cache_directory)
         self.grammars = GrammarWorker(bundle.path(TOKENIZER), digest, cache_directory, manifest.stop_ids)
         self._previous: list[int] = []
+        self._clients = ClientPrefixes()
         self._answers: deque[list[int]] = deque(maxlen=_EARLIER_ANSWERS)
         self._gate = DraftGate(_VERIFY_COST)
         self.decoder = Decoder(bundle, cache_directory, threads, self.context, compiled)
@@ -76,9 +78,12 @@ class Generator:
         self.grammars.close()
         self.decoder.close()
 
-    def generate(self, request: Request, interrupted: Interrupted) -> Iterator[Delta | Completion]:
+    def generate(
+        self, request: Request, interrupted: Interrupted, client: str | None = None
+    ) -> Iterator[Delta | Completion]:
         """Yield text as it becomes certain, and finally one Completion.
 
+        A named `client` is told of cached tokens only where it may know of them (`client_prefixes`).
         Raises RequestError: bad_request if the prompt format can't express the request or its answer format
         can't be followed, too_long if the prompt leaves no room in the context.
         """
@@ -101,17 +106,28 @@ class Generator:
         output = OutputParser(manifest.prompt_format, self.tokenizer, prompt, request.stop)
         drafter = Drafter([*self._answers, prompt], self._gate)
         answer = AnswerLoop(self.decoder, prompt, stable, chooser, output, drafter, budget)
-        return self._remembering(answer, prompt, interrupted)
+        return self._remembering(answer, prompt, interrupted, client)
 
     def _remembering(
-        self, answer: AnswerLoop, prompt: list[int], interrupted: Interrupted
+        self, answer: AnswerLoop, prompt: list[int], interrupted: Interrupted, client: str | None
     ) -> Iterator[Delta | Completion]:
         self._previous = prompt
         for item in answer.run(interrupted):
-            if isinstance(item, Completion):  # the caller may not ask for more
-                self._answers.append(answer.tokens)
-                return_free_memory()  # of the graph's scratch tensors from before the caches grew
-            yield item
+            if not isinstance(item, Completion):
+                yield item
+                continue
+            self._answers.append(answer.tokens)
+            return_free_memory()  # of the graph's scratch tensors from before the caches grew
+            yield item if client is None else self._for_client(item, client, prompt, answer.tokens)
+
+    def _for_client(
+        self, completion: Completion, client: str, prompt: list[int], tokens: list[int]
+    ) -> Completion:
+        """Count only cached tokens that the client may know of, and note what it may know from now on."""
+        usage = completion.usage
+        cached = min(usage.cached, self._clients.known(client, prompt))
+        self._clients.remember(client, prompt + tokens)
+        return replace(completion, usage=replace(usage, cached=cached))
 
     def prompt_of(self, request: Request) -> list[int]:
         """Return a request's token ids. Raises RequestError if the prompt format can't express it."""

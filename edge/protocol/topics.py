@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 ROOT = "edge/v1"
 STATUS_OF_ALL = f"{ROOT}/+/status"
 
@@ -31,3 +33,16 @@ def node_of(topic: str) -> str:
     """Give the node that a topic belongs to, or "" if it belongs to none."""
     root, _, rest = topic[len(ROOT) :].partition("/")
     return rest.partition("/")[0] if topic.startswith(ROOT) and not root else ""
+
+
+def user_of(client: str) -> str:
+    """Give the user that a client of the engine is of: what stands before the response topics' last levels.
+
+    A broker's access list lets a user read below `reply/<user>/` only, so its response topics have one user.
+    Any other client, such as another response topic or a serial port, is its own.
+    """
+    user = _USER.match(client)
+    return client if user is None else user[0]
+
+
+_USER = re.compile(rf"mqtt:{ROOT}/[^/]+/reply/[^/]+/")

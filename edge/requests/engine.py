@@ -22,6 +22,7 @@ from edge.generation.generator import Completion, Delta
 from edge.logs import PAYLOADS, place_of
 from edge.protocol.messages import Answer, Failure, Final, Partial, Request, Timings, Usage
 from edge.protocol.strict_json import printable
+from edge.protocol.topics import user_of
 
 log = logging.getLogger(__name__)
 payloads = logging.getLogger(PAYLOADS)
@@ -50,9 +51,9 @@ class Generates(Protocol):
     """The part of `edge.generation.generator.Generator` that the engine uses."""
 
     def generate(
-        self, request: Request, interrupted: Callable[[], str | None]
+        self, request: Request, interrupted: Callable[[], str | None], client: str | None
     ) -> Iterator[Delta | Completion]:
-        """Yield pieces of the answer and at last one Completion.
+        """Yield pieces of the answer and at last one Completion, as `client` may see it.
 
         `interrupted` is polled at every stage, at least each 100 ms; a reason that it gives ends the answer.
         Raises RequestError, RuntimeFailure, or Interruption before the answer has begun.
@@ -272,7 +273,9 @@ class Engine:
 
     def _generate(self, job: _Job) -> Final:
         batch = _Batch(job, self._partial_interval_s)
-        for item in self._generator.generate(job.request, lambda: self._interrupted(job)):
+        for item in self._generator.generate(
+            job.request, lambda: self._interrupted(job), user_of(job.client)
+        ):
             self.progress += 1
             if isinstance(item, Delta):
                 for partial in batch.add(item):

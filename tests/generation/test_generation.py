@@ -114,6 +114,21 @@ def test_a_repeated_beginning_is_not_computed_again() -> None:
     assert 0 < again.cached < again.prompt
 
 
+def test_a_client_is_told_only_of_cached_tokens_that_it_has_sent_or_received_itself() -> None:
+    g = generator("gemma3-one-kv-head")
+
+    def cached(client: str | None, text: str) -> int:
+        *_, last = g.generate(Request("1", prompt=text, max_tokens=1), lambda: None, client)
+        assert isinstance(last, Completion)
+        return last.usage.cached
+
+    assert cached("alice", "same text. one") == 0
+    assert cached("mallory", "same text. two") == 0
+    assert cached("mallory", "same text. two") > 0
+    assert cached("alice", "same text. three") > 0
+    assert cached(None, "same text. four") > 0
+
+
 def test_an_answer_can_be_looked_up_later_though_nobody_asked_for_more_than_its_completion() -> None:
     g = Generator.open(bundles.small_bundle("gemma3-one-kv-head"), bundles.cache_directory(), 2, None)
     answer = g.generate(Request("1", prompt="pump", max_tokens=5), lambda: None)

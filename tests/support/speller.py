@@ -20,7 +20,7 @@ class Speller:
         self.asked: list[str] = []
 
     def generate(
-        self, request: Request, interrupted: Callable[[], str | None]
+        self, request: Request, interrupted: Callable[[], str | None], client: str | None
     ) -> Iterator[Delta | Completion]:
         assert request.prompt is not None
         self.asked.append(request.id)
