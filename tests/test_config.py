@@ -1,4 +1,4 @@
-"""The configuration file: what it means, and that each mistake is named with its file, line and key."""
+"""The configuration file: every key is read, and each mistake is named with file, line and key."""
 
 from pathlib import Path
 
@@ -117,7 +117,7 @@ def test_a_bundle_and_a_transport_are_enough(tmp_path: Path) -> None:
     assert not config.log_payloads
 
 
-def test_the_directories_that_systemd_made_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_directories_of_systemd_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CACHE_DIRECTORY", "/var/cache/edge")
     monkeypatch.setenv("STATE_DIRECTORY", "/var/lib/edge:/var/lib/other")
     config = read(tmp_path, SMALLEST)
@@ -127,7 +127,9 @@ def test_the_directories_that_systemd_made_are_used(tmp_path: Path, monkeypatch:
     )
 
 
-def test_a_systemd_credential_comes_before_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_systemd_credential_takes_precedence_over_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = SMALLEST + 'username = "u"\npassword_file = "secret"\n'
     (tmp_path / "secret").write_text("from the file")
     (tmp_path / "credentials").mkdir()
@@ -141,7 +143,7 @@ def test_a_systemd_credential_comes_before_a_file(tmp_path: Path, monkeypatch: p
     assert config.mqtt.broker.password == "from systemd"
 
 
-def test_outside_the_unit_a_credential_is_read_where_the_unit_gets_it_from(
+def test_outside_the_unit_a_credential_is_read_from_its_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
@@ -153,13 +155,13 @@ def test_outside_the_unit_a_credential_is_read_where_the_unit_gets_it_from(
     assert config.mqtt.broker.password == "from the store"
 
 
-def test_a_password_is_not_shown(tmp_path: Path) -> None:
+def test_a_password_is_not_in_the_representation(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("s3cret")
     assert "s3cret" not in repr(read(tmp_path, FULL))
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ('bundel = "b"\n', ":1: unknown key bundel; allowed: node, bundle, bundle_key_file"),
         ("[mqtt]\n", ": bundle is missing"),
@@ -228,15 +230,15 @@ def test_a_password_is_not_shown(tmp_path: Path) -> None:
         (f"bundle = {'[' * 5000}\n", ": not a configuration: nested too deeply"),
     ],
 )
-def test_a_mistake_is_named_with_its_file_line_and_key(tmp_path: Path, text: str, said: str) -> None:
+def test_a_mistake_is_named_with_its_file_line_and_key(tmp_path: Path, text: str, message: str) -> None:
     path = write(tmp_path, text)
     with pytest.raises(ConfigError) as caught:
         load(path)
-    assert str(caught.value).startswith(f"{path}{said}")
+    assert str(caught.value).startswith(f"{path}{message}")
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"edge\.toml: can't be read: No such file or directory"):
         load(tmp_path / "edge.toml")
 

@@ -182,7 +182,9 @@ def check_broker(config: Config) -> Iterator[Finding]:
     try:
         connection = MqttConnection(broker, f"edge-{config.node}-doctor", listener, session_expiry_s=0)
     except TransportError as error:
-        yield Finding("broker", "problem", str(error), "correct the name of the file in [mqtt]")
+        yield Finding(
+            "broker", "problem", str(error), "correct ca_file, certificate_file or key_file in [mqtt]"
+        )
         return
     listener.connection = connection
     connection.start()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
+import platform
 import subprocess
 import time
 from collections.abc import Callable
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from edge.board import Board, Throttling
+from edge.board import Board, Disk, Throttling
 from edge.bundles.architecture import Architecture, Layer, Rope
 from edge.bundles.bundle import FileEntry, Manifest, file_digest
 from edge.bundles.record import DaemonRecord
@@ -216,6 +218,69 @@ def test_limits_below_the_model_are_a_problem(
     limited = board(**{"sys__fs__cgroup__cgroup.controllers": "cpu memory pids", cgroup: limit})
     finding = only(list(board_checks.check_limits(limited, config(270_000_000))))
     assert finding.state == state
+
+
+@pytest.mark.parametrize(("machine", "state"), [("armv7l", "problem"), ("aarch64", "ok"), ("x86_64", "ok")])
+def test_litert_needs_a_64_bit_system(monkeypatch: pytest.MonkeyPatch, machine: str, state: str) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    finding = only(list(board_checks.check_system()))
+    assert finding.state == state
+    assert (finding.fix == "install the 64-bit edition of Raspberry Pi OS") == (state == "problem")
+
+
+def test_a_missing_litert_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(_name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert only(list(board_checks.check_system())).fix == "python3 -m pip install ai-edge-litert"
+
+
+def test_without_facts_of_the_kernel_a_check_is_unknown(
+    board: Callable[..., Board], config: Callable[..., Config]
+) -> None:
+    assert only(list(board_checks.check_cpu(board(proc__cpuinfo=None)))).state == "unknown"
+    bare = Board(board()._root / "nowhere")
+    assert only(list(board_checks.check_memory(bare, config()))).state == "unknown"
+    assert only(list(board_checks.check_limits(bare, config()))).state == "unknown"
+    (config().bundle / "manifest.json").unlink()
+    assert only(
+        list(board_checks.check_memory(board(), replace(config(), bundle=Path("nowhere"))))
+    ).state == ("unknown")
+
+
+@pytest.mark.parametrize(
+    ("disk", "state", "message"),
+    [
+        (None, "unknown", "can't be examined"),
+        (Disk(10**9, True, "SD card"), "problem", "953 MB free on SD card, read-only"),
+        (Disk(10**8, False, None), "problem", "95 MB free on an unknown type of disk"),
+    ],
+)
+def test_a_full_or_read_only_disk_is_a_problem(
+    config: Callable[..., Config],
+    monkeypatch: pytest.MonkeyPatch,
+    disk: Disk | None,
+    state: str,
+    message: str,
+) -> None:
+    monkeypatch.setattr(Board, "disk", lambda _board, _path: disk)
+    findings = list(board_checks.check_disk(Board(), config()))
+    assert [finding.state for finding in findings] == [state, state]
+    assert all(message in finding.message for finding in findings)
+
+
+def test_a_tls_file_that_is_missing_is_a_problem(config: Callable[..., Config]) -> None:
+    settings = config(lines='[mqtt]\ntls = true\nca_file = "nowhere.pem"\n')
+    finding = only(list(link_checks.check_broker(settings)))
+    assert finding.state == "problem"
+    assert finding.fix == "correct ca_file, certificate_file or key_file in [mqtt]"
+
+
+def test_a_missing_bundle_is_a_problem(config: Callable[..., Config]) -> None:
+    finding = only(list(link_checks.check_bundle(replace(config(), bundle=Path("/nowhere/current")))))
+    assert finding.state == "problem"
+    assert str(finding.fix).startswith("sudo edge-daemon bundle install")
 
 
 PI_5_ARGUMENTS = "reboot=w coherent_pool=1M numa_policy=interleave numa=fake=8 console=tty1 rootwait"

@@ -1,4 +1,4 @@
-"""Routes: readings in, events at once, questions in their time, and bounded memory whatever comes."""
+"""Routes: readings lead to events at once and to questions in time; memory is bounded for any input."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def router(toml: str, plain: bool = False) -> Router:
 
 
 def variant(**changes: Any) -> str:
-    """One route of plain numbers; `changes` are TOML values of its trigger."""
+    """A route for plain numbers; `changes` are TOML values of its trigger."""
     trigger = "\n".join(f"{key} = {value}" for key, value in changes.items())
     return f"""
 [[route]]
@@ -74,12 +74,12 @@ question = "{{reason}} {{last}}"
 
 
 def kinds(outcomes: Sequence[Outcome]) -> list[str]:
-    """Events by their name, questions as ?reason."""
+    """Event names, and questions as ?reason."""
     shown = {Event: lambda o: json.loads(o.payload)["event"], Question: lambda o: "?" + o.reason}
     return [shown[type(o)](o) if type(o) in shown else "ignored" for o in outcomes]
 
 
-def test_a_condition_speaks_at_once_and_asks_for_the_explanation() -> None:
+def test_a_condition_gives_an_event_and_a_question_at_once() -> None:
     freezers = router(FREEZER)
     assert freezers.filters == ("sensors/+/temperature",)
     assert freezers.reading("sensors/left/temperature", b"-20", 0.0) == []
@@ -127,7 +127,7 @@ def test_without_clear_the_condition_ends_when_it_no_longer_holds() -> None:
     assert said == [["condition", "?condition"], [], ["cleared"], ["condition", "?condition"]]
 
 
-def test_a_question_waits_for_the_minimum_interval_but_its_event_does_not() -> None:
+def test_questions_keep_the_minimum_interval_and_events_do_not() -> None:
     one = router(variant(when="'last > `5`'", min_interval_s=100))
     one.reading("s/a", b"6", 0.0)
     one.reading("s/a", b"1", 10.0)
@@ -141,7 +141,7 @@ def test_a_question_waits_for_the_minimum_interval_but_its_event_does_not() -> N
     assert one.tick(500.0) == []
 
 
-def test_regular_questions_come_at_their_interval_and_are_not_made_up_for() -> None:
+def test_regular_questions_come_at_their_interval_and_missed_ones_are_skipped() -> None:
     one = router(variant(every_s=60, min_interval_s=0))
     assert kinds(one.reading("s/a", b"1", 0.0)) == []
     assert one.next_due() == 60.0
@@ -152,13 +152,13 @@ def test_regular_questions_come_at_their_interval_and_are_not_made_up_for() -> N
     assert one.next_due() == 360.0
 
 
-def test_nothing_is_asked_regularly_about_an_empty_window() -> None:
+def test_there_are_no_regular_questions_about_an_empty_window() -> None:
     one = router(variant(every_s=60).replace("max_sensors", "window = {seconds = 30}\nmax_sensors"))
     one.reading("s/a", b"1", 0.0)
     assert one.tick(60.0) == []
 
 
-def test_silence_is_said_once_and_its_end_too() -> None:
+def test_a_silence_and_its_end_are_reported_once() -> None:
     one = router(variant(silence_s=30, min_interval_s=0))
     one.reading("s/a", b"1", 0.0)
     assert one.next_due() == 30.0
@@ -170,14 +170,14 @@ def test_silence_is_said_once_and_its_end_too() -> None:
 
 
 @pytest.mark.parametrize("silence_s", [600.1, 1.3])
-def test_silence_is_said_at_the_very_time_that_it_was_due(silence_s: float) -> None:
+def test_a_silence_is_reported_exactly_when_it_is_due(silence_s: float) -> None:
     for start in (1_700_000_000.123 + 0.37 * step for step in range(200)):  # sums are rounded at this size
         one = router(variant(silence_s=silence_s))
         one.reading("s/a", b"1", start)
         assert kinds(one.tick(one.next_due())) == ["silence", "?silence"]
 
 
-def test_no_sensor_is_silent_while_nothing_can_be_heard() -> None:
+def test_no_sensor_is_silent_while_readings_cannot_arrive() -> None:
     one = router(variant(silence_s=30))
     one.reading("s/a", b"1", 0.0)
     one.listen(math.inf)
@@ -210,7 +210,7 @@ def test_a_sensor_that_does_not_come_back_after_a_restart_is_silent() -> None:
     assert kinds(restarted(third, toml, 10.0).reading("s/a", b"1", 11.0)) == []
 
 
-def test_an_alarm_ends_after_a_restart_too_or_is_said_again() -> None:
+def test_after_a_restart_an_alarm_is_cleared_or_reported_again() -> None:
     one = router(FREEZER)
     one.reading("sensors/a/temperature", b"-10", 0.0)
     for values, said in {
@@ -224,7 +224,7 @@ def test_an_alarm_ends_after_a_restart_too_or_is_said_again() -> None:
         assert [kinds(again.reading("sensors/a/temperature", value, now)) for now, value in at] == said
 
 
-def test_a_restart_forgets_what_is_not_configured_any_more_or_was_silent_for_a_day() -> None:
+def test_a_restart_forgets_removed_routes_and_sensors_silent_for_a_day() -> None:
     one = router(variant(silence_s=30))
     now = 1_700_000_000.25  # the wall clock of `router`
     one.recall(
@@ -240,7 +240,7 @@ def test_a_restart_forgets_what_is_not_configured_any_more_or_was_silent_for_a_d
     assert [known.topic for known in one.known()] == ["s/later", "s/0", "s/1", "s/2"]
 
 
-def test_a_question_about_a_long_silence_says_that_there_are_no_readings() -> None:
+def test_a_question_about_a_long_silence_has_no_readings() -> None:
     one = router(variant(silence_s=7200).replace("{reason} {last}", "{statistics}; {last}; {age}"))
     one.reading("s/a", b"1", 0.0)
     question = one.tick(7200.0)[-1]
@@ -261,7 +261,7 @@ def test_a_postponed_question_is_asked_again_with_newer_statistics(min_interval_
     assert again.request.id != question.request.id
 
 
-def test_json_payloads_are_read_and_judged_through_jmespath() -> None:
+def test_jmespath_finds_values_and_conditions_in_json() -> None:
     one = router(
         """
 [[route]]
@@ -292,7 +292,7 @@ when = "last > `1000` && payload.window == 'shut'"
         (b"1_000", "not a number"),
         ("\N{ARABIC-INDIC DIGIT THREE}".encode(), "not a number"),
         (b"\xff\xfe", "not a number"),
-        (b"1" * 9000, "9000 bytes, at most 8192"),
+        (b"1" * 9000, "more than 8192 bytes"),
     ],
 )
 def test_a_payload_without_a_number_is_ignored_with_a_reason(payload: bytes, why: str) -> None:
@@ -309,7 +309,7 @@ def test_json_without_a_number_is_ignored(payload: bytes) -> None:
     assert kinds(one.reading("s/a", payload, 0.0)) == ["ignored"]
 
 
-def test_a_condition_that_fails_on_a_payload_is_ignored_and_the_reading_kept() -> None:
+def test_a_condition_that_fails_on_a_payload_keeps_the_reading() -> None:
     one = router(variant(when="'length(topic) > `1` && abs(payload) > `3`'", min_interval_s=0))
     assert kinds(one.reading("s/a", b"4", 0.0)) == ["condition", "?condition"]
     bad = router(variant(when="'length(last) > `1`'", every_s=60, min_interval_s=0))
@@ -322,7 +322,7 @@ def test_a_condition_that_fails_on_a_payload_is_ignored_and_the_reading_kept() -
 @pytest.mark.parametrize(
     "payload", [b'{"v":6,"level":"low"}', b'{"v":6,"level":null}', b'{"v":6,"level":[]}']
 )
-def test_a_text_compared_with_a_number_does_not_hold_and_keeps_no_other_alarm_back(payload: bytes) -> None:
+def test_a_text_compared_with_a_number_does_not_hold_and_blocks_no_other_alarm(payload: bytes) -> None:
     json_of = "max_sensors", 'value = "v"\nmax_sensors'
     level = variant(when="'payload.level < `20` || last > `5`'").replace(*json_of)
     odd = variant(when="'contains(payload.text, last)'").replace(*json_of).replace('"r"', '"odd"')
@@ -340,11 +340,11 @@ def test_a_value_that_jmespath_fails_on_is_ignored(expression: str) -> None:
 
 
 @pytest.mark.parametrize("topic", ["", "a/+", "a/#", "a\0b", "x" * 300])
-def test_topics_that_can_not_be_answered_are_refused(topic: str) -> None:
+def test_readings_with_invalid_topics_are_ignored(topic: str) -> None:
     assert kinds(router(variant(every_s=60)).reading(topic, b"1", 0.0)) == ["ignored"]
 
 
-def test_a_flood_of_new_sensors_neither_grows_memory_nor_displaces_the_known_ones() -> None:
+def test_a_flood_of_new_sensors_neither_grows_memory_nor_displaces_known_sensors() -> None:
     one = router(variant(when="'last > `5`'", min_interval_s=0))
     for name in "abcd":
         one.reading(f"s/{name}", b"1", 0.0)
@@ -366,7 +366,7 @@ def test_a_sensor_silent_for_a_day_makes_room() -> None:
     assert kinds(one.reading("s/new", b"1", 86_400.0)) == []
 
 
-def test_one_reading_serves_every_route_that_wants_it() -> None:
+def test_one_reading_serves_all_routes_that_match() -> None:
     two = FREEZER + FREEZER.replace('"freezers"', '"second"').replace("sensors/+/temperature", "sensors/#")
     outcomes = router(two).reading("sensors/a/temperature", b"0", 0.0)
     assert [o.route for o in outcomes] == ["freezers", "freezers", "second", "second"]
@@ -374,7 +374,7 @@ def test_one_reading_serves_every_route_that_wants_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "message"),
     [
         ('name = "freezers"', 'name = "a b"', "route[0].name is not valid"),
         ('name = "freezers"\n', "", "route[0].name is missing"),
@@ -423,11 +423,11 @@ def test_one_reading_serves_every_route_that_wants_it() -> None:
         ),
     ],
 )
-def test_a_wrong_key_is_named_with_what_is_allowed(old: str, new: str, said: str) -> None:
+def test_a_wrong_key_is_named_with_what_is_allowed(old: str, new: str, message: str) -> None:
     assert old in FREEZER
     with pytest.raises(ConfigError) as caught:
         router(FREEZER.replace(old, new))
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert str(caught.value).startswith("route[0]")
     assert "\n" not in str(caught.value)
 
@@ -448,12 +448,18 @@ def test_the_documented_routes_are_accepted_and_fire() -> None:
     assert kinds(routes.reading("sensors/left/temperature", b"-12", 4.0)) == ["condition", "?condition"]
 
 
-def test_two_routes_of_one_name_are_refused() -> None:
+def test_a_route_that_publishes_nothing_is_refused() -> None:
+    silent = FREEZER[: FREEZER.index("[route.ask]")].replace('event_topic = "alarms/{sensor}"\n', "")
+    with pytest.raises(ConfigError, match=r"route\[0\] publishes nothing; it needs event_topic, or ask"):
+        router(silent.replace('answer_topic = "explanations/{sensor}"\n', ""))
+
+
+def test_two_routes_with_the_same_name_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"route\[1\]\.name is 'freezers', the name of another route"):
         router(FREEZER + FREEZER)
 
 
-def test_an_answer_is_published_with_its_question_s_names() -> None:
+def test_an_answer_is_published_with_the_names_of_its_question() -> None:
     question = router(FREEZER).reading("sensors/a/temperature", b"0", 0.0)[-1]
     assert isinstance(question, Question)
     usage, timings = Usage(1, 0, 0, 1), Timings(0, 0, 0, 0)
@@ -603,7 +609,7 @@ def test_parse_text_reads_any_text_as_a_finite_number_or_ignores_it(text: str) -
     assert isinstance(result, str) or math.isfinite(result)
 
 
-def test_a_recording_shows_what_would_have_been_asked_and_when() -> None:
+def test_a_recording_shows_events_and_questions_with_their_times() -> None:
     routes = parse_routes(tomllib.loads(variant(silence_s=30, every_s=100, min_interval_s=0))["route"])
     recording = ["1000.5 s/a 1\n", "1010.5 s/a 2 C\n", "\n", "1200.5 s/b 3\n"]
     replay = Replay(routes, "x.txt")
@@ -640,6 +646,21 @@ def test_a_replay_counts_the_lines_that_match(
     assert result.stderr.startswith(f"{tmp_path / 'readings.txt'}: {summary}")
 
 
+def test_a_replay_prints_events_questions_and_ignored_readings(tmp_path: Path) -> None:
+    toml = variant(when="'last > `5`'")
+    (tmp_path / "edge.toml").write_text(f'bundle = "b"\n[mqtt]\n{toml}')
+    (tmp_path / "readings.txt").write_text("5 s/a 6\n6 s/b warm\n7 s/+ 1\n")
+    arguments = ["routes", "test", "--config", str(tmp_path / "edge.toml"), str(tmp_path / "readings.txt")]
+    result = CliRunner().invoke(daemon, arguments)
+    assert result.exit_code == 0, result.stderr
+    event, question, prompt, unusable, topic = result.stdout.splitlines()
+    assert event.startswith('1970-01-01 00:00:05.000 event    events {"route":"r","sensor":"a",')
+    assert question == "1970-01-01 00:00:05.000 question s/a by route r, condition; answer to answers"
+    assert prompt == "    condition 6"
+    assert unusable == "1970-01-01 00:00:06.000 ignored  s/b by route r: not a number: 'warm'"
+    assert topic.startswith("1970-01-01 00:00:07.000 ignored  's/+': not a valid topic")
+
+
 def test_a_replay_needs_a_route(tmp_path: Path) -> None:
     (tmp_path / "edge.toml").write_text('bundle = "b"\n[mqtt]\n')
     result = CliRunner().invoke(daemon, ["routes", "test", "--config", str(tmp_path / "edge.toml"), "-"])
@@ -650,7 +671,7 @@ def test_a_replay_needs_a_route(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", ["abc s/a 1", "1000", "1000 s/a", "12 s/a 1"])
-def test_a_line_that_is_no_reading_is_named(line: str) -> None:
+def test_a_line_that_is_not_a_reading_is_named(line: str) -> None:
     routes = parse_routes(tomllib.loads(variant(every_s=100))["route"])
     with pytest.raises(EdgeError, match=r"^x\.txt:2: "):
         list(Replay(routes, "x.txt").play(["500 s/a 1", line]))
@@ -701,7 +722,7 @@ def test_the_trend_of_a_straight_line_is_its_slope(
     assert found.trend == pytest.approx(slope, rel=1e-6, abs=1e-9 * abs(start) * 3600 / step + 1e-9)
 
 
-def test_gaps_are_pauses_of_more_than_three_times_the_usual_interval() -> None:
+def test_gaps_are_pauses_of_more_than_three_times_the_median_interval() -> None:
     window = Window(100, 1e6)
     for time in [0, 10, 20, 30, 61, 70, 80, 180, 190]:
         window.add(time, 1.0)
@@ -738,7 +759,7 @@ def test_a_window_holds_32_bytes_a_reading_at_most() -> None:
         ("a/+/c/#", "a/b/c", ("b",)),
     ],
 )
-def test_topic_filters_match_as_mqtt_says(text: str, topic: str, wild: tuple[str, ...] | None) -> None:
+def test_topic_filters_match_as_mqtt_specifies(text: str, topic: str, wild: tuple[str, ...] | None) -> None:
     assert TopicFilter(text).match(topic) == wild
 
 
@@ -751,9 +772,7 @@ topics = st.lists(st.sampled_from(["a", "b", "x", "", "$c"]), min_size=1, max_si
 
 
 @given(st.lists(filters, max_size=6), topics)
-def test_disjoint_filters_match_all_that_the_given_ones_do_and_nothing_twice(
-    given_ones: list[str], topic: str
-) -> None:
+def test_disjoint_filters_match_the_same_topics_and_none_twice(given_ones: list[str], topic: str) -> None:
     matches = [one for one in disjoint(given_ones) if TopicFilter(one).match(topic) is not None]
     assert len(matches) <= 1
     if any(TopicFilter(one).match(topic) is not None for one in given_ones):
@@ -777,7 +796,7 @@ def test_filters_that_do_not_overlap_stay_as_they_are() -> None:
         max_size=40,
     )
 )
-def test_whatever_comes_questions_keep_their_distance_and_everything_is_valid(
+def test_for_any_readings_questions_keep_their_interval_and_output_is_valid(
     messages: list[tuple[str, bytes, float, bool]],
 ) -> None:
     one = router(variant(when="'last > `5` || trend < `-1`'", every_s=700, silence_s=900, min_interval_s=250))
