@@ -1,4 +1,4 @@
-"""Checks of values from outside, one place for requests and configuration: the value back, or FieldError."""
+"""Checks of untrusted values in requests and configuration. Each returns the value or raises FieldError."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from edge.protocol.strict_json import kind_of, printable
 
 
 class FieldError(ValueError):
-    """A value is not allowed; the message names its key, what it is and what is allowed."""
+    """A value is not allowed; the message names its key, the value and what is allowed."""
 
 
 def text(path: str, value: Any) -> str:

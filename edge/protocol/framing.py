@@ -1,11 +1,11 @@
-"""The serial line's frames: `{"id":"7",...}*1A2B3C4D` and a newline.
+"""Frames on a serial line: `{"id":"7",...}*1A2B3C4D` and a newline.
 
 One JSON object in ASCII, `*`, the CRC-32 of the bytes before the `*` as 8 hex digits (the CRC of zlib, PNG
-and MicroPython's `binascii.crc32`), and a newline. A person can read it, XON/XOFF can't be confused by it,
-and a reader that lost its place finds it again at the next newline. A carriage return before the newline,
-and empty lines, are ignored: a sender may begin with a newline so that noise does not spoil its first frame.
+and MicroPython's `binascii.crc32`), and a newline. A frame is readable, is safe with XON/XOFF, and lets a
+reader synchronise again at the next newline. A carriage return before the newline and empty lines are
+ignored: a sender can start with a newline so that noise before it does not damage its first frame.
 
-A lenient reader also takes a line without `*` and CRC, for typing by hand, in UTF-8.
+A lenient reader also accepts a UTF-8 line without `*` and CRC, for typing by hand.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _HEX = frozenset(b"0123456789abcdefABCDEF")
 
 @dataclass(frozen=True)
 class Damaged:
-    """A line that was not a frame. `reason`: crc, no_crc, not_ascii or too_long."""
+    """A line that is not a frame. `reason`: crc, no_crc, not_ascii or too_long."""
 
     reason: str
     line: str
@@ -42,9 +42,9 @@ class Damaged:
 
 
 def encode(text: str) -> bytes:
-    """Frame one line of ASCII text, as `to_json` of any message writes it.
+    """Frame one line of ASCII text, as `to_json` of a message writes it.
 
-    Raises ValueError if `text` has a character that can't be in a frame.
+    Raises ValueError if `text` contains a character that a frame can't carry.
     """
     if not text.isascii() or not text.isprintable():
         raise ValueError(f"not printable ASCII: {printable(text)}")
@@ -62,7 +62,7 @@ class FrameDecoder:
         self._overflowed = False
 
     def feed(self, data: bytes) -> Iterator[str | Damaged]:
-        """Yield the text of each frame that `data` completes, and a Damaged for each line that is none."""
+        """Yield the text of each frame that `data` completes, and a Damaged for each other line."""
         *ends, rest = data.split(b"\n")
         for end in ends:
             self._extend(end)

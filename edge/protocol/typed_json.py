@@ -1,7 +1,7 @@
-"""JSON objects as dataclasses: each field has the type that its annotation says, or FieldError names it.
+"""JSON objects as dataclasses. A field whose type is not that of its annotation raises FieldError.
 
-Annotations may be str, int, float, bool, Any, a dataclass, `X | None`, Literal, `tuple[X, ...]` and
-`Mapping[str, X]`. A whole number is taken for a float, nothing else for anything else.
+Annotations can be str, int, float, bool, Any, a dataclass, `X | None`, Literal, `tuple[X, ...]` and
+`Mapping[str, X]`. An integer is accepted for a float; there is no other conversion.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ MAX_ITEMS = 1 << 20
 
 
 def read(kind: type[T], data: Any, path: str = "", later_keys: bool = False) -> T:
-    """Make a `kind` of the JSON object `data`, which stands at `path`.
+    """Make a `kind` from the JSON object `data`; `path` is where that stands, for messages.
 
-    With `later_keys`, keys that `kind` has no field for are passed over. Raises FieldError.
+    With `later_keys`, keys without a field are ignored. Raises FieldError.
     """
     known = _fields(kind)  # type: ignore[arg-type]  # python/mypy#11470
     required = tuple(name for name, (_, is_required) in known.items() if is_required)
@@ -40,7 +40,7 @@ def read(kind: type[T], data: Any, path: str = "", later_keys: bool = False) -> 
 
 @cache
 def _fields(kind: type[Any]) -> Mapping[str, tuple[Any, bool]]:
-    """Give annotation, and whether it is required, of each field of a dataclass."""
+    """Return the annotation of each field of a dataclass, and whether the field is required."""
     hints = get_type_hints(kind)
     return {
         f.name: (hints[f.name], f.default is MISSING and f.default_factory is MISSING) for f in fields(kind)
@@ -88,4 +88,4 @@ def _value(annotation: Any, path: str, value: Any, later_keys: bool) -> Any:
             key: _value(arguments[1], f"{path}.{printable(key)[1:-1]}", item, later_keys)
             for key, item in entries
         }
-    raise FieldError(f"{path} can't be read: {annotation}")
+    raise FieldError(f"{path} has an unsupported annotation: {annotation}")

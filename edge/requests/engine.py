@@ -1,9 +1,9 @@
 """One decoder thread behind one bounded queue.
 
-`submit` returns at once and promises exactly one Final or Failure per request, whatever happens: a full queue
-answers `busy`, a deadline that passes while a request waits `expired`, an exception of the generator
-`internal`. Deadlines and cancellation take effect within one decode step or prefill chunk. Sinks are called
-in the decoder thread or in the caller's, never under the engine's lock; they must not block.
+`submit` returns at once, and each request gets exactly one Final or Failure: `busy` if the queue is full,
+`expired` if its deadline passes while it waits, `internal` if the generator raises an exception. Deadlines
+and cancellation take effect within one decode step or prefill chunk. Sinks are called in the decoder thread
+or in the caller's, never under the engine's lock, and must not block.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ payloads = logging.getLogger(PAYLOADS)
 
 Sink = Callable[[Answer], None]
 
-ABANDON_S = 5.0  # how long the generator may take to notice that it is to stop
-IDLE_S = 1.0  # an idle decoder thread shows that it lives this often
-REFUSALS = ("busy", "unavailable")  # error codes of requests that were not taken on, or given back
+ABANDON_S = 5.0  # for the generator to notice that it must stop
+IDLE_S = 1.0  # between two signs of life of an idle decoder thread
+REFUSALS = ("busy", "unavailable")  # error codes of requests that were never accepted, or are given back
 SUMMARIES = {
     "bad_request": "a request was invalid; its client has the reason",
     "too_long": "a request did not fit into the context",
@@ -42,9 +42,9 @@ SUMMARIES = {
 }
 """What log and health report of a failure: everybody can read them, so they never quote a request."""
 
-STACK_BYTES = 16 * 1024 * 1024  # of the decoder thread: twice what the largest schemas take (grammar_source)
-SHARED_LENGTH = 4  # a queue for fewer keeps no place for those who have none waiting
-FIRST_GUESS_S = 1.0  # how long a request takes, before one has been answered
+STACK_BYTES = 16 * 1024 * 1024  # of the decoder thread
+SHARED_LENGTH = 4  # shorter queues reserve no place for clients without a waiting request
+FIRST_GUESS_S = 1.0  # estimate of the time for a request until one has been answered
 
 
 class Generates(Protocol):
@@ -62,7 +62,7 @@ class Generates(Protocol):
 
 @dataclass(eq=False)
 class _Job:
-    """A request on its way; times are those of `time.monotonic`."""
+    """An accepted request. Times are those of `time.monotonic`."""
 
     client: str
     request: Request
@@ -82,11 +82,10 @@ class _Job:
 
 
 class Engine:
-    """Answers requests one after the other, in the order of arrival.
+    """Answers requests one at a time, in the order of arrival.
 
-    `progress` grows while the decoder thread lives: at every prefill chunk and decode step, and about once a
-    second when idle. Parts of an answer are sent at most every `partial_interval_s` seconds.
-    `decoder_failures` counts the requests that LiteRT failed on.
+    `progress` grows at every prefill chunk and decode step, and about once a second when idle. Partials are
+    at least `partial_interval_s` seconds apart. `decoder_failures` counts the requests that LiteRT failed on.
     """
 
     def __init__(self, generator: Generates, queue_length: int, partial_interval_s: float = 0.25) -> None:
@@ -117,7 +116,7 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """How many requests are in the queue, without the one that is being answered."""
+        """Number of requests in the queue, without the one in work."""
         return len(self._queue)
 
     @property
@@ -135,9 +134,9 @@ class Engine:
     ) -> None:
         """Queue `request`; `sink` gets its Partials and then its one Final or Failure.
 
-        `client` is the name space of the ids. A request with the client and id of one that is not answered
-        yet is taken for a repeat and ignored. `started` is called in the decoder thread when work on it
-        begins. One that is `resumed` was in the queue of an earlier run, so a full queue does not refuse it.
+        `client` is the namespace of the ids. A request with the client and id of an unanswered one is a
+        duplicate and is ignored. `started` is called in the decoder thread when work on the request starts. A
+        `resumed` request was accepted by an earlier run, so a full queue does not refuse it.
         """
         job = _Job(client, request, sink, started)
         with self._lock:
@@ -154,7 +153,7 @@ class Engine:
             payloads.info("id=%s request=%s", request.id, request.to_json())
 
     def cancel(self, client: str, request_id: str) -> bool:
-        """Cancel a request: its Final, with what there is of the answer, says so. False if there is none."""
+        """Cancel a request; its Final has the text so far. Returns False if there is no such request."""
         with self._lock:
             job = self._jobs.get((client, request_id))
             if job is None:
@@ -164,19 +163,19 @@ class Engine:
         return True
 
     def pause(self) -> None:
-        """Begin no request until `resume`, while new ones wait; returns when none is being answered."""
+        """Start no request until `resume`; returns when none is in work. New requests wait."""
         with self._lock:
             self._paused = True
             self._lock.wait_for(lambda: not self.working)
 
     def resume(self, generator: Generates) -> None:
-        """Go on after `pause`, with another generator."""
+        """Continue after `pause`, with another generator."""
         with self._lock:
             self._generator, self._paused = generator, False
             self._lock.notify_all()
 
     def stop(self, drain_s: float) -> None:
-        """Refuse new requests, answer those there are for up to `drain_s` seconds, the rest `unavailable`."""
+        """Refuse new requests; answer the others for up to `drain_s` seconds, then with `unavailable`."""
         with self._lock:
             self._stopping = True
             self._lock.notify_all()
@@ -188,16 +187,16 @@ class Engine:
 
     @property
     def full(self) -> bool:
-        """Whether new requests, of some clients at least, are refused."""
+        """Whether new requests are refused, at least those of some clients."""
         return self._stopping or len(self._queue) >= self._queue_length - (
             self._queue_length >= SHARED_LENGTH
         )
 
     def refusal(self, client: str, request_id: str) -> Failure | None:
-        """Say why a new request of a client would be refused now, or None.
+        """Return the failure that a new request of a client would get now, or None.
 
-        The last place in the queue is kept for clients that have none waiting, so that one that floods the
-        node does not keep the others out.
+        The last place in the queue is reserved for clients without a waiting request, so that a client that
+        floods the node does not keep the others out.
         """
         if self._stopping:
             return _stopping(request_id)
@@ -208,8 +207,8 @@ class Engine:
         if left > 0:
             return None
         wait_ms = max(100, round(self._typical_s * 1000))
-        said = f"{len(self._queue)} requests are waiting already; try again in {wait_ms} ms"
-        return Failure(request_id, "busy", said, wait_ms)
+        message = f"{len(self._queue)} requests are waiting; try again in {wait_ms} ms"
+        return Failure(request_id, "busy", message, wait_ms)
 
     def _run(self) -> None:
         while (job := self._next()) is not None:
@@ -229,12 +228,12 @@ class Engine:
                     return self._queue.popleft()
 
     def _sweep(self) -> None:
-        """Answer the queued jobs that were cancelled or whose deadline has passed."""
+        """Answer the queued jobs that have been cancelled or have expired."""
         for job in self._withdraw(lambda job: job.cancelled or job.expired()):
             self._deliver(job, _empty(job, "cancelled") if job.cancelled else _expired(job))
 
     def _withdraw(self, which: Callable[[_Job], bool]) -> list[_Job]:
-        """Take jobs out of the queue, so that whoever did it is the one who answers them."""
+        """Take jobs out of the queue; the caller must answer them."""
         with self._lock:
             taken = [job for job in self._queue if which(job)]
             for job in taken:
@@ -292,10 +291,10 @@ class Engine:
                 item.reasoning,
                 tuple(item.tool_calls),
             )
-        raise RuntimeError("the generator ended without a completion")
+        raise RuntimeError("the generator yielded no completion")
 
     def _interrupted(self, job: _Job) -> str | None:
-        """Whether to stop generating, and why; also looks after those who wait."""
+        """The reason to stop generating, or None. Also answers waiting jobs that have expired."""
         self.progress += 1
         if self._queue:
             self._sweep()
@@ -341,7 +340,7 @@ def _log_outcome(job: _Job, answer: Final | Failure, summary: str | None) -> Non
 
 
 class _Batch:
-    """Collects pieces of text so that not every token becomes a message."""
+    """Collects text, so that not every token becomes a message."""
 
     def __init__(self, job: _Job, interval_s: float) -> None:
         self._wanted = job.request.stream
@@ -352,7 +351,7 @@ class _Batch:
         self._text = self._reasoning = ""
 
     def add(self, delta: Delta) -> Iterator[Partial]:
-        """Yield the Partial that is due now, if one is."""
+        """Yield a Partial if one is due."""
         self._text += delta.text
         self._reasoning += delta.reasoning
         now = time.monotonic()
@@ -365,12 +364,16 @@ class _Batch:
 
 
 def _stopping(request_id: str) -> Failure:
-    return Failure(request_id, "unavailable", "the daemon is stopping; ask again when it is back", 5000)
+    return Failure(
+        request_id, "unavailable", "the daemon is stopping; send the request again after its restart", 5000
+    )
 
 
 def _expired(job: _Job) -> Failure:
     return Failure(
-        job.request.id, "expired", f"its deadline of {job.request.deadline_ms} ms passed while it waited"
+        job.request.id,
+        "expired",
+        f"the deadline of {job.request.deadline_ms} ms passed while the request waited",
     )
 
 

@@ -1,8 +1,8 @@
-"""An sqlite file that goes on whatever becomes of its disk.
+"""An sqlite file that stays usable when its disk fails.
 
-A damaged file is moved aside (`NAME.damaged`, one is kept) and a new one begun with what could still be
-read. On a full or read-only disk the store goes on in memory, says so in `problem`, and returns to the disk,
-with all it holds, when that works again. Only one process can hold the file.
+A damaged file is renamed to `NAME.damaged` (the latest is kept), and a new one starts with all records that
+can still be read. On a full or read-only disk the store continues in memory and reports that in `problem`;
+when the disk works again it writes everything back. Only one process can open the file.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from edge.requests.wal_repair import repair
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-CACHE_KIB = 256  # of anonymous memory; sqlite's own choice is 2 MB, which a journal fills within hours
-RETRY_S = 60.0  # between two tries to return to the disk
-UNFIT = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CONSTRAINT)  # records that do not fit into a table
+CACHE_KIB = 256  # of anonymous memory; sqlite's default is 2 MB, which a journal fills within hours
+RETRY_S = 60.0  # between two attempts to return to the disk
+UNFIT = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CONSTRAINT)  # records that do not fit a table
 DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-FAILED = (sqlite3.DatabaseError, UnicodeDecodeError)  # the latter for what a damaged file makes sqlite say
+FAILED = (sqlite3.DatabaseError, UnicodeDecodeError)  # the latter for text in a damaged file
 ASIDE = ".damaged"
 
 
 class SqliteStore:
     """Tables in the file `path`, or in memory only if `path` is None. `tables` gives their schemas by name.
 
-    The first column of each is the integer primary key, which only gives the order and may be numbered anew.
+    The first column of each is the integer primary key. It gives the order only, and can be renumbered.
 
     `writes` counts transactions that changed something, `syncs` those that waited for the disk (fsync).
-    `damage` counts the records and pages that the disk was found to have changed.
-    `problem` is None, or one line on why the tables are not on the disk. `opened` is called with the
-    connection whenever another database takes over. Raises EdgeError if another process holds the file.
+    `damage` counts records and pages that were found damaged. `problem` is None, or one line on why the
+    tables are not on the disk. `opened` is called with each new connection. Raises EdgeError if another
+    process has the file open.
     """
 
     def __init__(
@@ -59,9 +59,10 @@ class SqliteStore:
         self._opened(self._database)
 
     def run(self, work: Callable[[sqlite3.Connection], T], durable: bool = False) -> T:
-        """Run `work` as one transaction; if the disk fails, run it once more on what takes its place.
+        """Run `work` as one transaction; if the disk fails, run it again on the replacement.
 
-        With `durable` it is on the disk when this returns; otherwise it survives a crash of the process only.
+        With `durable` the transaction is on the disk when this returns; otherwise it survives a crash of the
+        process, but not a power cut.
         """
         with self._lock:
             if self.problem and time.monotonic() - self._tried >= RETRY_S:
@@ -77,7 +78,7 @@ class SqliteStore:
                 return self._transaction(work, durable)
 
     def sync(self) -> None:
-        """Wait until all transactions are on the disk; if it fails, go on in memory."""
+        """Wait until all transactions are on the disk; if that fails, continue in memory."""
         with self._lock:
             if not self._unsynced:
                 return
@@ -91,13 +92,13 @@ class SqliteStore:
                     self._go_to_memory()
 
     def close(self) -> None:
-        """Fold the write-ahead log back and close the file."""
+        """Checkpoint the write-ahead log and close the file."""
         with self._lock:
             self._database.close()
 
     def _transaction(self, work: Callable[[sqlite3.Connection], T], durable: bool) -> T:
         database = self._database
-        if durable != self._synchronous:  # in WAL mode FULL is an fsync at each commit, NORMAL is none
+        if durable != self._synchronous:  # in WAL mode FULL means an fsync for each commit, NORMAL none
             database.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             self._synchronous = durable
         before = database.total_changes
@@ -112,7 +113,7 @@ class SqliteStore:
         if database.total_changes != before:
             self.writes += 1
             self.syncs += durable
-            self._unsynced = not durable  # an fsync is one of the whole log
+            self._unsynced = not durable  # one fsync covers the whole log
         return result
 
     def _leave_disk(self, error: Exception) -> None:
@@ -138,37 +139,37 @@ class SqliteStore:
             disk.close()
             return False
         self._rows_are_all = True
-        log.warning("%s is written again", self._path)
+        log.warning("%s: on the disk again", self._path)
         return True
 
     def _take_over(self, new: sqlite3.Connection) -> None:
-        """Replace the database by `new`, with all rows that can be read; raises if `new` can't be written."""
+        """Replace the database by `new` and copy all readable rows. Raises if `new` can't be written."""
         self._copy_rows(self._database, new, replacing=self._rows_are_all)
         self._database.close()
         self._database, self._synchronous = new, False
         self._opened(new)
 
     def _copy_rows(self, old: sqlite3.Connection, new: sqlite3.Connection, replacing: bool) -> None:
-        """Copy all rows that can be read and do not break the table's rules, which only damage makes."""
+        """Copy all rows that can be read and satisfy the constraints; only damage breaks these."""
         new.execute("BEGIN")
         for table in self._tables:
             names, rows = self._readable_rows(old, table)
             values = ", ".join("?" * len(names))
             insert = f"INSERT OR REPLACE INTO {table} ({', '.join(names)}) VALUES ({values})"
-            if replacing:  # otherwise the file may hold what this process has never seen
+            if replacing:  # otherwise the file may have rows that this process has never read
                 new.execute(f"DELETE FROM {table}")
             for row in rows:
                 try:
                     new.execute(insert, row)
                 except sqlite3.IntegrityError as error:
                     self.damage += 1
-                    log.error("%s: a damaged record is left out: %s", self._path, error)
+                    log.error("%s: dropped a damaged record: %s", self._path, error)
         new.execute("COMMIT")
 
     def _readable_rows(
         self, database: sqlite3.Connection, table: str
     ) -> tuple[list[str], list[tuple[object, ...]]]:
-        """Names and values of all columns but the first; from both ends, as a damaged page ends a scan."""
+        """Names and values of all columns but the first. A damaged page stops a scan: read from both ends."""
         names: list[str] = []
         rows: dict[int, tuple[object, ...]] = {}
         for order in ("ASC", "DESC"):
@@ -179,11 +180,11 @@ class SqliteStore:
                 break
             except FAILED as error:
                 self.damage += 1
-                log.error("%s: %d records could be saved before: %s", self._path, len(rows), error)
+                log.error("%s: read %d records before: %s", self._path, len(rows), error)
         return names, [rows[number] for number in sorted(rows)]
 
     def _open_disk(self) -> sqlite3.Connection | None:
-        """Open the file, a new one if it is damaged; None, and `problem` set, if there can be no file."""
+        """Open the file, or a new one if it is damaged. None, with `problem` set, if the disk fails."""
         if self._path is None:
             return None
         damaged = False
@@ -198,7 +199,7 @@ class SqliteStore:
                 code = _code(error)
                 if code == sqlite3.SQLITE_BUSY:
                     raise EdgeError(
-                        f"{self._path}: another process holds it; stop that, or use another state directory"
+                        f"{self._path}: another process has it open; stop it, or use another state directory"
                     ) from None
                 if code in DAMAGE and self._move_aside(error):
                     damaged = True
@@ -230,7 +231,7 @@ class SqliteStore:
                 raise damage
             for table in self._tables:
                 for _ in database.execute(f"SELECT * FROM {table}"):
-                    pass  # raises for text that is not UTF-8, which sqlite does not look at
+                    pass  # raises for text that is not UTF-8, which sqlite does not check
         except BaseException:
             database.close()
             raise
@@ -242,7 +243,7 @@ class SqliteStore:
         return database
 
     def _create(self, database: sqlite3.Connection) -> None:
-        """Make the tables, from another version's if need be; one that is too different counts as damage."""
+        """Create the tables or convert those of another version; one that can't be converted is damage."""
         database.execute("BEGIN IMMEDIATE")
         for table, schema in self._tables.items():
             found = database.execute("SELECT sql FROM sqlite_master WHERE name = ?", (table,)).fetchone()
@@ -255,13 +256,13 @@ class SqliteStore:
                     database.execute("ROLLBACK")
                     if _code(error) not in UNFIT:
                         raise
-                    foreign = sqlite3.DatabaseError("it is of another version")
+                    foreign = sqlite3.DatabaseError("its tables are of another version")
                     foreign.sqlite_errorcode = sqlite3.SQLITE_NOTADB
                     raise foreign from None
         database.execute("COMMIT")
 
     def _convert(self, database: sqlite3.Connection, table: str, schema: str) -> None:
-        """Bring the records of another version into this one's table: the columns that both know."""
+        """Convert the records of another version: the columns that both versions have."""
         before = [row[1] for row in database.execute(f"PRAGMA table_info({table})")]
         database.execute(f"ALTER TABLE {table} RENAME TO another_version")
         database.execute(schema)
@@ -271,44 +272,44 @@ class SqliteStore:
         database.execute("DROP TABLE another_version")
 
     def _salvage(self, new: sqlite3.Connection) -> None:
-        """Bring what can still be read of the file that was moved aside into the one begun in its place."""
+        """Copy what can still be read from the damaged file to the new one."""
         assert self._path is not None
         try:
             with contextlib.closing(sqlite3.connect(_beside(self._path, ASIDE), isolation_level=None)) as old:
                 self._copy_rows(old, new, replacing=False)
-        except FAILED as error:  # no table, or one of another kind
+        except FAILED as error:  # there is no such table, or it has other columns
             self.damage += 1
-            log.error("%s: no record could be saved: %s", self._path, error)
+            log.error("%s: no record could be read: %s", self._path, error)
             if new.in_transaction:
                 new.execute("ROLLBACK")
 
     def _move_aside(self, error: Exception) -> bool:
         assert self._path is not None
         aside = _beside(self._path, ASIDE)
-        log.error("%s is damaged (%s): moved to %s, a new one is begun", self._path, error, aside.name)
+        log.error("%s is damaged (%s): renamed to %s, starting a new file", self._path, error, aside.name)
         try:
             for suffix in ("-wal", "-shm", "-journal"):
                 _beside(aside, suffix).unlink(missing_ok=True)
             self._path.replace(aside)
-            log_file = _beside(self._path, "-wal")  # has the latest records
+            log_file = _beside(self._path, "-wal")  # it has the latest records
             if log_file.exists():
                 log_file.replace(_beside(aside, "-wal"))
             for suffix in ("-shm", "-journal"):
                 _beside(self._path, suffix).unlink(missing_ok=True)
         except OSError as failure:
-            log.error("%s could not be moved: %s", self._path, failure)
+            log.error("%s could not be renamed: %s", self._path, failure)
             return False
         return True
 
     def _report(self, error: Exception) -> None:
-        problem = f"{self._path}: {error}; records are kept in memory only: free or mend the disk"
+        problem = f"{self._path}: {error}; records are kept in memory only: free or repair the disk"
         if problem != self.problem:
             log.error("%s", problem)
         self.problem = problem
 
 
 def _code(error: Exception) -> int:
-    """The error's primary code; Python gives none for text that it can't decode, which is damage."""
+    """The error's primary code. Text that Python can't decode has none, and counts as damage."""
     code: int = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)
     return code & 0xFF
 

@@ -359,7 +359,7 @@ def test_a_disk_that_is_full_or_has_failed_stops_no_answer_and_is_said(
     for number in range(3):
         answered(mosquitto, f"after-{number}")
     wait_for(lambda: health(mosquitto)["journal"])
-    assert health(mosquitto)["journal"].endswith("records are kept in memory only: free or mend the disk")
+    assert health(mosquitto)["journal"].endswith("records are kept in memory only: free or repair the disk")
     log = daemon.log.read_text()
     assert health(mosquitto)["journal"] in log
     assert ("can't store packed weights" in log) == (when == "before it has ever started")
@@ -384,7 +384,7 @@ def test_the_journal_returns_to_a_disk_that_was_full(
     while health(mosquitto)["journal"]:
         assert time.monotonic() < until
         answered(mosquitto, f"b-{time.monotonic_ns()}")
-    assert "journal.sqlite is written again" in daemon.log.read_text()
+    assert "journal.sqlite: on the disk again" in daemon.log.read_text()
     first = ask(mosquitto, "a", max_tokens=4, deadline_ms=20_000)
     assert isinstance(first, Final)
     assert daemon.stop() == 0

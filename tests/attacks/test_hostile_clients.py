@@ -282,7 +282,7 @@ class Echo(threading.Thread):
                 if head & 0xF0 == 0x30:
                     end, count = 2 + int.from_bytes(body[:2], "big"), count + 1
                     asked = json.loads(body[end + 2 :])
-                    refusal = Failure(asked["id"], "busy", "8 requests are waiting already", 100).to_json()
+                    refusal = Failure(asked["id"], "busy", "8 requests are waiting", 100).to_json()
                     head_of_it = _text(asked["reply_to"].encode()) + count.to_bytes(2, "big")
                     answers += (
                         _packet(0x32, head_of_it + refusal.encode()) + b"\x40\x02" + body[end : end + 2]

@@ -193,7 +193,10 @@ def test_a_request_that_is_stopped_before_its_answer_begins_gets_an_empty_final(
 def test_a_deadline_that_passes_in_the_queue_is_answered_while_another_runs(bench: Bench) -> None:
     bench.hold()
     failure = bench.ask("b", deadline_ms=20).failure()
-    assert (failure.code, failure.message) == ("expired", "its deadline of 20 ms passed while it waited")
+    assert (failure.code, failure.message) == (
+        "expired",
+        "the deadline of 20 ms passed while the request waited",
+    )
     assert "b" not in bench.speller.asked
 
 

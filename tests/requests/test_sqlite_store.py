@@ -30,7 +30,7 @@ def path(tmp_path: Path) -> Path:
 
 def test_a_second_process_is_refused_with_a_line_that_names_the_file(path: Path) -> None:
     journal = Journal(path)
-    with pytest.raises(EdgeError, match=r"journal\.sqlite: another process holds it"):
+    with pytest.raises(EdgeError, match=r"journal\.sqlite: another process has it open"):
         Journal(path)
     journal.close()
 
