@@ -26,14 +26,14 @@ MAX_CRASHES = 64  # kept; the oldest are dropped first
 
 
 class Crashes:
-    """The crashes of recent runs. They change only at a start, so no request costs a look into the file."""
+    """The crashes of recent runs. They change only at a start, so requests never read the file for them."""
 
     def __init__(self) -> None:
         self._count: Counter[str] = Counter()
         self._latest: dict[str, float] = {}
 
     def note(self, database: sqlite3.Connection, clients: Iterable[str], now: float, same_boot: bool) -> None:
-        """Add the crash that ended the last run, charged to `clients`, and take up what earlier ones left."""
+        """Add the crash that ended the last run, charged to `clients`, and load the earlier ones."""
         if not same_boot:
             database.execute(f"DELETE FROM {TABLE}")
         database.execute(f"DELETE FROM {TABLE} WHERE at <= ? OR at > ?", (now - WITHIN_S, now))
@@ -51,7 +51,7 @@ class Crashes:
             self._latest[client] = at
 
     def suspended_s(self, client: str, now: float) -> float:
-        """How many more seconds requests of a client are refused; 0 if they are not."""
+        """For how many more seconds requests of a client are refused; 0 if they are not."""
         if self._count[client] < SUSPEND_AFTER:
             return 0.0
         return max(0.0, self._latest[client] + SUSPENDED_S - now)

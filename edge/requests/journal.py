@@ -1,10 +1,10 @@
-"""What was accepted and what was answered, so that nothing is lost or answered twice.
+"""Accepted requests and their answers on the disk, so that none is lost or answered twice.
 
-An entry is accepted, started, answered, published. Acceptance and answer are on the disk (fsync) before the
-call returns, an acceptance that is not `durable` at the next `sync`, with others; `started` and `published`
-cost no fsync: they survive a crash of the daemon, and what a power cut may undo of them is harmless (a start
-not counted, an identical answer published again). That is at most two fsyncs a request, in a write-ahead log
-that is folded back rarely, as an SD card likes it.
+An entry is accepted, started, answered and published. Acceptance and answer are on the disk (fsync) before
+the call returns; an acceptance that is not `durable` is on the disk after the next `sync`, together with
+others. `started` and `published` need no fsync: they survive a crash of the daemon, and a power cut undoes
+them without harm (a start is not counted, an identical answer is published again). That makes at most two
+fsyncs for a request, in a write-ahead log that is rarely checkpointed, to spare an SD card.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from edge.requests import crashes
 from edge.requests.crashes import Crashes
 from edge.requests.sqlite_store import SqliteStore
 
-MAX_STARTS = 2  # a request that the daemon did not survive this often is not tried again
-MAX_CUTS = 3  # starts ended by the board itself that are not counted; more, and the request may be why
-HOUSEKEEPING_S = 60.0  # between two looks for entries that are too old
-OVERHEAD_BYTES = 128  # of an entry beside its texts
+MAX_STARTS = 2  # a request that has ended the daemon this often is not tried again
+MAX_CUTS = 3  # starts ended by a restart of the board that do not count; after that, the request may be why
+HOUSEKEEPING_S = 60.0  # between two searches for entries that are too old
+OVERHEAD_BYTES = 128  # of an entry, in addition to its texts
 SCHEMA = """CREATE TABLE entries (
     number    INTEGER PRIMARY KEY,         -- order of acceptance
     key       TEXT    NOT NULL UNIQUE,
@@ -49,9 +49,9 @@ SIZE = f"length(key) + length(source) + ifnull(length(request), length(answer)) 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the journal keeps: entries, bytes of requests and answers, and for how long (seconds).
+    """What the journal holds: number of entries, bytes of requests and answers, and for how long (seconds).
 
-    A published answer is repeated for `replay_s`; one that could not be published waits for `keep_s`.
+    A published answer is kept for duplicates for `replay_s`, an unpublished one for `keep_s`.
     """
 
     entries: int = 2000
@@ -62,17 +62,17 @@ class Limits:
 
 @dataclass(frozen=True)
 class Accepted:
-    """The request is new, or was left over by a former run: work on it."""
+    """The request is new, or an earlier run left it unanswered: work on it."""
 
 
 @dataclass(frozen=True)
 class InProgress:
-    """This run works on the same request already: its answer will come."""
+    """This run is working on the same request: its answer will come."""
 
 
 @dataclass(frozen=True)
 class Answered:
-    """The same request has this answer; nothing is to be computed."""
+    """The same request has this answer."""
 
     answer: bytes
     published: bool
@@ -80,14 +80,14 @@ class Answered:
 
 @dataclass(frozen=True)
 class Poisoned:
-    """The daemon did not survive this request `starts` times: answer it with an error."""
+    """Work on this request has ended the daemon `starts` times: answer it with an error."""
 
     starts: int
 
 
 @dataclass(frozen=True)
 class Conflict:
-    """Another request with this key has no answer yet: refuse this one."""
+    """Another request with this key is unanswered: refuse this one."""
 
 
 Verdict = Accepted | InProgress | Answered | Poisoned | Conflict
@@ -95,9 +95,9 @@ Verdict = Accepted | InProgress | Answered | Poisoned | Conflict
 
 @dataclass(frozen=True)
 class Unfinished:
-    """A request of a former run without an answer. `deadline`: seconds since the epoch, or None.
+    """An unanswered request of an earlier run. `deadline`: seconds since the epoch, or None.
 
-    `request` is None if the disk has damaged it. `starts` counts those that the daemon did not survive.
+    `request` is None if the disk has damaged it. `starts` counts those that ended the daemon.
     """
 
     key: str
@@ -108,13 +108,13 @@ class Unfinished:
 
     @property
     def poisoned(self) -> bool:
-        """Whether to answer it with an error instead of another try."""
+        """Whether to answer it with an error rather than try again."""
         return self.starts >= MAX_STARTS
 
 
 @dataclass(frozen=True)
 class Unpublished:
-    """An answer that its asker has not got."""
+    """An answer that its client has not received."""
 
     key: str
     answer: bytes
@@ -124,10 +124,10 @@ class Unpublished:
 class Journal:
     """The journal in the file `path`, or in memory only if it is None. Any thread may call its methods.
 
-    A key is the client, a space and the request's id. `source` is the transport's own note on where the
-    answer goes; the journal only keeps it. `clock` gives seconds since the epoch, `uptime` seconds since the
-    board started, `boot` names that boot (None: as the kernel does). Raises EdgeError if another process
-    holds the file; a damaged file or a failing disk raises nothing (see `edge.requests.sqlite_store`).
+    A key is the client, a space and the request's id. `source` is the transport's note on where the answer
+    goes; the journal does not interpret it. `clock` gives seconds since the epoch, `uptime` seconds since the
+    board started, `boot` names that boot (None: as the kernel does). Raises EdgeError if another process has
+    the file open; a damaged file or a failing disk raises nothing (see `edge.requests.sqlite_store`).
     """
 
     def __init__(
@@ -141,10 +141,10 @@ class Journal:
         self._limits, self._clock, self._on_disk = limits or Limits(), clock, path is not None
         self._alive: dict[str, bool] = {}  # keys that this run works on; True once started
         self._keys: set[str] = set()  # all that have an entry, and perhaps some that had one
-        self._owed = False  # whether something was accepted that `sync` is to bring to the disk
+        self._owed = False  # whether an accepted request must be synced
         self._looked = time.monotonic()
         self._damaged_requests = 0
-        self._entries = self._bytes = 0  # the latter never less than the truth
+        self._entries = self._bytes = 0  # `_bytes` is never too low
         self._store = SqliteStore(path, TABLES, self._measure)
         self._crashes, self._uptime = Crashes(), uptime
         number = zlib.crc32((boot_id() if boot is None else boot).encode()) >> 1
@@ -152,12 +152,12 @@ class Journal:
 
     @property
     def problem(self) -> str | None:
-        """One line on why nothing is written to the disk, or None if all is well."""
+        """One line on why the journal is not on the disk, or None if it is."""
         return self._store.problem
 
     @property
     def damage(self) -> int:
-        """How many records, or pages of them, the disk was found to have damaged since the start."""
+        """Number of records, or pages of them, found damaged since the start."""
         return self._store.damage + self._damaged_requests
 
     @property
@@ -167,11 +167,11 @@ class Journal:
 
     @property
     def lasting(self) -> bool:
-        """Whether what it holds outlives this process."""
+        """Whether its entries outlive this process."""
         return self._on_disk and self._store.problem is None
 
     def may_know(self, key: str) -> bool:
-        """Whether `find` may find something; costs no look into the file. False is certain."""
+        """Whether there may be an entry; False is certain. Does not read the file."""
         return key in self._keys
 
     def suspended_s(self, client: str) -> float:
@@ -179,16 +179,16 @@ class Journal:
         return self._crashes.suspended_s(client, self._uptime())
 
     def find(self, key: str, request: bytes) -> Verdict | None:
-        """Say what is known of a request, changing nothing; None if it is new."""
+        """Look a request up, and change nothing; None if it is new."""
         return self._store.run(lambda database: self._find(database, key, request))
 
     def accept(
         self, key: str, request: bytes, source: str, deadline: float | None = None, durable: bool = True
     ) -> Verdict:
-        """Take a request on, unless the verdict says that it is known.
+        """Accept a request if it is new; the verdict tells.
 
-        `deadline`: seconds since the epoch. If not `durable` it is on the disk after the next `sync`.
-        Raises RequestError("busy") if the journal is full of requests that have no answer yet.
+        `deadline`: seconds since the epoch. If not `durable` the entry is on the disk after the next `sync`.
+        Raises RequestError("busy") if the journal is full of unanswered requests.
         """
         size = len(key) + len(source) + len(request) + OVERHEAD_BYTES
 
@@ -212,13 +212,13 @@ class Journal:
         return self._store.run(work, durable)
 
     def sync(self) -> None:
-        """Wait until all that was accepted is on the disk; does nothing if it is."""
+        """Wait until all accepted requests are on the disk."""
         if self._owed:
             self._owed = False
             self._store.sync()
 
     def started(self, key: str) -> None:
-        """Note that work on a request begins; a start that no answer or `close` follows was a crash."""
+        """Note that work on a request starts. A start without an answer or `close` after it is a crash."""
 
         def work(database: sqlite3.Connection) -> None:
             database.execute(
@@ -229,7 +229,7 @@ class Journal:
         self._store.run(work)
 
     def answered(self, key: str, answer: bytes) -> None:
-        """Keep the final answer; it may be published as soon as this returns."""
+        """Store the final answer, which can be published once this returns."""
 
         def work(database: sqlite3.Connection) -> None:
             database.execute(
@@ -243,14 +243,14 @@ class Journal:
         self._store.run(work, durable=True)
 
     def published(self, key: str) -> None:
-        """Note that the asker has the answer (for MQTT: that the broker has acknowledged it)."""
+        """Note that the client has the answer (for MQTT: that the broker has acknowledged it)."""
         if not self.may_know(key):  # it was a refusal
             return
         statement = "UPDATE entries SET published = 1 WHERE key = ? AND answer IS NOT NULL"
         self._store.run(lambda database: database.execute(statement, (key,)))
 
     def forget(self, key: str) -> None:
-        """Drop a request that was accepted but will not be worked on, so that it may be asked again."""
+        """Drop an accepted request that will not be worked on, so that it can be sent again."""
 
         def work(database: sqlite3.Connection) -> None:
             database.execute("DELETE FROM entries WHERE key = ? AND answer IS NULL", (key,))
@@ -259,9 +259,9 @@ class Journal:
         self._store.run(work, durable=True)
 
     def unfinished(self) -> list[Unfinished]:
-        """Hand over what earlier runs left without an answer, each once.
+        """Return the unanswered requests of earlier runs, each once, the oldest first.
 
-        The oldest comes first, but what may have ended the process comes last, after its neighbours.
+        Those that may have ended the process come last, after their neighbours.
         """
 
         def work(database: sqlite3.Connection) -> list[Unfinished]:
@@ -277,7 +277,7 @@ class Journal:
         return self._store.run(work)
 
     def unpublished(self) -> list[Unpublished]:
-        """List the answers that nobody has got yet, oldest first."""
+        """List the answers that no client has received, the oldest first."""
 
         def work(database: sqlite3.Connection) -> list[Unpublished]:
             rows = database.execute(
@@ -289,16 +289,16 @@ class Journal:
         return self._store.run(work)
 
     def close(self) -> None:
-        """Stop cleanly: what was started and not answered does not count as a crash."""
+        """Close in order: requests in work do not count as crashes."""
         interrupted = [(key,) for key, started in self._alive.items() if started]
         statement = "UPDATE entries SET starts = starts - 1 WHERE key = ? AND answer IS NULL"
         self._store.run(lambda database: database.executemany(statement, interrupted), durable=True)
         self._store.close()
 
-    # What is below runs inside a transaction, so under the store's lock.
+    # The methods below run inside a transaction, under the store's lock.
 
     def _note_end(self, database: sqlite3.Connection, boot: int) -> None:
-        """Charge the end of the last run to the request that was in work: to the board if that restarted."""
+        """Charge the end of the last run to the request in work, unless the board itself restarted."""
         (before,) = database.execute("PRAGMA user_version").fetchone()
         same_boot = before in (0, boot)
         in_work = "answer IS NULL AND starts > cuts + crashes"
@@ -318,7 +318,7 @@ class Journal:
             return None
         digest, starts, answer, answered, published = row
         same = digest == _digest(request)
-        if answer is not None:  # an asker that counts from 1 again after a reset must not get an old answer
+        if answer is not None:  # a client that counts from 1 again after a reset must not get an old answer
             fresh = not published or self._clock() - answered < self._limits.replay_s
             return Answered(answer, bool(published)) if same and fresh else None
         if not same:
@@ -328,7 +328,7 @@ class Journal:
         return Poisoned(starts) if starts >= MAX_STARTS else Accepted()
 
     def _make_room(self, database: sqlite3.Connection, size: int) -> None:
-        """Drop what is too old, and, if a limit is reached, the oldest answers down to nine tenths of it."""
+        """Drop entries that are too old and, at a limit, the oldest answers down to nine tenths of it."""
         limits, now = self._limits, time.monotonic()
         if self._fits(size, 1.0) and now - self._looked < HOUSEKEEPING_S:
             return
@@ -349,9 +349,7 @@ class Journal:
             database.execute("DELETE FROM entries WHERE number = ?", (number,))
             self._entries, self._bytes = self._entries - 1, self._bytes - freed
         if not self._fits(size, 1.0):
-            raise RequestError(
-                "busy", f"{self._entries} requests wait for an answer already; ask again later"
-            )
+            raise RequestError("busy", f"{self._entries} requests are unanswered; try again later")
 
     def _fits(self, size: int, share: float) -> bool:
         limits = self._limits

@@ -1,4 +1,4 @@
-"""How a node is, as its retained health says: the queue, speed, memory, temperature, and what is wrong."""
+"""The content of a node's retained health: queue, speed, memory, temperature and problems."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MIB = 1024 * 1024
 
 
 def health(engine: Engine, journal: Journal, board: Board) -> Mapping[str, Any]:
-    """Gather it. What the board or the engine can't tell (yet) is null.
+    """Gather it. Unknown values are null.
 
     `tokens_per_s` and `first_token_ms` are those of the last answer, `memory_mib` is anonymous memory
     (RssAnon), `throttling` lists what holds a Raspberry Pi's processor back now, `journal_damage` counts

@@ -1,10 +1,10 @@
-"""The routes at work: readings of sensors in, events out at once, questions to the engine, answers out.
+"""Runs the routes: takes readings, publishes events at once, submits questions, and publishes the answers.
 
-One thread of its own applies the routes, so that neither the network nor the decoder waits for them; another
-asks, so that an event never waits for the model or the disk. `reading` may be called from any thread.
+One thread applies the routes, so that neither the network nor the decoder waits for them. Another submits the
+questions, so that an event never waits for the model or the disk. `reading` can be called from any thread.
 
-Which sensors there are, and which of them are alarmed or silent, is kept in a file: one that does not come
-back after a power cut is missed, and an alarm that has ended meanwhile is ended.
+The known sensors, and which of them are alarmed or silent, are kept in a file. So a sensor that stays away
+after a power cut is reported, and an alarm that ended meanwhile is cleared.
 """
 
 from __future__ import annotations
@@ -37,25 +37,25 @@ from edge.routes.values import MAX_PAYLOAD_BYTES
 
 log = logging.getLogger(__name__)
 
-CLIENT = "route:"  # and the route's name: the name space of ids
-TICK_S = 1.0  # the thread shows that it lives at least this often
+CLIENT = "route:"  # followed by the route's name: the namespace of ids
+TICK_S = 1.0  # at most between two signs of life of the thread
 MAX_WAITING = 1000  # readings that wait for the thread
-MAX_OF_TOPIC = 100  # of these, on one topic, so that one sensor does not keep the others out
+MAX_OF_TOPIC = 100  # of these on one topic, so that one sensor does not keep the others out
 MAX_IGNORED = 32  # topics whose ignored readings are logged once each
 EVENT_LINES = 10  # in the log, a minute and route
 MAX_QUESTIONS = 1000  # that wait for the disk
-LATER_MS = 5000  # to wait before a question that was refused is asked again
+LATER_MS = 5000  # before a refused question is submitted again
 MAX_NOTE_BYTES = 16 * 1024
-KEEP_S = 60.0  # between two looks at what is to be kept, for the SD card's sake
+KEEP_S = 60.0  # between two writes of the file, to spare the SD card
 MAX_MEMORY_BYTES = 16 * 1024 * 1024
 
 Publish = Callable[[str, str, Callable[[], None] | None], None]
-"""Publishes JSON on a topic; the last argument is called when it has arrived (None: no matter)."""
+"""Publishes JSON on a topic; the last argument, if any, is called on delivery."""
 
 
 @dataclass(frozen=True)
 class _Memory:
-    """The file of what is known of sensors."""
+    """The content of the file of sensors."""
 
     sensors: tuple[Known, ...]
 
@@ -75,9 +75,9 @@ class RouteRunner:
         show: Callable[[Display], None] = lambda _display: None,
         memory: Path | None = None,
     ) -> None:
-        """Prepare the routes. `show` is given each answer, and each event of a route that does not ask.
+        """Prepare the routes. `show` gets each answer, and each event of a route that does not ask.
 
-        `memory` is the file of what is known of sensors; None: nothing is kept.
+        `memory` is the file of known sensors; with None nothing is kept.
         """
         self.progress = 0
         self._templates = {route.name: route.ask.state for route in routes if route.ask is not None}
@@ -102,13 +102,13 @@ class RouteRunner:
         self._asking = threading.Thread(target=self._ask, name="routes asking", daemon=True)
 
     def start(self) -> None:
-        """Start the threads, from what an earlier run knew."""
+        """Start the threads with the sensors that an earlier run knew."""
         self._router.recall(self._known, time.monotonic())
         self._thread.start()
         self._asking.start()
 
     def stop(self, timeout_s: float) -> None:
-        """End the threads; readings that wait are dropped."""
+        """End the threads; waiting readings are dropped."""
         self._stopping = True
         self._thread.join(timeout_s)
         self._questions.put(None)
@@ -118,9 +118,9 @@ class RouteRunner:
         self.keep()
 
     def keep(self) -> None:
-        """Write what is known of the sensors to the file, if it is something else than before.
+        """Write the known sensors to the file if they have changed.
 
-        To be called now and then, in a thread that may wait for the disk.
+        To be called regularly, in a thread that can wait for the disk.
         """
         known = self._known
         if self._memory is None or known is self._looked_at:
@@ -135,12 +135,14 @@ class RouteRunner:
             why = error.strerror or str(error)
             if why != self._unwritable:
                 log.warning(
-                    "%s: %s; until that is mended what routes know ends with this run", self._memory, why
+                    "%s: %s; until that is fixed, the next start knows no sensors",
+                    self._memory,
+                    why,
                 )
             self._unwritable = why
 
     def listen(self, on: bool) -> None:
-        """Say that readings can come, or can't, from any thread; while they can't, no sensor is silent."""
+        """Note whether readings can arrive, from any thread; while they can't, no sensor counts as silent."""
         self._work.put(partial(self._listen, time.monotonic() if on else math.inf))
 
     @property
@@ -154,7 +156,7 @@ class RouteRunner:
         return self._router.names(self._known)
 
     def use_format(self, plain: bool) -> None:
-        """Ask a model with, or without, a chat format from now on."""
+        """Format questions for a model with or without a chat format from now on."""
         self._router.plain = plain
 
     @property
@@ -164,7 +166,7 @@ class RouteRunner:
 
     @property
     def filters(self) -> tuple[str, ...]:
-        """The topic filters to subscribe to; none overlaps another, so that each reading comes once."""
+        """The topic filters to subscribe to; they do not overlap, so that each reading arrives once."""
         return disjoint(self._router.filters)
 
     def reading(self, topic: str, payload: bytes) -> None:
@@ -194,14 +196,14 @@ class RouteRunner:
         return self._router.reading(topic, payload, time.monotonic())
 
     def _remembered(self) -> list[Known]:
-        """Read the file; nothing is known if that can't be done."""
+        """Read the file; without a readable one no sensor is known."""
         try:
             content = b"" if self._memory is None else self._memory.read_bytes()
             return list(typed_json.read(_Memory, loads(content, MAX_MEMORY_BYTES)).sensors) if content else []
         except FileNotFoundError:
             return []
         except (OSError, StrictJsonError, FieldError) as error:
-            log.warning("%s: %s; routes begin without what they knew", self._memory, error)
+            log.warning("%s: %s; starting without known sensors", self._memory, error)
             return []
 
     def _listen(self, since: float) -> Sequence[Outcome]:
@@ -214,7 +216,7 @@ class RouteRunner:
             if time.monotonic() - self._looked >= KEEP_S:
                 self._known, self._looked = self._router.known(), time.monotonic()
             due_s = self._router.next_due() - time.monotonic()
-            if due_s <= 0:  # also while readings wait without end
+            if due_s <= 0:  # checked here because there may always be another reading
                 self._do(partial(self._router.tick, time.monotonic()))
             try:
                 work = self._work.get(timeout=min(max(due_s, 0.0), TICK_S))
@@ -226,7 +228,7 @@ class RouteRunner:
         try:
             self._handle(work())
         except Exception:
-            log.exception("routes: a reading could not be handled")
+            log.exception("routes: a reading could not be processed")
 
     def _handle(self, outcomes: Sequence[Outcome]) -> None:
         for outcome in outcomes:
@@ -240,17 +242,17 @@ class RouteRunner:
                 self._ignore(outcome)
             elif self._questions.qsize() < MAX_QUESTIONS:
                 self._questions.put(outcome)
-            else:  # the disk takes none
+            else:  # the disk does not keep up
                 self._router.postpone(outcome, time.monotonic() + LATER_MS / 1000)
 
     def _ask(self) -> None:
-        """Hand questions to the engine, which may wait for the disk."""
+        """Submit questions to the engine, which may wait for the disk."""
         while (question := self._questions.get()) is not None:
             try:
                 sink = partial(self._answered, question)
                 self._engine.submit(_client(question.route), question.request, sink, _note(question))
             except Exception:
-                log.exception("route %s: a question could not be asked", question.route)
+                log.exception("route %s: a question could not be submitted", question.route)
 
     def _ignore(self, reading: Ignored) -> None:
         """Log why readings of a topic are ignored, once a topic, and seldom when there are many topics."""
@@ -264,7 +266,7 @@ class RouteRunner:
         logger.warning("route %s: a reading on %s is ignored: %s", reading.route, said, reading.why)
 
     def _answered(self, question: Question, answer: Answer) -> None:
-        """Publish an answer, or ask again later what was refused; in the decoder's thread or our own."""
+        """Publish an answer, or postpone a refused question; in the decoder's thread or our own."""
         if isinstance(answer, Partial):
             return
         if isinstance(answer, Failure) and answer.code in REFUSALS:
@@ -286,7 +288,7 @@ def _client(route: str) -> str:
 
 
 def _note(question: Question) -> str:
-    """Write all of a question but the request, which the journal has."""
+    """Serialise a question without its request, which the journal has."""
     fields = asdict(replace(question, request=Request(question.request.id)))
     del fields["request"]
     return dumps(fields)

@@ -189,7 +189,7 @@ def test_a_broker_that_is_missing_or_refuses_the_login_is_named(
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--serial", "/dev/nothing", "x"], 6, "port /dev/nothing: it is not there; plug it in"),
+        (["--serial", "/dev/nothing", "x"], 6, "port /dev/nothing: it does not exist; plug it in"),
         (["--bundle", "/nowhere", "x"], 3, "/nowhere/manifest.json"),
         (["--max-tokens", "0", "x"], 8, "max_tokens is 0; allowed: an integer from 1 to"),
         (["--schema", "/nowhere/s.json", "x"], 2, "/nowhere/s.json: No such file or directory"),

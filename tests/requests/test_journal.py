@@ -246,7 +246,7 @@ def test_a_journal_full_of_waiting_requests_says_busy_and_keeps_them(path: Path)
     journal = Journal(path, Limits(entries=3))
     for number in range(3):
         journal.accept(str(number), REQUEST, "mqtt")
-    with pytest.raises(RequestError, match="3 requests wait") as caught:
+    with pytest.raises(RequestError, match="3 requests are unanswered") as caught:
         journal.accept("3", REQUEST, "mqtt")
     assert caught.value.code == "busy"
     assert journal.find("2", REQUEST) == InProgress()

@@ -122,7 +122,7 @@ def test_broker_and_ports_are_served_together(make: Make, mosquitto: Mosquitto, 
     link.close()
     assert isinstance(over_serial, Final)
     assert over_serial.text == over_mqtt.text
-    assert daemon.log.read_text().count("port /dev/nothing: it is not there") == 1
+    assert daemon.log.read_text().count("port /dev/nothing: it does not exist") == 1
     assert daemon.stop() == 0
 
 

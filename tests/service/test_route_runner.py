@@ -421,7 +421,7 @@ def test_a_memory_that_can_not_be_written_stops_nothing_and_is_written_when_it_c
         known = runner._known
         wait_for(lambda known=known: runner._known is not known)  # type: ignore[misc]
         runner.keep()
-    assert caplog.text.count("sensors.json: No such file or directory; until that is mended") == 1
+    assert caplog.text.count("sensors.json: No such file or directory; until that is fixed") == 1
     memory.parent.mkdir()
 
     def kept() -> bool:

@@ -296,7 +296,7 @@ def test_a_port_that_is_not_there_is_named_once_and_opened_when_it_comes(
     ptys.unplug()
     node = Node.start(ptys.near)
     wait_for(lambda: node.transport.port.progress > 2)
-    assert caplog.text.count(f"port {ptys.near}: it is not there; plug it in") == 1
+    assert caplog.text.count(f"port {ptys.near}: it does not exist; plug it in") == 1
     ptys.plug()
     board = SerialBoard(ptys.far)
     wait_for(lambda: node.transport.port.is_open)
@@ -310,7 +310,7 @@ def test_a_port_that_another_program_holds_is_named(ptys: PtyPair, board: Serial
     holder = serial.Serial(str(ptys.near), 115_200, exclusive=True)
     node = Node.start(ptys.near)
     wait_for(lambda: node.transport.port.problem)
-    assert "another program uses it" in str(node.transport.port.problem)
+    assert "another program has it open" in str(node.transport.port.problem)
     holder.close()
     wait_for(lambda: node.transport.port.is_open)
     node.stop()

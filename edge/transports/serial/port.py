@@ -1,9 +1,8 @@
-"""One serial port behind one thread: frames out, frames in, open again when it was unplugged.
+"""One serial port with its thread: writes and reads frames, and reopens the port after it was unplugged.
 
-Whoever sends never waits for the port: frames queue up, and what may be lost (parts of an answer) is dropped
-first. A frame that was not written completely when the port went away is written again when it is back. A
-port that takes nothing (flow control) is still read. It is opened exclusively, an advisory lock between
-well-behaved programs.
+Senders never wait for the port. Frames are queued, and when the queue is full droppable ones (partials,
+`ack`, `nak`) are dropped first. A frame that was cut off when the port went away is written again in full. A
+port that flow control holds is still read. The port is opened exclusively, by an advisory lock.
 """
 
 from __future__ import annotations
@@ -29,19 +28,17 @@ from edge.protocol.strict_json import printable
 
 log = logging.getLogger(__name__)
 
-TICK_S = 1.0  # the thread shows that it lives at least this often
-REOPEN_S = 0.5  # between two tries to open the port
-CHUNK_BYTES = 256  # written between two looks at what came in
-HELD_S = 5.0  # a port that takes nothing for so long is opened anew
-XOFF_S = (
-    30.0  # after so long without XON, which noise may have swallowed or XOFF made of something else, go on
-)
-MAX_WAITING_BYTES = 1024 * 1024  # of frames that wait for the port
-MAX_DROPPABLE_BYTES = MAX_WAITING_BYTES // 4  # with more waiting, the rest is for answers
+TICK_S = 1.0  # at most between two signs of life of the thread
+REOPEN_S = 0.5  # between two attempts to open the port
+CHUNK_BYTES = 256  # written between two reads
+HELD_S = 5.0  # a port that accepts no bytes for this long is reopened
+XOFF_S = 30.0  # without XON; noise may have destroyed it, or have looked like XOFF
+MAX_WAITING_BYTES = 1024 * 1024  # of queued frames
+MAX_DROPPABLE_BYTES = MAX_WAITING_BYTES // 4  # beyond this the queue takes answers only
 
 
 class _Frame(NamedTuple):
-    """A frame that waits for the port."""
+    """A queued frame; `written` is called when it has been written."""
 
     data: bytes
     droppable: bool
@@ -49,13 +46,13 @@ class _Frame(NamedTuple):
 
 
 _END_OF_LINE = _Frame(b"\n", True, lambda: None)
-"""Ends whatever half line the other side holds."""
+"""Ends an incomplete line that the other side may have received."""
 
 
 class SerialPort:
     """A port and its thread. `progress` grows while that lives; `problem` says why the port is not open.
 
-    `opened` is called in the thread whenever the port was opened, `received` with each frame or damaged line.
+    `opened` is called in the thread after each opening, `received` with each frame or damaged line.
     """
 
     def __init__(
@@ -85,11 +82,11 @@ class SerialPort:
         self._thread = threading.Thread(target=self._run, name=f"serial {config.port}", daemon=True)
 
     def start(self) -> None:
-        """Start the thread; the port is opened when it is there."""
+        """Start the thread; it opens the port as soon as that exists."""
         self._thread.start()
 
     def stop(self, timeout_s: float) -> None:
-        """Write what waits, if the port takes it in time, then close the port and end the thread."""
+        """Write the queued frames, if the port accepts them in time, then close it and end the thread."""
         if self.is_open:
             self._idle.wait(timeout_s)
         self._stopping = True
@@ -107,7 +104,7 @@ class SerialPort:
         return self._port is not None
 
     def send(self, text: str, droppable: bool = False, written: Callable[[], None] = lambda: None) -> None:
-        """Queue a frame, from any thread; `written` is called in the port's when it has been written.
+        """Queue a frame, from any thread; `written` is called in the port's thread after it was written.
 
         Raises ValueError if `text` is not printable ASCII.
         """
@@ -117,7 +114,7 @@ class SerialPort:
             full = self._waiting_bytes + len(frame.data) > room
             if full or (droppable and self._port is None):
                 if not droppable:
-                    self._dropped.warning("port %s: too much waits for it; an answer is dropped", self.name)
+                    self._dropped.warning("port %s: the queue is full; an answer is dropped", self.name)
                 return
             self._waiting.append(frame)
             self._waiting_bytes += len(frame.data)
@@ -174,7 +171,7 @@ class SerialPort:
                 self._received(item)
 
     def _write_some(self, port: Any) -> bool:
-        """Write what the port takes of the frame at the head of the queue; False if none waits."""
+        """Write as much of the first queued frame as the port accepts; False if none is queued."""
         if not self._rest:
             with self._lock:
                 if not self._waiting:
@@ -195,10 +192,10 @@ class SerialPort:
         return True
 
     def _wait_held(self, port: Any, since: float) -> None:
-        """Wait for a port that takes nothing, or for something to read; end what lasts too long."""
+        """Wait until the port accepts or has bytes; end a wait that lasts too long."""
         held_s = time.monotonic() - since
         if self._config.flow_control != "xonxoff" and held_s > HELD_S:
-            raise serial.SerialTimeoutException(f"it takes nothing for {HELD_S:.0f} s")
+            raise serial.SerialTimeoutException(f"it accepted no bytes for {HELD_S:.0f} s")
         if held_s > XOFF_S:
             self._no_xon.warning("port %s: no XON for %.0f s; writing on without it", self.name, XOFF_S)
             port.set_output_flow_control(False)
@@ -213,13 +210,13 @@ class SerialPort:
             self._waiting = deque(frame for frame in self._waiting if not frame.droppable)
             self._waiting_bytes = sum(len(frame.data) for frame in self._waiting)
         if port is not None:
-            if held:  # otherwise closing a UART waits up to 30 s for a board that takes nothing
+            if held:  # closing a UART would wait up to 30 s for these bytes to be sent
                 with contextlib.suppress(OSError, termios.error):
                     port.reset_output_buffer()
             port.close()
 
     def _trouble(self, error: Exception) -> None:
-        """Log what is wrong with the port, once as long as it stays the same."""
+        """Log what is wrong with the port, once until that changes."""
         said = f"port {self.name}: {_reason(error)}"
         if said != self.problem:
             log.warning("%s Trying again.", said)
@@ -227,9 +224,9 @@ class SerialPort:
 
 
 def _written_at_once(port: Any, data: bytes) -> int:
-    """Write what a port takes without waiting; the number of bytes.
+    """Write as much as a port accepts without waiting; returns the number of bytes.
 
-    pyserial's write waits for room also when everything is written, and nothing is read meanwhile.
+    pyserial's `write` would wait for room, and nothing would be read meanwhile.
     """
     if not select.select([], [port], [], 0)[1]:
         return 0
@@ -242,9 +239,9 @@ def _written_at_once(port: Any, data: bytes) -> int:
 def _reason(error: Exception) -> str:
     number = getattr(error, "errno", None)
     if number == errno.ENOENT:
-        return "it is not there; plug it in, or check its name with `ls /dev/serial/by-id`."
+        return "it does not exist; plug it in, or check its name with `ls /dev/serial/by-id`."
     if number in (errno.EACCES, errno.EPERM):
         return "permission denied; add the user to the group dialout."
     if number in (errno.EAGAIN, errno.EBUSY) or "exclusively lock" in str(error):
-        return "another program uses it; stop that first."
+        return "another program has it open; stop that first."
     return f"it failed: {printable(str(error), 200)}."

@@ -1,13 +1,13 @@
 """Requests and answers over a serial port, one frame each (`edge.protocol.framing`).
 
 From the sensor: a request; `{"type": "cancel", "id": ...}`; `{"type": "hello"}`; and
-`{"type": "reading", "topic": ..., "payload": ...}` for the routes. To the sensor: `hello` with
-the protocol's version, when the port is opened and when it is asked for; `ack` with the id of a request that
-arrived whole; `nak` for a line that noise has spoilt, which is to be sent again; `partial`, `final`, `error`;
-`{"type": "message", "topic": ..., "payload": ...}`, what routes say where there is no broker.
+`{"type": "reading", "topic": ..., "payload": ...}` for the routes. To the sensor: `hello` with the protocol's
+version, when the port is opened and in reply to `hello`; `ack` with the id of a request that arrived intact;
+`nak` for a damaged line, which the sensor sends again; `partial`, `final`, `error`; and
+`{"type": "message", "topic": ..., "payload": ...}`, a message of a route if there is no broker.
 
-Who gets neither `ack` nor `nak` sends the request again with the same id: while it is being answered a repeat
-is acknowledged and changes nothing, later it gets the same answer again.
+A sensor that gets neither `ack` nor `nak` sends the request again with the same id. A duplicate of a request
+in work is acknowledged and changes nothing; later it gets the same answer again.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from edge.transports.serial.port import SerialPort
 log = logging.getLogger(__name__)
 
 PROTOCOL = 1
-MAX_LINE_BYTES = 16 * 1024  # of a request; answers are as long as they are
-NOISE = ("crc", "no_crc")  # damage that another try may not have
-OWN = ("ack", "nak", "partial", "final", "error", "message")  # what only a daemon says
+MAX_LINE_BYTES = 16 * 1024  # of a request; answers have no limit
+NOISE = ("crc", "no_crc")  # damage that the same line sent again may not have
+OWN = ("ack", "nak", "partial", "final", "error", "message")  # types that only a daemon sends
 
 
 class SerialTransport:
@@ -55,7 +55,7 @@ class SerialTransport:
         self.port.start()
 
     def stop(self, timeout_s: float) -> None:
-        """Write the answers that wait and close the port."""
+        """Write the queued answers and close the port."""
         self.port.stop(timeout_s)
 
     def sink(self, _client: str, _request_id: str, _note: str) -> Sink:
@@ -63,7 +63,7 @@ class SerialTransport:
         return self._answer
 
     def publish(self, topic: str, payload: str, written: Callable[[], None] | None) -> None:
-        """Write what a route says as a frame, from any thread. `payload` is JSON."""
+        """Write a message of a route as a frame, from any thread. `payload` is JSON."""
         frame = f'{{"type":"message","topic":{dumps(topic)},"payload":{payload}}}'
         self.port.send(frame, written=written or (lambda: None))
 
@@ -71,7 +71,7 @@ class SerialTransport:
         self.port.send(self._hello, droppable=True)
 
     def _received(self, item: str | Damaged) -> None:
-        """Take a line, in the port's thread."""
+        """Handle a line, in the port's thread."""
         if isinstance(item, Damaged) and item.reason in NOISE:
             self._noise.warning("%s: a damaged line was refused: %s", self.client, item.why)
             self.port.send(dumps({"type": "nak", "reason": item.reason}), droppable=True)
