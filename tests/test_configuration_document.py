@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from edge.cli.exit_codes import MEANINGS, ExitCode
 from edge.config import MQTT_KEYS, REQUIRED, SERIAL_KEYS, TOP_KEYS, Key, load
 from edge.errors import ConfigError
 from edge.protocol.checks import FieldError
@@ -165,3 +166,8 @@ def test_the_first_example_is_accepted(tmp_path: Path) -> None:
     (tmp_path / "edge.toml").write_text(example)
     (tmp_path / "mqtt-password").write_text("secret")
     assert load(tmp_path / "edge.toml").mqtt is not None
+
+
+def test_every_exit_code_is_documented() -> None:
+    documented = re.findall(r"^\| (\d+) \| (.*) \|$", DOCUMENT, re.MULTILINE)
+    assert documented == [(str(code.value), MEANINGS[code]) for code in ExitCode]

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import signal
 from collections.abc import Iterator
@@ -60,6 +59,8 @@ class Group(Command, click.Group):
 
 def suggestion(name: str, commands: Any) -> str:
     """Ask whether a similar command was meant, or list all of them."""
+    import difflib  # only now: it would be a part of each start
+
     similar = difflib.get_close_matches(name, commands, n=1)
     return f"did you mean {similar[0]}?" if similar else f"commands: {', '.join(sorted(commands))}"
 

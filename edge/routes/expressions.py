@@ -5,7 +5,6 @@ A condition with a name or function that does not exist would never hold, so it 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -119,6 +118,8 @@ def _check_call(name: str, arguments: int) -> None:
 
 
 def _unknown(name: str, known: Collection[str]) -> str:
+    import difflib  # only now: it would be a part of each start
+
     similar = difflib.get_close_matches(name, known, n=1)
     meant = f"did you mean {similar[0]}? " if similar else ""
     return f"{printable(name)}; {meant}known: {', '.join(known)}"

@@ -60,7 +60,9 @@ def test_chunks_hold_the_whole_text_and_each_starts_with_bos() -> None:
 
 @pytest.mark.parametrize("count", [0, 16])
 def test_a_text_too_short_for_a_perplexity_is_refused(count: int) -> None:
-    with pytest.raises(EdgeError, match=rf"^the text has {count} tokens, at least 17 are needed; give a longer one$"):
+    with pytest.raises(
+        EdgeError, match=rf"^the text has {count} tokens, at least 17 are needed; give a longer one$"
+    ):
         cut([5] * count, bos_id=2, length=32)
     assert cut([5] * 17, bos_id=2, length=32) == [[2] + [5] * 17]
 
