@@ -7,11 +7,14 @@ import re
 import signal
 import socket
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from paho.mqtt import publish
+from paho.mqtt.client import Client
+from paho.mqtt.enums import CallbackAPIVersion
 
 from edge.client.ask import _Text
 from edge.protocol.messages import Final, Partial, Timings, Usage
@@ -229,6 +232,31 @@ def test_ctrl_c_while_the_broker_does_not_answer_ends_at_once() -> None:
             _, errors = process.communicate(timeout=WAIT_S)
             connection.close()
     assert (process.returncode, errors) == (130, "Interrupted\n")
+
+
+def test_ctrl_c_ends_a_request_that_a_node_neither_answers_nor_cancels(mosquitto: Mosquitto) -> None:
+    publish.single("edge/v1/tank/status", '{"state":"online"}', qos=1, retain=True, port=mosquitto.port)
+    subscribed, asked, cancelled = threading.Event(), threading.Event(), threading.Event()
+    node = Client(CallbackAPIVersion.VERSION2)
+    node.on_subscribe = lambda *_: subscribed.set()
+    node.on_message = lambda _c, _u, message: (
+        asked if message.topic.endswith("request") else cancelled
+    ).set()
+    node.connect("127.0.0.1", mosquitto.port)
+    node.subscribe([("edge/v1/tank/request", 1), ("edge/v1/tank/cancel", 1)])
+    node.loop_start()
+    try:
+        assert subscribed.wait(WAIT_S)
+        command = edge_command("ask", "--port", str(mosquitto.port), "--node", "tank", "x")
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            assert asked.wait(WAIT_S)
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=WAIT_S)
+        assert (process.returncode, errors) == (130, "Interrupted\n")
+        assert cancelled.wait(WAIT_S)
+    finally:
+        node.loop_stop()
+        node.disconnect()
 
 
 def test_a_host_with_a_port_is_asked(served: Field) -> None:
