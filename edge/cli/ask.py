@@ -137,7 +137,7 @@ def _request(prompt: str, options: dict[str, Any]) -> Request:
 
     names = ("max_tokens", "temperature", "top_k", "top_p", "seed")
     data: dict[str, Any] = {name: options[name] for name in names if options[name] is not None}
-    data |= {"id": uuid.uuid4().hex[:16], "stream": not options["as_json"] and sys.stdout.isatty()}
+    data |= {"id": uuid.uuid4().hex, "stream": not options["as_json"] and sys.stdout.isatty()}
     data |= {"stop": list(options["stop"]), "reasoning": options["reasoning"]}
     if options["timeout"] is not None:
         data["deadline_ms"] = max(1, round(options["timeout"] * 1000))

@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from edge.client.link import next_event, until_s
 from edge.endpoints import Broker, SerialConfig
@@ -37,6 +38,8 @@ class MqttLink:
         self._events: queue.Queue[str | Received] = queue.Queue()
         self._reply = ""
         self._refused: str | None = None
+        self._user_topics: set[str] = set()  # nodes with topics for each user
+        self._topics: NodeTopics | None = None  # for requests and cancellations
         self._connection = MqttConnection(
             broker, f"edge-ask-{uuid.uuid4().hex[:12]}", self, session_expiry_s=0
         )
@@ -51,19 +54,23 @@ class MqttLink:
         node = self._find_node()
         user = self._broker.username or "anonymous"  # lets a broker's access list keep users apart
         user = user.translate({ord("+"): "_", ord("#"): "_"})  # not allowed in topics
-        topics = NodeTopics(node)
-        self._reply = f"{topics.reply}{user}/{uuid.uuid4().hex[:12]}"
+        plain = self._topics = NodeTopics(node)
+        self._reply = f"{plain.reply}{user}/{uuid.uuid4().hex}"
+        if user == self._broker.username and "/" not in user and node in self._user_topics:
+            self._topics = plain.of_user(user)
         self._connection.post(lambda: self._connection.subscribe(self._reply))
-        topic, payload = topics.request, replace(request, reply_to=self._reply).to_json()
-        self._publish(topic, payload)
+        payload = replace(request, reply_to=self._reply).to_json()
+        self._publish(self._topics.request, payload)
         there, heard = True, time.monotonic()
         while True:
             event = next_event(self._events, until)
             if there and self._connection.connected:
                 heard = time.monotonic()
+            if self._refused and self._topics is not plain:  # the access list has no topics for users
+                self._topics, self._refused, event = plain, None, "back"
             self._give_up(node, there, time.monotonic() - heard)
             if event == "back":
-                self._publish(topic, payload)
+                self._publish(self._topics.request, payload)
             elif isinstance(event, Received) and event.topic == self._reply:
                 answer = parse_answer(event.payload)
                 yield answer
@@ -72,14 +79,14 @@ class MqttLink:
             elif isinstance(event, Received) and _state(event)[0] == node:
                 there = _state(event)[1] == "online"
                 if there:  # it may have missed the request
-                    self._publish(topic, payload)
+                    self._publish(self._topics.request, payload)
 
     def cancel(self, request_id: str) -> bool:
         """Publish a cancellation; False if no request has been sent."""
-        if self._reply:
-            payload = dumps({"id": request_id, "reply_to": self._reply})
-            self._publish(NodeTopics(node_of(self._reply)).cancel, payload)
-        return bool(self._reply)
+        if self._topics is None:
+            return False
+        self._publish(self._topics.cancel, dumps({"id": request_id, "reply_to": self._reply}))
+        return True
 
     def _give_up(self, node: str, there: bool, silent_s: float) -> None:
         """Raise TransportError if the broker refuses messages, or broker or node were away for too long."""
@@ -122,6 +129,8 @@ class MqttLink:
                 until = min(until, time.monotonic() + STATUS_S)
             elif isinstance(event, Received):
                 states.update([_state(event)])
+                if _content(event).get("user_topics") is True:
+                    self._user_topics.add(node_of(event.topic))
                 until = min(until, time.monotonic() + OTHERS_S) if self._node is None else until
                 if self._node is not None and states.get(self._node) == "online":
                     return self._node
@@ -166,10 +175,16 @@ class MqttLink:
 
 def _state(message: Received) -> tuple[str, str]:
     """Return name and state of the node that a status message is about."""
+    content = _content(message)
+    return (node_of(message.topic), str(content.get("state"))) if content else ("", "")
+
+
+def _content(message: Received) -> dict[str, Any]:
+    """Return the content of a status message; nothing of one that can't be read."""
     try:
-        return node_of(message.topic), str(loads(message.payload, 65536).get("state"))
+        return loads(message.payload, 65536)
     except StrictJsonError:
-        return "", ""
+        return {}
 
 
 class SerialLink:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 ROOT = "edge/v1"
@@ -19,6 +20,16 @@ class NodeTopics:
         self.health = f"{self.base}/health"
         self.reply = f"{self.base}/reply/"
         """Prefix of the response topics that every client may use."""
+
+    def of_user(self, user: str) -> NodeTopics:
+        """Give the same topics with those for requests and cancellations that only `user` may write to.
+
+        `+` as the user makes filters for all users.
+        """
+        topics = copy.copy(self)
+        topics.request, topics.cancel = f"{self.request}/{user}", f"{self.cancel}/{user}"
+        topics.reply = f"{self.reply}{user}/"
+        return topics
 
     def route(self, name: str) -> str:
         """Give the topic that shows a route's last answer."""

@@ -327,7 +327,8 @@ def login(broker: Broker) -> Iterator[Callable[..., User]]:
 
 def test_the_broker_lets_each_user_do_its_own_part_only(login: Callable[..., User]) -> None:
     node, alice, probe = login("edge-node"), login("alice"), login("probe1")
-    assert node.hears("edge/v1/edge-node/request", alice, "question")
+    assert node.hears("edge/v1/edge-node/request/alice", alice, "question")
+    assert node.hears("edge/v1/edge-node/cancel/alice", alice, "cancellation")
     assert alice.hears("edge/v1/edge-node/reply/alice/1", node, "answer")
     assert alice.hears("edge/v1/edge-node/status", node, "online")
     assert node.hears("sensors/probe1/temperature", probe, "21.5")
@@ -336,7 +337,10 @@ def test_the_broker_lets_each_user_do_its_own_part_only(login: Callable[..., Use
     assert not alice.hears("edge/v1/edge-node/reply/alice/1", probe, "forged answer")
     assert not node.hears("sensors/probe1/temperature", alice, "forged reading")
     assert not alice.hears("edge/v1/edge-node/status", probe, "forged status")
-    assert not probe.hears("edge/v1/edge-node/request", alice, "overheard question")
+    assert not probe.hears("edge/v1/edge-node/request/alice", alice, "overheard question")
+    assert not node.hears("edge/v1/edge-node/request/alice", probe, "forged question")
+    assert not node.hears("edge/v1/edge-node/cancel/alice", probe, "forged cancellation")
+    assert not node.hears("edge/v1/edge-node/request", alice, "question of nobody")
 
 
 def test_home_assistant_sees_the_nodes_but_not_answers_to_others(login: Callable[..., User]) -> None:

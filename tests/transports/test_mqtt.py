@@ -322,6 +322,29 @@ def test_a_request_is_cancelled_by_who_asked_it_and_nobody_else(node: Node, sens
     assert (final.id, final.finish_reason) == ("a", "cancelled")
 
 
+def test_a_users_topics_reach_only_requests_with_that_users_response_topics(
+    node: Node, connect: Connect, mosquitto: Mosquitto, caplog: pytest.LogCaptureFixture
+) -> None:
+    alice = "edge/v1/pump/reply/alice/1"
+    sensor = connect(mosquitto, alice, "edge/v1/pump/reply/mallory/#")
+    node.speller.gate.clear()
+    sensor.ask(request("a", reply_to=alice), f"{REQUEST}/alice")
+    node.speller.wait_until_held()
+    cancellation = json.dumps({"id": "a", "reply_to": alice})
+    sensor.ask(request("b", reply_to=alice), f"{REQUEST}/mallory")
+    sensor.ask(request("c", reply_to="edge/v1/pump/reply/alicex/1"), f"{REQUEST}/alice")
+    sensor.ask(cancellation, f"{CANCEL}/mallory")
+    sensor.ask(request("d", stream=False, reply_to="edge/v1/pump/reply/mallory/1"), f"{REQUEST}/mallory")
+    wait_for(lambda: node.engine.waiting == 1)
+    assert node.engine.working
+    sensor.ask(cancellation, f"{CANCEL}/alice")
+    assert sensor.final().finish_reason == "cancelled"
+    node.speller.gate.set()
+    assert sensor.final().id == "d"
+    assert node.speller.asked == ["a", "d"]
+    assert "allowed are edge/v1/pump/reply/mallory/#" in caplog.text
+
+
 def test_a_request_repeated_over_and_over_holds_up_nobody(node: Node, sensor: Sensor) -> None:
     node.speller.gate.clear()
     for _ in range(40):  # mosquitto lets 20 be on their way without an acknowledgement
@@ -359,7 +382,10 @@ def test_status_is_retained_and_the_last_will_says_offline(mosquitto: Mosquitto,
     while len(seen) < 2:
         message = watcher.messages.get(timeout=WAIT_S)
         seen[message.topic] = (json.loads(message.payload), message.retain)
-    assert seen["edge/v1/pump/status"] == ({"state": "online", "version": "1"}, True)
+    assert seen["edge/v1/pump/status"] == (
+        {"state": "online", "user_topics": True, "version": "1"},
+        True,
+    )
     assert seen["edge/v1/pump/health"][0] == {"queue": 0}
     node.stop()
     while (message := watcher.messages.get(timeout=WAIT_S)).topic != "edge/v1/pump/status":
@@ -698,6 +724,24 @@ def test_a_user_of_any_name_is_answered(
 ) -> None:
     link = ask_as(mosquitto, "me+you/#")
     assert [answer.id for answer in link.ask(Request("a", "abc", stream=False), WAIT_S)] == ["a"]
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_edge_ask_uses_its_users_topics_where_the_access_list_has_them(
+    start_mosquitto: Callable[..., Mosquitto], tmp_path: Path, ask_as: Callable[..., MqttLink], plain: bool
+) -> None:
+    own = "" if plain else "/%u"
+    (tmp_path / "acl").write_text(
+        f"topic read #\ntopic write edge/v1/pump/status\ntopic write edge/v1/pump/reply/#\n"
+        f"pattern read edge/v1/+/status\npattern read edge/v1/+/reply/%u/#\n"
+        f"pattern write edge/v1/+/request{own}\n"
+    )
+    broker = start_mosquitto("allow_anonymous true", f"acl_file {tmp_path / 'acl'}")
+    node = Node.start(broker.broker)
+    wait_for(lambda: node.transport.online)
+    link = ask_as(broker, "alice")
+    assert [answer.id for answer in link.ask(Request("a", "abc", stream=False), WAIT_S)] == ["a"]
+    node.stop()
 
 
 def test_who_asks_without_a_right_to_is_told_so(

@@ -109,4 +109,5 @@ class Presence:
             self._published_health, self._published_at = health, time.monotonic()
 
     def _state(self, state: str) -> Outgoing:
-        return Outgoing(self._topics.status, dumps({"state": state, **self._status()}), retain=True)
+        status = {"state": state, "user_topics": True, **self._status()}
+        return Outgoing(self._topics.status, dumps(status), retain=True)

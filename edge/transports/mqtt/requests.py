@@ -3,6 +3,9 @@
 Requests come on `.../request`, cancellations on `.../cancel` (QoS 1). The answers go to the Response Topic
 or, for clients of MQTT 3.1.1, to the request's `reply_to`. Message Expiry is a deadline.
 
+On `.../request/<user>` and `.../cancel/<user>` the broker's access list vouches for the user: such a request
+is answered below `.../reply/<user>/` only, and such a cancellation reaches only requests that are.
+
 Acknowledgements are sent as answers come, not in the order of arrival that MQTT 5, 4.6 requires: a refusal
 must not wait behind a long answer, and brokers go by the packet identifier.
 
@@ -67,12 +70,20 @@ class MqttRequests:
         self._deliveries.accept(delivery)
         return partial(self._sink, delivery)
 
-    def request(self, message: Received) -> None:
-        """Take a request."""
+    def received(self, message: Received) -> None:
+        """Take a message on one of the topics for requests and cancellations."""
+        kind, _, user = message.topic.removeprefix(f"{self._topics.base}/").partition("/")
+        prefixes = (self._topics.of_user(user).reply,) if user else self._prefixes
+        if kind == "request":
+            self._request(message, prefixes)
+        else:
+            self._cancel(message, prefixes)
+
+    def _request(self, message: Received, prefixes: tuple[str, ...]) -> None:
         peeked = peek_request(message.payload)
         reply = message.response_topic or peeked.reply_to
-        if not self._may_answer(reply):
-            self._drop(message, reply)
+        if not self._may_answer(reply, prefixes):
+            self._drop(message, reply, prefixes)
             return
         delivery = Delivery.of(message, reply, peeked.id)
         if message.duplicate and self._deliveries.redelivered(delivery):
@@ -89,7 +100,7 @@ class MqttRequests:
             case Verdict.DELIVERED:
                 self._connection.acknowledge(delivery.token)
 
-    def cancel(self, message: Received) -> None:
+    def _cancel(self, message: Received, prefixes: tuple[str, ...]) -> None:
         """Cancel the request of this id that has the same response topic as the cancellation."""
         try:
             data = mapping("cancel", loads(message.payload, MAX_CANCEL_BYTES), ("id", "reply_to"), ("id",))
@@ -100,7 +111,8 @@ class MqttRequests:
                 "%s: ignored: %s; the request's id and response topic are needed", message.topic, error
             )
         else:
-            self._engine.cancel(_client(reply), name)
+            if reply.startswith(prefixes):
+                self._engine.cancel(_client(reply), name)
         self._connection.acknowledge(message.token)
 
     def _submit(self, delivery: Delivery, peeked: PeekedRequest, message: Received) -> Verdict:
@@ -156,17 +168,17 @@ class MqttRequests:
         if self._deliveries.finish(delivery) and delivery.journaled and delivery.id is not None:
             self._engine.delivered(_client(delivery.reply), delivery.id)
 
-    def _drop(self, message: Received, reply: str | None) -> None:
+    def _drop(self, message: Received, reply: str | None, prefixes: tuple[str, ...]) -> None:
         why = (
             "names no response topic" if reply is None else f"has the response topic {printable(reply, 200)}"
         )
-        allowed = ", ".join(f"{prefix}#" for prefix in self._prefixes)
+        allowed = ", ".join(f"{prefix}#" for prefix in prefixes)
         self._unanswerable.warning("%s: a request %s; allowed are %s", message.topic, why, allowed)
         self._connection.acknowledge(message.token)
 
-    def _may_answer(self, topic: str | None) -> TypeGuard[str]:
-        """Whether answers may go to a topic: one on the allow-list, and never another node's own."""
-        if topic is None or not topic.startswith(self._prefixes):
+    def _may_answer(self, topic: str | None, prefixes: tuple[str, ...]) -> TypeGuard[str]:
+        """Whether answers may go to a topic: one with an allowed prefix, and never another node's own."""
+        if topic is None or not topic.startswith(prefixes):
             return False
         try:
             response_topic("response topic", topic)

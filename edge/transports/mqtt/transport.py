@@ -119,8 +119,9 @@ class MqttTransport:
 
     def connected(self) -> None:
         """Subscribe to requests, and to Home Assistant's birth at QoS 0."""
-        topics = self._topics
-        self.connection.subscribe(topics.request, topics.cancel, at_most_once=self._presence.births)
+        topics, users = self._topics, self._topics.of_user("+")
+        filters = (topics.request, topics.cancel, users.request, users.cancel)
+        self.connection.subscribe(*filters, at_most_once=self._presence.births)
 
     def subscribed(self) -> None:
         """Note that requests are heard."""
@@ -140,10 +141,8 @@ class MqttTransport:
                 "%s: a retained request is ignored; publish it without the retain flag", message.topic
             )
             self.connection.acknowledge(message.token)
-        elif message.topic == self._topics.request:
-            self._requests.request(message)
-        elif message.topic == self._topics.cancel:
-            self._requests.cancel(message)
+        elif message.topic.startswith((self._topics.request, self._topics.cancel)):
+            self._requests.received(message)
         else:
             self.connection.acknowledge(message.token)  # a subscription that the session kept
 

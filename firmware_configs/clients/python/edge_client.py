@@ -57,8 +57,8 @@ class EdgeClient:
         self._line = b""
         self._lines = []
         self._damaged = False
-        # no id twice, even after a reset: the daemon would repeat the answer to the first one
-        self._prefix = binascii.hexlify(os.urandom(4)).decode()
+        # No id twice, even after a reset: the daemon would repeat the first answer. Nobody can guess an id.
+        self._prefix = binascii.hexlify(os.urandom(8)).decode()
         self._count = 0
 
     def ask(self, prompt, timeout_s=120, **fields):
