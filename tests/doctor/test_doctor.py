@@ -137,7 +137,7 @@ def test_a_pi_5_is_fine_unless_its_governor_is_powersave(board: Callable[..., Bo
 
 
 @pytest.mark.parametrize(
-    ("throttled", "temperature", "state", "said", "mend"),
+    ("throttled", "temperature", "state", "message", "fix"),
     [
         ("0", "48199", "ok", "48 °C", None),
         ("50005", "60000", "problem", "60 °C, now: under-voltage, throttled", "power supply"),
@@ -148,7 +148,7 @@ def test_a_pi_5_is_fine_unless_its_governor_is_powersave(board: Callable[..., Bo
     ],
 )
 def test_heat_and_low_voltage_have_different_fixes(
-    tmp_path: Path, throttled: str | None, temperature: str | None, state: str, said: str, mend: str | None
+    tmp_path: Path, throttled: str | None, temperature: str | None, state: str, message: str, fix: str | None
 ) -> None:
     for name, text in {
         "sys/class/thermal/thermal_zone0/temp": temperature,
@@ -158,8 +158,8 @@ def test_heat_and_low_voltage_have_different_fixes(
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_text(text)
     finding = only(list(board_checks.check_power(Board(tmp_path))))
-    assert (finding.state, finding.message) == (state, said)
-    assert (finding.fix is None) if mend is None else (mend in str(finding.fix))
+    assert (finding.state, finding.message) == (state, message)
+    assert (finding.fix is None) if fix is None else (fix in str(finding.fix))
 
 
 @pytest.mark.parametrize("soc", ["soc", "soc@107c000000"])  # the latter: a Pi 5 since Linux 6.12
@@ -175,7 +175,7 @@ def test_throttling_bits_are_decoded(tmp_path: Path, soc: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("weights", "state", "said"),
+    ("weights", "state", "message"),
     [
         (270_000_000, "ok", "MB needed of 3793 MB"),
         (3_500_000_000, "warning", "3360 MB available"),
@@ -183,11 +183,11 @@ def test_throttling_bits_are_decoded(tmp_path: Path, soc: str) -> None:
     ],
 )
 def test_memory_is_compared_with_what_the_model_needs(
-    board: Callable[..., Board], config: Callable[..., Config], weights: int, state: str, said: str
+    board: Callable[..., Board], config: Callable[..., Config], weights: int, state: str, message: str
 ) -> None:
     finding = only(list(board_checks.check_memory(board(), config(weights))))
     assert finding.state == state
-    assert said in finding.message
+    assert message in finding.message
 
 
 def test_memory_of_the_running_daemon_counts_as_available(
@@ -535,8 +535,8 @@ def test_the_directories_of_the_unit_are_checked(
         monkeypatch.setenv(name, "restored when the test ends")
         monkeypatch.delenv(name)
     monkeypatch.setattr(cli, "CONFIG", str(file))
-    said = CliRunner().invoke(cli.daemon, ["doctor", "--config", str(file), "--json"]).stdout
-    disks = [each["said"] for each in json.loads(said)["findings"] if each["check"] == "disk"]
+    output = CliRunner().invoke(cli.daemon, ["doctor", "--config", str(file), "--json"]).stdout
+    disks = [each["said"] for each in json.loads(output)["findings"] if each["check"] == "disk"]
     assert [text.partition(":")[0] for text in disks] == ["/var/lib/edge-gemma", "/var/cache/edge-gemma"]
 
 

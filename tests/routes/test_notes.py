@@ -1,4 +1,4 @@
-"""Notes: what arithmetic can say of readings, beside them in a route's question."""
+"""Notes: what arithmetic can tell about readings, written next to them in a question."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ readings = st.one_of(
 
 
 def noted(*values: str, after: float = 1000.0, limit: str = "above = 8") -> str:
-    """The question about readings a hundred seconds apart, `after` the last."""
+    """The question about readings that are 100 s apart, asked `after` seconds of silence."""
     store = router(NOTED.replace("silence_s = 1000", f"silence_s = {after}").replace("above = 8", limit))
     for index, value in enumerate(values):
         assert store.reading("cold/3", value.encode(), 100.0 * index) == []
@@ -49,7 +49,7 @@ def noted(*values: str, after: float = 1000.0, limit: str = "above = 8") -> str:
     return question.request.prompt or ""
 
 
-def test_notes_say_what_changed_and_what_is_beyond_the_limit() -> None:
+def test_notes_show_changes_and_values_beyond_the_limit() -> None:
     assert noted("7.9", "8.4", "8.4", "8.0", after=120) == (
         "3, alarm above 8: 7.9, 8.4 (+0.5, beyond), 8.4 (same, beyond), 8 (-0.4), newest 120 s old"
     )
@@ -58,10 +58,10 @@ def test_notes_say_what_changed_and_what_is_beyond_the_limit() -> None:
     )
 
 
-def test_a_reading_is_overdue_after_three_times_the_usual_pause() -> None:
+def test_a_reading_is_overdue_after_three_times_the_median_pause() -> None:
     assert noted("1", "2", "3", after=301).endswith(", newest 301 s old, overdue")
     assert noted("1", "2", "3", after=299).endswith(", newest 299 s old")
-    assert noted("1", "2", after=900).endswith(", newest 900 s old")  # one pause says nothing of the next
+    assert noted("1", "2", after=900).endswith(", newest 900 s old")  # one pause does not predict the next
 
 
 @pytest.mark.parametrize(
@@ -77,17 +77,17 @@ def test_a_reading_is_overdue_after_three_times_the_usual_pause() -> None:
         ),
     ],
 )
-def test_a_limit_that_is_none_is_refused_by_name(old: str, new: str, message: str) -> None:
+def test_an_invalid_limit_is_refused_by_name(old: str, new: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         router(NOTED.replace(old, new))
 
 
 @pytest.mark.parametrize("side", ["above", "below"])
 @given(st.lists(readings, min_size=1, max_size=20))
-def test_notes_are_one_line_that_says_what_each_reading_shown_is(side: str, values: list[float]) -> None:
-    said = noted(*(repr(value) for value in values), limit=f"{side} = 8").removeprefix(f"3, alarm {side} 8: ")
+def test_notes_are_one_line_with_a_mark_for_each_reading(side: str, values: list[float]) -> None:
+    text = noted(*(repr(value) for value in values), limit=f"{side} = 8").removeprefix(f"3, alarm {side} 8: ")
     shown = values[-READINGS_SHOWN:]
-    assert said.isprintable()
-    assert len(re.findall(r"(?:^|, )-?\d", said)) == len(shown)
-    assert said.count("beyond") == sum(value > 8 if side == "above" else value < 8 for value in shown)
-    assert said.count("same") == sum(before == value for before, value in itertools.pairwise(shown))
+    assert text.isprintable()
+    assert len(re.findall(r"(?:^|, )-?\d", text)) == len(shown)
+    assert text.count("beyond") == sum(value > 8 if side == "above" else value < 8 for value in shown)
+    assert text.count("same") == sum(before == value for before, value in itertools.pairwise(shown))

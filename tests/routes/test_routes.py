@@ -86,9 +86,9 @@ def test_a_condition_gives_an_event_and_a_question_at_once() -> None:
     event, question = freezers.reading("sensors/left/temperature", b"-12.5", 60.0)
     assert isinstance(event, Event)
     assert event.topic == "alarms/left"
-    said = json.loads(event.payload)
-    assert (said["event"], said["sensor"], said["at"]) == ("condition", "left", 1_700_000_000.25)
-    assert said["statistics"]["last"] == -12.5
+    content = json.loads(event.payload)
+    assert (content["event"], content["sensor"], content["at"]) == ("condition", "left", 1_700_000_000.25)
+    assert content["statistics"]["last"] == -12.5
     assert isinstance(question, Question)
     assert question.answer_topic == "explanations/left"
     system, user = question.request.messages
@@ -112,19 +112,19 @@ def test_instructions_come_first_in_a_plain_prompt() -> None:
 
 def test_hysteresis_keeps_a_value_at_the_threshold_quiet() -> None:
     freezers = router(FREEZER)
-    said = [
+    outcomes = [
         kinds(freezers.reading("sensors/a/temperature", str(value).encode(), 10.0 * step))
         for step, value in enumerate([-14, -16, -14, -16, -18, -16, -14])
     ]
-    assert said == [["condition", "?condition"], [], [], [], ["cleared"], [], ["condition"]]
+    assert outcomes == [["condition", "?condition"], [], [], [], ["cleared"], [], ["condition"]]
 
 
 def test_without_clear_the_condition_ends_when_it_no_longer_holds() -> None:
     one = router(variant(when="'last > `5`'", min_interval_s=0))
-    said = [
+    outcomes = [
         kinds(one.reading("s/a", value, float(step))) for step, value in enumerate([b"6", b"7", b"5", b"6"])
     ]
-    assert said == [["condition", "?condition"], [], ["cleared"], ["condition", "?condition"]]
+    assert outcomes == [["condition", "?condition"], [], ["cleared"], ["condition", "?condition"]]
 
 
 def test_questions_keep_the_minimum_interval_and_events_do_not() -> None:
@@ -203,7 +203,7 @@ def test_a_sensor_that_does_not_come_back_after_a_restart_is_silent() -> None:
     again = restarted(one, toml, 100.0)
     assert again.next_due() == 130.0
     assert kinds(again.tick(130.0)) == ["silence", "?silence"]
-    third = restarted(again, toml, 10.0)  # a silence that may not have been heard is said again
+    third = restarted(again, toml, 10.0)  # a silence is reported again
     assert kinds(third.tick(40.0)) == ["silence", "?silence"]
     assert kinds(third.reading("s/a", b"1", 50.0)) == ["back"]
     assert kinds(restarted(again, toml, 10.0).reading("s/a", b"1", 11.0)) == ["back"]
@@ -213,7 +213,7 @@ def test_a_sensor_that_does_not_come_back_after_a_restart_is_silent() -> None:
 def test_after_a_restart_an_alarm_is_cleared_or_reported_again() -> None:
     one = router(FREEZER)
     one.reading("sensors/a/temperature", b"-10", 0.0)
-    for values, said in {
+    for values, expected in {
         (b"-18",): [["cleared"]],
         (b"-16", b"-18", b"-18"): [[], ["cleared"], []],
         (b"-16", b"-14", b"-14"): [[], ["condition", "?condition"], []],
@@ -221,7 +221,7 @@ def test_after_a_restart_an_alarm_is_cleared_or_reported_again() -> None:
     }.items():
         again = restarted(restarted(one, FREEZER, 0.0), FREEZER, 0.0)
         at = enumerate(values)
-        assert [kinds(again.reading("sensors/a/temperature", value, now)) for now, value in at] == said
+        assert [kinds(again.reading("sensors/a/temperature", value, now)) for now, value in at] == expected
 
 
 def test_a_restart_forgets_removed_routes_and_sensors_silent_for_a_day() -> None:
@@ -464,8 +464,8 @@ def test_an_answer_is_published_with_the_names_of_its_question() -> None:
     assert isinstance(question, Question)
     usage, timings = Usage(1, 0, 0, 1), Timings(0, 0, 0, 0)
     final = Final(question.request.id, '{"cause":"door"}', "stop", usage, timings)
-    said = json.loads(answer_payload(question, final))
-    assert (said["sensor"], said["reason"], said["answer"]) == ("a", "condition", {"cause": "door"})
+    content = json.loads(answer_payload(question, final))
+    assert (content["sensor"], content["reason"], content["answer"]) == ("a", "condition", {"cause": "door"})
     free = Final(question.request.id, "The door.", "length", usage, timings)
     assert json.loads(answer_payload(question, free))["answer"] == "The door."
     failed = Failure(question.request.id, "busy", "later")
