@@ -38,3 +38,14 @@ class RequestError(EdgeError):
         super().__init__(message)
         self.code = code
         self.retry_after_ms = retry_after_ms
+
+
+class Interruption(Exception):
+    """Work on a request was interrupted; `reason` is its finish reason: deadline or cancelled.
+
+    Not an EdgeError: it ends an answer in order, and no user sees it.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Generator as Coroutine
 from dataclasses import dataclass
 
-from edge.generation.constraint import Interruption
+from edge.errors import Interruption
 from edge.generation.drafting import Drafter
 from edge.generation.token_choice import TokenChooser
 from edge.protocol.messages import Timings, ToolCall, Usage

@@ -24,14 +24,6 @@ class Step(NamedTuple):
     consumed: bool = False
 
 
-class Interruption(Exception):
-    """The answer was to stop while its constraint was computed; `reason` says why."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-
-
 class Constraint(Protocol):
     """The position of one answer in its grammar; see `edge.generation.grammar.GrammarConstraint`.
 

@@ -85,17 +85,18 @@ class Generator:
 
         A named `client` is told of cached tokens only where it may know of them (`client_prefixes`).
         Raises RequestError: bad_request if the prompt format can't express the request or its answer format
-        can't be followed, too_long if the prompt leaves no room in the context.
+        can't be followed, too_long if the prompt leaves no room in the context; and Interruption
+        before there is an answer to end.
         """
         manifest = self.bundle.manifest
-        prompt = self.prompt_of(request)
+        prompt = self.prompt_of(request, interrupted)
         if len(prompt) >= self.context:
             raise RequestError(
                 "too_long", f"the prompt has {len(prompt)} tokens, the context is {self.context}; shorten it"
             )
         budget = min(request.max_tokens, self.context - len(prompt))
         answer_format = AnswerFormat.of(request)
-        stable = self._stable_length(request, prompt)
+        stable = self._stable_length(request, prompt, interrupted)
         sampling = Sampling(request.temperature, request.top_k, request.top_p, request.seed)
         chooser = TokenChooser(
             Sampler(sampling, manifest.architecture.logit_softcap),
@@ -129,17 +130,20 @@ class Generator:
         self._clients.remember(client, prompt + tokens)
         return replace(completion, usage=replace(usage, cached=cached))
 
-    def prompt_of(self, request: Request) -> list[int]:
-        """Return a request's token ids. Raises RequestError if the prompt format can't express it."""
-        manifest = self.bundle.manifest
-        return render(request, manifest.prompt_format, self.tokenizer, manifest.bos_id)
+    def prompt_of(self, request: Request, interrupted: Interrupted = lambda: None) -> list[int]:
+        """Return a request's token ids.
 
-    def _stable_length(self, request: Request, prompt: list[int]) -> int:
+        Raises RequestError if the prompt format can't express it, and Interruption.
+        """
+        manifest, tokenizer = self.bundle.manifest, self.tokenizer.interruptible(interrupted)
+        return render(request, manifest.prompt_format, tokenizer, manifest.bos_id)
+
+    def _stable_length(self, request: Request, prompt: list[int], interrupted: Interrupted) -> int:
         """Return how many of the prompt's first tokens later prompts are likely to start with."""
         stable = _common(prompt, self._previous)
         if request.messages and request.messages[0].role == "system":
             other = replace(request, messages=(request.messages[0], Message("user", "\0")))
-            stable = max(stable, _common(prompt, self.prompt_of(other)))
+            stable = max(stable, _common(prompt, self.prompt_of(other, interrupted)))
         return min(stable, len(prompt) - 1)
 
 

@@ -20,9 +20,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from edge.errors import EdgeError, RequestError
+from edge.errors import EdgeError, Interruption, RequestError
 from edge.generation.answer_format import AnswerFormat
-from edge.generation.constraint import Interruption, Step
+from edge.generation.constraint import Step
 from edge.generation.grammar_channel import (
     MEMORY_BYTES,
     OUT_OF_MEMORY,

@@ -16,8 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from edge.errors import RequestError, RuntimeFailure
-from edge.generation.constraint import Interruption
+from edge.errors import Interruption, RequestError, RuntimeFailure
 from edge.generation.generator import Completion, Delta
 from edge.logs import PAYLOADS, place_of
 from edge.protocol.messages import Answer, Failure, Final, Partial, Request, Timings, Usage

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import copy
 import mmap
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from heapq import heapify, heappop, heappush
 from pathlib import Path
 
-from edge.errors import BundleError, RequestError
+from edge.errors import BundleError, Interruption, RequestError
 from edge.files import open_regular, write_atomically
 from edge.text.vocabulary import (
     BYTE,
@@ -34,6 +35,7 @@ from edge.text.vocabulary import (
 _REMEMBERED_WORDS = 4096
 _LONG_WORD = 64  # characters; longer ones are not remembered
 _SPACE = SPACE_MARK.encode()
+_POLLED = 1024  # characters of a long word, or words, between two polls of `interrupted`: milliseconds
 _Pair = tuple[float, int, int, int, int]
 
 
@@ -55,7 +57,17 @@ class Tokenizer:
         )
         self._whole = re.compile(f"({'|'.join(map(re.escape, reversed(whole))) or '(?!)'})")
         self._words = re.compile(f"(?<![{re.escape(vocabulary.glue)}{SPACE_MARK}])(?={SPACE_MARK})")
+        self._interrupted: Callable[[], str | None] = lambda: None
         self._remembered = lru_cache(_REMEMBERED_WORDS)(self._merged)
+
+    def interruptible(self, interrupted: Callable[[], str | None]) -> Tokenizer:
+        """Return this tokenizer with an `encode` that polls `interrupted` every few milliseconds.
+
+        It raises Interruption with the reason, if there is one: a word of 250 kB takes seconds.
+        """
+        other = copy.copy(self)
+        other._interrupted = interrupted
+        return other
 
     @classmethod
     def open(cls, path: Path, digest: str, cache_directory: Path) -> Tokenizer:
@@ -139,7 +151,9 @@ class Tokenizer:
             if number % 2:
                 ids.append(self._vocabulary.find(part.encode()))
                 continue
-            for word in self._words.split(part):
+            for count, word in enumerate(self._words.split(part)):
+                if count % _POLLED == 0:
+                    self._poll()
                 ids += self._merged(word) if len(word) > _LONG_WORD else self._remembered(word)
         return ids
 
@@ -149,11 +163,21 @@ class Tokenizer:
         Of equally good pairs the first one is. A character that is in no piece becomes bytes.
         """
         symbols = [character.encode() for character in word]
-        ids = [self._mergeable(symbol) for symbol in symbols]
+        ids: list[int] = []
+        pairs: list[_Pair] = []
+        for left, symbol in enumerate(symbols):
+            if left % _POLLED == _POLLED - 1:
+                self._poll()
+            ids.append(self._mergeable(symbol))
+            if left + 1 < len(symbols) and (pair := self._pair(symbols, left, left + 1)):
+                pairs.append(pair)
         before, after = list(range(-1, len(symbols) - 1)), list(range(1, len(symbols) + 1))
-        pairs = [pair for left in range(len(symbols) - 1) if (pair := self._pair(symbols, left, left + 1))]
         heapify(pairs)
+        steps = 0
         while pairs:
+            steps += 1
+            if steps % _POLLED == 0:
+                self._poll()
             _, left, right, size, token = heappop(pairs)
             if not symbols[left] or not symbols[right] or len(symbols[left]) + len(symbols[right]) != size:
                 continue
@@ -171,6 +195,11 @@ class Tokenizer:
             if symbol:
                 found += [token] if token >= 0 else [self._bytes[byte] for byte in symbol]
         return tuple(found)
+
+    def _poll(self) -> None:
+        reason = self._interrupted()
+        if reason is not None:
+            raise Interruption(reason)
 
     def _pair(self, symbols: list[bytes], left: int, right: int) -> _Pair | None:
         """The piece that two neighbours make, as an entry of the queue; None if they make none."""

@@ -18,9 +18,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edge.errors import EdgeError, RequestError
+from edge.errors import EdgeError, Interruption, RequestError
 from edge.generation.answer_format import AnswerFormat
-from edge.generation.constraint import Constraint, Interruption
+from edge.generation.constraint import Constraint
 from edge.generation.grammar_channel import MEMORY_BYTES, STACK_BYTES
 from edge.generation.grammar_client import GrammarWorker, RemoteConstraint
 from edge.generation.grammar_worker import CACHE_BYTES

@@ -20,6 +20,10 @@ LATE_S = 2.0  # 0.1 s on an idle machine; the tests run beside others
 LONG = 4000  # tokens
 
 STAGES: dict[str, dict[str, Any]] = {
+    "tokenizer": {
+        "prompt": "".join(chr(97 + (i * i + i // 7) % 26) for i in range(250_000)),
+        "max_tokens": 1,
+    },
     "grammar": {"response_format": {"type": "regex", "regex": "(a|b)*" + "(a|b|c|ab|bc){1,900}" * 5}},
     "choices": {
         "response_format": {"type": "choice", "choice": [f"{number:06}" * 8 for number in range(4000)]}

@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge.errors import EdgeError, RequestError, RuntimeFailure
-from edge.generation.constraint import Interruption
+from edge.errors import EdgeError, Interruption, RequestError, RuntimeFailure
 from edge.logs import PAYLOADS
 from edge.protocol.messages import Answer, Failure, Final, Partial, Request
 from edge.requests.engine import Engine
