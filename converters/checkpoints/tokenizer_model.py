@@ -1,21 +1,20 @@
-"""A SentencePiece model (a serialised ModelProto) from whatever vocabulary a Gemma checkpoint carries.
+"""A SentencePiece model (a serialised ModelProto) from whatever vocabulary a Gemma checkpoint has.
 
 Whatever the source, the result encodes plain text only: every special token is a CONTROL piece, which text
 can never produce, so a prompt can't forge a turn. Runs of newlines, spaces and tabs are user-defined pieces
 (longest match first), the other pieces merge in the order of their scores (BPE), and characters without a
-piece become bytes. Same input, same bytes.
-
-Wire format: https://protobuf.dev/programming-guides/encoding/; field numbers: sentencepiece_model.proto of
-https://github.com/google/sentencepiece.
+piece become bytes. The same input gives the same bytes.
 """
 
 from __future__ import annotations
 
 import re
-import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from google.protobuf.message import DecodeError
+from sentencepiece.sentencepiece_model_pb2 import ModelProto, NormalizerSpec, TrainerSpec
 
 from converters.checkpoints.text_files import read_bytes, read_json
 from edge.errors import CheckpointError
@@ -27,7 +26,6 @@ from edge.text.vocabulary import (
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
-    wire_fields,
 )
 
 _UNKNOWN_PIECE = "<unk>"
@@ -42,24 +40,22 @@ _SPECIAL_PIECES = frozenset((  # of Gemma 3 and Gemma 4
 # fmt: on
 _UNUSED_PIECE = re.compile(r"<unused\d+>")
 _RUN = re.compile(rf"\n+|\t+|{SPACE_MARK}{{2,}}")
-_BYTES = [bytes([value]) for value in range(128)]
-_PIECE_TAIL = struct.Struct("<BfBB")  # score (field 2, float), type (field 3, varint)
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 class Piece(NamedTuple):
-    """One entry of the vocabulary; its id is its place. A higher score merges first."""
+    """One entry of the vocabulary; its id is its position. A higher score merges first."""
 
     text: str
     score: float
-    kind: int
+    type: int
 
 
 def from_gguf(metadata: Mapping[str, Any], source: Path, vocabulary: int) -> bytes:
     """The model of a GGUF file's vocabulary, cut to `vocabulary` pieces.
 
     `tokenizer.ggml.model` "llama" has scores; "gemma4" has ids in the order of their merges.
-    Raises CheckpointError for another kind or a vocabulary that is incomplete.
+    Raises CheckpointError for another type or an incomplete vocabulary.
     """
     kind, tokens = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.tokens")
     types = metadata.get("tokenizer.ggml.token_type")
@@ -88,16 +84,14 @@ def from_gguf(metadata: Mapping[str, Any], source: Path, vocabulary: int) -> byt
 def from_tokenizer_json(path: Path, vocabulary: int) -> bytes:
     """The model of a tokenizer.json (BPE with byte fallback, space to U+2581), cut to `vocabulary` pieces.
 
-    Raises CheckpointError if it is of another kind or its merges are not in the order of their results' ids.
+    Raises CheckpointError if it is of another type or its merges are not in the order of their results' ids.
     """
     data = read_json(path)
     try:
         model, normalizer = data["model"], data["normalizer"]
         usual = model["type"] == "BPE" and model["byte_fallback"] is True
         if not usual or (normalizer["pattern"], normalizer["content"]) != ({"String": " "}, SPACE_MARK):
-            raise CheckpointError(
-                f"{path}: not a tokenizer of Gemma's kind (BPE, byte fallback, space to U+2581)"
-            )
+            raise CheckpointError(f"{path}: not like Gemma's tokenizer (BPE, byte fallback, space to U+2581)")
         ids: dict[str, int] = dict(model["vocab"])
         kinds: dict[str, int] = {}
         for token in data["added_tokens"]:
@@ -134,106 +128,93 @@ def _require_merges_by_id(path: Path, ids: Mapping[str, int], merges: Iterable[A
 
 
 def piece_count(path: Path) -> int:
-    """How many pieces a tokenizer.model has; raises CheckpointError if it is damaged."""
-    try:
-        return sum(number == 1 for number, _ in wire_fields(read_bytes(path)))
-    except (ValueError, IndexError) as error:
-        raise CheckpointError(f"{path}: not a SentencePiece model; fetch it again") from error
+    """The number of pieces in a tokenizer.model; raises CheckpointError if it is damaged."""
+    return len(_parsed(path).pieces)
 
 
 def from_sentencepiece(path: Path, vocabulary: int) -> bytes:
     """The model in a tokenizer.model, cut to `vocabulary` pieces, its special tokens made CONTROL.
 
-    Raises CheckpointError if it is damaged or not of Gemma's kind (BPE, byte fallback, text as it is).
+    Raises CheckpointError if it is damaged or not like Gemma's (BPE, byte fallback, text unchanged).
     """
-    pieces: list[Piece] = []
-    trainer: dict[int, Any] = {}
-    normalizer: dict[int, Any] = {}
-    try:
-        for number, value in wire_fields(read_bytes(path)):
-            if number == 1:
-                fields = dict(wire_fields(value))
-                score = struct.unpack("<f", fields.get(2, bytes(4)))[0]
-                pieces.append(Piece(fields[1].decode("utf-8"), score, fields.get(3, NORMAL)))
-            elif number in (2, 3):
-                (trainer if number == 2 else normalizer).update(wire_fields(value))
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, struct.error) as error:
-        raise CheckpointError(f"{path}: not a SentencePiece model; fetch it again") from error
-    bpe = trainer.get(3, 1) == 2 and trainer.get(35, 0) == 1
-    as_is = not normalizer.get(2) and (normalizer.get(3, 1), normalizer.get(4, 1), normalizer.get(5, 1)) == (
-        0,
-        0,
-        1,
+    model = _parsed(path)
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    unchanged = (
+        not normalizer.precompiled_charsmap
+        and not normalizer.add_dummy_prefix
+        and not normalizer.remove_extra_whitespaces
+        and normalizer.escape_whitespaces
     )
-    if not (bpe and as_is):
-        raise CheckpointError(f"{path}: not a tokenizer of Gemma's kind (BPE, byte fallback, text as it is)")
+    if trainer.model_type != TrainerSpec.BPE or not trainer.byte_fallback or not unchanged:
+        raise CheckpointError(f"{path}: not like Gemma's tokenizer (BPE, byte fallback, text unchanged)")
+    try:
+        pieces = [Piece(piece.piece, piece.score, piece.type) for piece in model.pieces]
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: not a SentencePiece model; fetch it again") from error
     return _model(pieces, path, vocabulary)
 
 
+def _parsed(path: Path) -> ModelProto:
+    try:
+        return ModelProto.FromString(read_bytes(path))
+    except DecodeError as error:
+        raise CheckpointError(f"{path}: not a SentencePiece model; fetch it again") from error
+
+
 def _model(pieces: Iterable[Piece], source: Path, vocabulary: int) -> bytes:
-    """The serialised model of the first `vocabulary` of `pieces`, after `_canonical`; fewer are filled up."""
+    """The serialised model of the first `vocabulary` pieces, canonical; missing ones are filled in."""
     chosen = [_canonical(piece) for _, piece in zip(range(vocabulary), pieces, strict=False)]
     chosen += [Piece(f"<unused_row{index}>", 0.0, CONTROL) for index in range(len(chosen), vocabulary)]
-    if sum(piece.kind == UNKNOWN for piece in chosen) != 1:
+    if sum(piece.type == UNKNOWN for piece in chosen) != 1:
         raise CheckpointError(
             f"{source}: the vocabulary lacks {_UNKNOWN_PIECE} within its first {vocabulary} pieces"
         )
-    if sum(piece.kind == BYTE for piece in chosen) != 256:
+    if sum(piece.type == BYTE for piece in chosen) != 256:
         raise CheckpointError(
             f"{source}: the vocabulary lacks byte pieces within its first {vocabulary} pieces"
         )
     if len({piece.text for piece in chosen}) != len(chosen):
-        raise CheckpointError(f"{source}: the vocabulary has the same piece twice")
-    return _serialised(chosen)
+        raise CheckpointError(f"{source}: the vocabulary has a duplicate piece")
+    try:
+        return _serialised(chosen)
+    except ValueError as error:  # a lone surrogate
+        raise CheckpointError(f"{source}: the vocabulary has a piece that is not Unicode text") from error
 
 
 def _canonical(piece: Piece) -> Piece:
-    """The piece with the type that it must have, whatever its source calls it."""
+    """The piece with the type that it must have, whatever type its source gives it."""
     if piece.text == _UNKNOWN_PIECE:
-        return piece._replace(kind=UNKNOWN, score=0.0)
+        return piece._replace(type=UNKNOWN, score=0.0)
     if _BYTE_PIECE.fullmatch(piece.text):
-        return piece._replace(kind=BYTE, score=0.0)
+        return piece._replace(type=BYTE, score=0.0)
     special = piece.text in _SPECIAL_PIECES or _UNUSED_PIECE.fullmatch(piece.text)
-    if special or piece.kind in (CONTROL, UNKNOWN, UNUSED, BYTE):
-        return piece._replace(kind=CONTROL, score=0.0)
-    if piece.kind == USER_DEFINED or _RUN.fullmatch(piece.text):
-        return piece._replace(kind=USER_DEFINED, score=0.0)
-    return piece._replace(kind=NORMAL)
+    if special or piece.type in (CONTROL, UNKNOWN, UNUSED, BYTE):
+        return piece._replace(type=CONTROL, score=0.0)
+    if piece.type == USER_DEFINED or _RUN.fullmatch(piece.text):
+        return piece._replace(type=USER_DEFINED, score=0.0)
+    return piece._replace(type=NORMAL)
 
 
 def _serialised(pieces: list[Piece]) -> bytes:
-    """The ModelProto: pieces, trainer_spec and normalizer_spec."""
-    out = bytearray()
-    for piece in pieces:
-        tail = _PIECE_TAIL.pack(0x15, piece.score, 0x18, piece.kind)
-        out += _field(1, _field(1, piece.text.encode()) + tail)
     ids = {piece.text: index for index, piece in enumerate(pieces)}
-    trainer = _number(3, 2) + _number(4, len(pieces)) + _number(35, 1)  # BPE, vocab_size, byte_fallback
-    for id_field, name_field, text in (
-        (40, 45, "<unk>"),
-        (41, 46, "<bos>"),
-        (42, 47, "<eos>"),
-        (43, 48, "<pad>"),
-    ):
-        trainer += _number(id_field, ids.get(text, -1)) + _field(name_field, text.encode())
-    normalizer = _field(1, b"identity") + _number(3, 0) + _number(4, 0) + _number(5, 1)
-    return bytes(out + _field(2, trainer) + _field(3, normalizer))
-
-
-def _field(number: int, payload: bytes) -> bytes:
-    return _varint(number << 3 | 2) + _varint(len(payload)) + payload
-
-
-def _number(number: int, value: int) -> bytes:
-    return _varint(number << 3) + _varint(value & 0xFFFFFFFFFFFFFFFF)
-
-
-def _varint(value: int) -> bytes:
-    if value < 0x80:
-        return _BYTES[value]
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
+    model = ModelProto(
+        trainer_spec=TrainerSpec(
+            model_type=TrainerSpec.BPE,
+            vocab_size=len(pieces),
+            byte_fallback=True,
+            unk_id=ids.get("<unk>", -1),
+            bos_id=ids.get("<bos>", -1),
+            eos_id=ids.get("<eos>", -1),
+            pad_id=ids.get("<pad>", -1),
+            unk_piece="<unk>",
+            bos_piece="<bos>",
+            eos_piece="<eos>",
+            pad_piece="<pad>",
+        ),
+        normalizer_spec=NormalizerSpec(
+            name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False, escape_whitespaces=True
+        ),
+    )
+    for text, score, type_ in pieces:
+        model.pieces.add(piece=text, score=score, type=type_)
+    return bytes(model.SerializeToString(deterministic=True))

@@ -17,7 +17,7 @@ from edge.cli.exit_codes import ExitCode
 from tests.support.bundles import small_bundle
 from tests.support.checkpoint_files import FIXTURES, GEMMA3, GEMMA4, copy_fixture
 
-EXTRA = ("flatbuffers", "gguf", "safetensors")
+EXTRA = ("flatbuffers", "gguf", "google.protobuf", "safetensors", "sentencepiece")
 
 
 def run_without(packages: tuple[str, ...], *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -202,9 +202,9 @@ def test_merges_may_be_strings_as_in_older_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "named"),
     [
-        (lambda data: data["model"].update(type="Unigram"), "not a tokenizer of Gemma's kind"),
-        (lambda data: data["model"].update(byte_fallback=False), "not a tokenizer of Gemma's kind"),
-        (lambda data: data["normalizer"].update(content="_"), "not a tokenizer of Gemma's kind"),
+        (lambda data: data["model"].update(type="Unigram"), "not like Gemma's tokenizer"),
+        (lambda data: data["model"].update(byte_fallback=False), "not like Gemma's tokenizer"),
+        (lambda data: data["normalizer"].update(content="_"), "not like Gemma's tokenizer"),
         (lambda data: data["normalizer"].pop("pattern"), "not a usable tokenizer.json"),
         (lambda data: data.update(normalizer=None), "not a usable tokenizer.json"),
         (lambda data: data.pop("model"), "not a usable tokenizer.json"),
@@ -213,9 +213,13 @@ def test_merges_may_be_strings_as_in_older_files(tmp_path: Path) -> None:
         (lambda data: data["model"]["merges"].append("zz"), "not a usable tokenizer.json"),
         (lambda data: data["model"]["vocab"].pop("<0x41>"), "lacks byte pieces"),
         (lambda data: data["added_tokens"].append({"id": "x", "content": 1}), "not a usable tokenizer.json"),
+        (
+            lambda data: data["added_tokens"][0].update(content="\ud800"),
+            "has a piece that is not Unicode text",
+        ),
     ],
 )
-def test_a_tokenizer_json_of_another_kind_is_refused(
+def test_a_tokenizer_json_unlike_gemmas_is_refused(
     edit: Callable[[dict[str, Any]], object], named: str, tmp_path: Path
 ) -> None:
     path = small("tokenizer.json", edit, tmp_path)
@@ -272,7 +276,7 @@ def test_a_tokenizer_model_that_encodes_otherwise_is_refused(options: dict[str, 
     if options.get("model_type") == "unigram":
         options = options | {"hard_vocab_limit": False}
     (tmp_path / "tokenizer.model").write_bytes(trained(**options))
-    with pytest.raises(CheckpointError, match="not a tokenizer of Gemma's kind"):
+    with pytest.raises(CheckpointError, match="not like Gemma's tokenizer"):
         from_sentencepiece(tmp_path / "tokenizer.model", 330)
 
 
