@@ -166,13 +166,14 @@ def test_a_request_gets_parts_and_one_final_with_its_correlation_data(node: Node
     assert {getattr(message.properties, "CorrelationData", None) for message in messages} == {b"\x00\x07"}
 
 
+@pytest.mark.parametrize("topic", ["sensors/7/answer", REPLY])
 def test_a_3_1_1_client_names_reply_to_in_the_request(
-    node: Node, connect: Connect, mosquitto: Mosquitto
+    node: Node, connect: Connect, mosquitto: Mosquitto, topic: str
 ) -> None:
-    sensor = connect(mosquitto, "sensors/7/answer", protocol=MQTTv311)
-    sensor.ask(request("a", reply_to="sensors/7/answer"))
+    sensor = connect(mosquitto, topic, protocol=MQTTv311)
+    sensor.ask(request("a", reply_to=topic))
     assert sensor.final().text == "cba fed "
-    sensor.ask('{"id":"b","reply_to":"sensors/7/answer"}')
+    sensor.ask(json.dumps({"id": "b", "reply_to": topic}))
     assert sensor.failure().code == "bad_request"
 
 
