@@ -16,14 +16,8 @@ import pytest
 from tests.attacks.wire import Attacker, no_traceback
 from tests.support import bundles
 from tests.support.counterparts import WAIT_S, DaemonProcess, Mosquitto, edge_command
-from tests.support.real_bundle import real_bundle
 
 REPLY = "edge/v1/pump/reply/board"
-CGROUPS = Path("/sys/fs/cgroup")
-FORM = {
-    "type": "json_schema",
-    "json_schema": {"schema": {"type": "object", "properties": {"ok": {"type": "boolean"}}}},
-}
 
 
 @pytest.fixture
@@ -150,49 +144,3 @@ def test_something_else_in_the_place_of_a_file_is_no_obstacle(
     daemon.start()
     is_answered(mosquitto)
     assert precious.read_text() == "precious"
-
-
-@pytest.fixture
-def capped() -> Iterator[Callable[[int, int], None]]:
-    """Caps the memory of a process: everything that can't be taken back from it, and its page cache."""
-    one = CGROUPS / "memory" if (CGROUPS / "memory").is_dir() else CGROUPS
-    group = one / f"edge-attack-{os.getpid()}"
-    try:
-        group.mkdir()
-    except OSError as error:
-        pytest.skip(f"no control group can be made here: {error.strerror}")
-
-    def cap(pid: int, size: int) -> None:
-        limit = next(p for p in (group / "memory.max", group / "memory.limit_in_bytes") if p.exists())
-        limit.write_text(str(size))
-        (group / "cgroup.procs").write_text(str(pid))
-
-    yield cap
-    until = time.monotonic() + WAIT_S
-    while time.monotonic() < until:
-        with contextlib.suppress(OSError):
-            group.rmdir()
-            return
-        time.sleep(0.1)
-
-
-@pytest.mark.slow
-def test_the_real_model_serves_under_a_cap_of_300_mb(
-    tmp_path: Path, mosquitto: Mosquitto, capped: Callable[[int, int], None]
-) -> None:
-    """Packed weights are pages of a file, so a cap makes answers slow and ends nothing."""
-    config = f"[mqtt]\nport = {mosquitto.port}\n"
-    with contextlib.closing(DaemonProcess(tmp_path, real_bundle(), config)) as daemon:
-        daemon.start("--force")  # packs the weights, which takes more than the cap, once
-        is_answered(mosquitto)
-        assert daemon.stop() == 0
-        daemon.start("--force", wait=False)
-        assert daemon.process is not None
-        capped(daemon.process.pid, 300 << 20)
-        daemon.notice("READY=1")
-        for number in range(6):
-            is_answered(mosquitto, prompt=f"Pump {number} reports 9.5 bar. " * 40, max_tokens=20)
-            is_answered(mosquitto, max_tokens=20, response_format=FORM)
-        print(f"anonymous memory {daemon.memory() >> 20} MiB")
-        assert daemon.stop() == 0
-        no_traceback(daemon)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import threading
@@ -15,6 +16,7 @@ import pytest
 from tests.attacks.wire import USER, Attacker, no_traceback, publish, text
 from tests.support import bundles
 from tests.support.counterparts import WAIT_S, DaemonProcess, Mosquitto, wait_for
+from tests.support.real_bundle import real_bundle
 
 REQUEST, CANCEL = "edge/v1/pump/request", "edge/v1/pump/cancel"
 HERS, HIS = "edge/v1/pump/reply/her", "edge/v1/pump/reply/him"
@@ -204,6 +206,27 @@ def test_what_a_client_asks_is_told_to_nobody_else(node: Node, attacker: Attacke
     time.sleep(1.2)  # health is published once a second at most
     assert SECRET not in json.dumps(node.broker.retained("edge/v1/pump/health"))
     assert SECRET not in node.daemon.log.read_text()
+
+
+@pytest.mark.slow
+def test_nobody_is_told_what_others_have_asked(tmp_path: Path, mosquitto: Mosquitto) -> None:
+    """`usage.cached` counts what the client itself has asked before, not what others have."""
+    config = f"queue = 8\n[mqtt]\nport = {mosquitto.port}\n"
+    with contextlib.closing(DaemonProcess(tmp_path, real_bundle(), config)) as daemon:
+        daemon.start()
+        mosquitto.retained("edge/v1/pump/status")
+        her, him = Attacker(mosquitto.port, "her", HERS), Attacker(mosquitto.port, "him", HIS)
+        code = "4711 opens the door of the pump house, the alarm is off at night, the key is under the mat. "
+        for number in range(3):  # so that a snapshot of what they begin with is kept too
+            her.ask(HERS, id=f"h{number}", prompt=code + f"Good {number}?")
+            assert her.answer(f"h{number}")["type"] == "final"
+        him.ask(HIS, id="guess", prompt=code + "Well?")
+        guessed = him.answer("guess")["usage"]
+        her.close()
+        him.close()
+        assert daemon.stop() == 0
+    assert guessed["prompt"] > 20
+    assert guessed["cached"] < 4, guessed
 
 
 def test_a_client_can_not_cancel_what_another_has_asked_without_knowing_its_id(
