@@ -1,8 +1,8 @@
-"""What is fuzzed: functions that take any bytes, and fail if a promise about reading them is broken.
+"""Fuzz targets: functions that take any bytes and fail if a reader of untrusted input breaks its promise.
 
-Each is a whole statement of what a reader promises: a value that can be written and read back, or one typed
-error of one line. `run.py` feeds them what libFuzzer thinks up; `tests/test_fuzz_targets.py` feeds them
-their seeds and hypothesis' bytes, so that they hold without a fuzzer too.
+Each states all that a reader promises: a value that can be written and read back, or one typed error of one
+line. `run.py` runs them with libFuzzer's inputs, `tests/test_fuzz_targets.py` with their seeds and with
+Hypothesis.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 import tempfile
 import zlib
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,16 +24,17 @@ from edge.protocol.messages import parse_answer, parse_request, peek_request
 from edge.protocol.strict_json import loads
 from edge.routes.config import parse_routes
 from edge.routes.router import Event, Ignored, Question, Router
+from edge.transports.mqtt import codec
 
 _SETTINGS_BYTES = 3  # in front of a stream of frames
 _READING_GAP_S = 61.0  # between two readings, so that conditions and regular questions fire
 
 
 def frames(data: bytes) -> None:
-    """A stream, cut anywhere, gives what a plain statement of the format gives, in bounded memory.
+    """A stream, cut anywhere, gives the frames that a plain statement of the format gives, in bounded memory.
 
-    The first three bytes choose the reader and the cuts. A line that ends in `*!` gets its right CRC here,
-    which a fuzzer would not find.
+    The first three bytes choose the reader's settings and the cuts. A line that ends in `*!` gets the right
+    CRC here, which a fuzzer would not find.
     """
     if len(data) < _SETTINGS_BYTES:
         return
@@ -80,7 +81,7 @@ def _utf8(line: bytes) -> str | None:
 
 
 def requests(data: bytes) -> None:
-    """A request is refused as bad, or it can be written, framed, read back, and answered by its id."""
+    """A request is refused, or it can be written, framed, read back, and answered by its id."""
     try:
         request = parse_request(data)
     except RequestError as error:
@@ -91,6 +92,41 @@ def requests(data: bytes) -> None:
     assert [*FrameDecoder(10**7).feed(encode(request.to_json()))] == [request.to_json()]
     peeked = peek_request(data)
     assert (peeked.id, peeked.reply_to) == (request.id, request.reply_to)
+
+
+def packets(data: bytes) -> None:
+    """MQTT packets, cut anywhere, are the same ones; each is read, or is malformed and named in one line."""
+    whole, _ = _split(data, len(data) or 1)
+    assert _split(data, 1 + len(data) // 3)[0] == whole
+    for first, body in whole:
+        for version in (codec.V5, codec.V311):
+            readers: tuple[Callable[[], object], ...] = (
+                partial(codec.read_publish, first, body, version, 1),
+                partial(codec.read_suback, body, version),
+                partial(codec.read_connack, body),
+                partial(codec.read_puback, body),
+                partial(codec.read_disconnect, body),
+                partial(codec.publish_identifier, first, body),
+            )
+            for read in readers:
+                try:
+                    read()
+                except codec.MalformedPacket as error:
+                    _is_one_line(error)
+
+
+def _split(data: bytes, step: int) -> tuple[list[tuple[int, bytes]], str]:
+    """Give the packets of a stream that arrives in pieces of `step` bytes, and what ended it."""
+    buffer, found = bytearray(), list[tuple[int, bytes]]()
+    try:
+        for at in range(0, len(data), step):
+            buffer += data[at : at + step]
+            for packet in codec.split(buffer, 10_000):
+                found.append(packet)
+    except codec.MalformedPacket as error:
+        _is_one_line(error)
+        return found, str(error)
+    return found, ""
 
 
 def answers(data: bytes) -> None:
@@ -116,7 +152,7 @@ def manifests(data: bytes) -> None:
 
 
 def configs(data: bytes) -> None:
-    """A configuration is read, or refused by name."""
+    """A configuration is read, or refused with the name of what is wrong."""
     path = _directory() / "edge.toml"
     path.write_bytes(data)
     try:
@@ -128,9 +164,9 @@ def configs(data: bytes) -> None:
 
 
 def readings(data: bytes) -> None:
-    """Any payload on any topic gives events, questions and reasons why not, all of which can be sent.
+    """Any payload on any topic gives events, questions and reasons to ignore it, all of which can be sent.
 
-    The topic is what stands before the first newline, payloads are the lines after it.
+    The topic is the first line, the payloads are the lines after it.
     """
     topic, *payloads = data.split(b"\n")
     router = Router(parse_routes(_ROUTES))
@@ -146,7 +182,7 @@ def readings(data: bytes) -> None:
                 assert parse_request(outcome.request.to_json()) == outcome.request
 
 
-def _is_one_line(error: EdgeError) -> None:
+def _is_one_line(error: Exception) -> None:
     assert str(error).isprintable(), repr(str(error))
     assert str(error), type(error)
 
@@ -240,7 +276,7 @@ type = "object"
 
 
 class Target(NamedTuple):
-    """A function to fuzz, what it is begun with, and words that its inputs are made of."""
+    """A function to fuzz, the inputs to start from, and words to build inputs of."""
 
     run: Callable[[bytes], None]
     seeds: tuple[bytes, ...]
@@ -248,7 +284,7 @@ class Target(NamedTuple):
 
 
 def _words(*texts: bytes) -> tuple[str, ...]:
-    """Give the names that occur in seeds."""
+    """Give the names that occur in the seeds."""
     return tuple(sorted({word for text in texts for word in re.findall(r"[A-Za-z_]{3,}", text.decode())}))
 
 
@@ -267,6 +303,13 @@ TARGETS = {
         requests,
         (_REQUEST, b'{"id":"a","prompt":"x","response_format":{"type":"choice","choice":["a"]},"stop":"x"}'),
         (*_words(_REQUEST), *_JSON, "json_object", "regex", "choice"),
+    ),
+    "packets": Target(
+        packets,
+        (
+            b"\x32\x17\0\x03a/b\0\x07\x0b\x08\0\x03c/d\x09\0\x02xy{}",
+            b"\x20\x06\0\0\x03\x21\0\x14\x90\x04\0\x01\0\x01\x40\x02\0\x07\xe0\x02\x8d\0",
+        ),
     ),
     "answers": Target(
         answers,

@@ -1,4 +1,4 @@
-"""What `make fuzz` asks of every reader holds for its seeds, for damaged seeds and for noise."""
+"""The promises that `make fuzz` tests hold for the seeds, for damaged seeds and for noise."""
 
 import pytest
 from hypothesis import given
@@ -10,7 +10,7 @@ names = st.sampled_from(sorted(TARGETS))
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_readers_keep_their_promises_for_seeds_and_every_beginning_of_them(name: str) -> None:
+def test_readers_keep_their_promises_for_seeds_and_prefixes_of_them(name: str) -> None:
     for seed in TARGETS[name].seeds:
         for length in range(0, len(seed) + 1, max(1, len(seed) // 100)):
             TARGETS[name].run(seed[:length])
