@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from edge.bundles.bundle import Manifest
 from edge.config import load
-from edge.errors import BundleError, ConfigError, EdgeError, RequestError, TransportError
+from edge.errors import BundleError, ConfigError, RequestError, TransportError
 from edge.protocol.framing import Damaged, FrameDecoder, encode
 from edge.protocol.messages import parse_answer, parse_request, peek_request
 from edge.protocol.strict_json import loads

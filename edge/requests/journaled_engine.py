@@ -202,7 +202,7 @@ class JournaledEngine:
             self._keeping(entry.key, sink)(Failure(name, error.code, str(error)))
             return
         if entry.deadline is not None:
-            left_ms = round(min(entry.deadline - time.time(), LONGEST_S) * 1000)
+            left_ms = round(max(0.0, min(entry.deadline - time.time(), LONGEST_S)) * 1000)
             if left_ms <= 0:
                 said = "its deadline passed while the daemon was away"
                 self._keeping(entry.key, sink)(Failure(name, "expired", said))

@@ -60,11 +60,11 @@ class PrefixCache:
         with contextlib.suppress(OSError):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             for left in directory.glob("*.part"):  # by a process that was killed while it wrote
-                left.unlink(missing_ok=True)
+                _remove(left)
         now = time.time()
         for path, status in self._files():
             if now - status.st_atime > days * _DAY_S and now - status.st_mtime > days * _DAY_S:
-                path.unlink(missing_ok=True)
+                _remove(path)
             elif now - status.st_mtime < _DAY_S:
                 self._writes.append((status.st_mtime, status.st_size))
 
@@ -102,11 +102,10 @@ class PrefixCache:
                 for part in parts:
                     file.write(part.data)
             os.replace(scratch, path)
+            self._intact[path] = identity(path)
         except OSError:
-            with contextlib.suppress(OSError):
-                scratch.unlink(missing_ok=True)
+            _remove(scratch)
             return False
-        self._intact[path] = identity(path)
         self.written += size
         self._writes.append((time.time(), size))
         return True
@@ -126,8 +125,7 @@ class PrefixCache:
         content = self._intact_content(path)
         if content is None or not cache.restore(length, content):
             self._intact.pop(path, None)
-            with contextlib.suppress(OSError):
-                path.unlink()
+            _remove(path)
             return False
         with contextlib.suppress(OSError):
             status = path.stat()
@@ -162,7 +160,8 @@ class PrefixCache:
         for path, status in files:
             if total + size <= self._capacity:
                 break
-            path.unlink(missing_ok=True)
+            if not _remove(path):
+                return False
             total -= status.st_size
         return True
 
@@ -173,6 +172,15 @@ class PrefixCache:
                 if _NAME.fullmatch(path.name):
                     found.append((path, path.stat()))
         return found
+
+
+def _remove(path: Path) -> bool:
+    """Remove a file; False if it stays, as on a disk that can't be written."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        return False
+    return True
 
 
 def _private(path: str, flags: int) -> int:

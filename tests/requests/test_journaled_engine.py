@@ -353,6 +353,16 @@ def test_a_record_that_the_disk_has_damaged_is_an_error_to_its_asker_and_no_end_
     assert "request told: the disk has damaged the journal's copy of the answer" in caplog.text
 
 
+@pytest.mark.parametrize("deadline", [float("-inf"), -1e308, 0.0])
+def test_a_deadline_that_the_disk_has_damaged_has_passed(path: Path, deadline: float) -> None:
+    journal = Journal(path)
+    journal.accept("mqtt:a a", A.to_json().encode(), "note", deadline)
+    journal.close()
+    run = Run(path).start()
+    assert code(run.last()) == "expired"
+    run.stop()
+
+
 def test_a_note_that_no_origin_understands_does_not_keep_the_daemon_from_starting(path: Path) -> None:
     journal = Journal(path)
     journal.accept("mqtt:a a", A.to_json().encode(), "note")

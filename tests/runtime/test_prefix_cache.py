@@ -121,6 +121,18 @@ def test_what_was_not_used_for_long_goes_at_the_start(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_snapshots_that_can_not_be_removed_are_no_obstacle(tmp_path: Path) -> None:
+    """As on a disk that was made read-only after an error, where they grow old."""
+    for length in (40, 50):
+        stuck = tmp_path / f"{length}-{'0' * 32}.kv"
+        (stuck / "inside").mkdir(parents=True)
+        os.utime(stuck, (0, 0))
+    (tmp_path / "left.part").mkdir()
+    prefixes = PrefixCache(tmp_path, "digest", capacity=1000)
+    assert restore(prefixes, list(range(60)))[0] == 0
+    assert not prefixes.store(list(range(40)), filled(40))
+
+
 def test_what_a_power_cut_left_half_written_goes_at_the_start(tmp_path: Path) -> None:
     PrefixCache(tmp_path, "bundle").store(list(range(40)), filled(40))
     (whole,) = tmp_path.iterdir()
