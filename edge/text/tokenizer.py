@@ -14,6 +14,7 @@ import contextlib
 import copy
 import mmap
 import re
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from heapq import heapify, heappop, heappush
@@ -32,8 +33,8 @@ from edge.text.vocabulary import (
     flatten,
 )
 
-_REMEMBERED_WORDS = 4096
-_LONG_WORD = 64  # characters; longer ones are not remembered
+_CACHED_WORDS = 4096
+_MAX_CACHED_BYTES = 64  # of a word, as UTF-8: an entry of the cache takes at most about 600 bytes
 _SPACE = SPACE_MARK.encode()
 _POLLED = 1024  # characters of a long word, or words, between two polls of `interrupted`: milliseconds
 _Pair = tuple[float, int, int, int, int]
@@ -58,7 +59,7 @@ class Tokenizer:
         self._whole = re.compile(f"({'|'.join(map(re.escape, reversed(whole))) or '(?!)'})")
         self._words = re.compile(f"(?<![{re.escape(vocabulary.glue)}{SPACE_MARK}])(?={SPACE_MARK})")
         self._interrupted: Callable[[], str | None] = lambda: None
-        self._remembered = lru_cache(_REMEMBERED_WORDS)(self._merged)
+        self._cached = lru_cache(_CACHED_WORDS)(self._merged)
 
     def interruptible(self, interrupted: Callable[[], str | None]) -> Tokenizer:
         """Return this tokenizer with an `encode` that polls `interrupted` every few milliseconds.
@@ -154,10 +155,11 @@ class Tokenizer:
             for count, word in enumerate(self._words.split(part)):
                 if count % _POLLED == 0:
                     self._poll()
-                ids += self._merged(word) if len(word) > _LONG_WORD else self._remembered(word)
+                short = len(word) <= _MAX_CACHED_BYTES and len(word.encode()) <= _MAX_CACHED_BYTES
+                ids += self._cached(word) if short else self._merged(word)
         return ids
 
-    def _merged(self, word: str) -> tuple[int, ...]:
+    def _merged(self, word: str) -> array[int]:
         """Ids of a word: of its characters the neighbours that make the best piece are joined, and so on.
 
         Of equally good pairs the first one is. A character that is in no piece becomes bytes.
@@ -190,11 +192,11 @@ class Tokenizer:
                     heappush(pairs, pair)
             if before[left] >= 0 and (pair := self._pair(symbols, before[left], left)):
                 heappush(pairs, pair)
-        found: list[int] = []
+        merged = array("i")
         for symbol, token in zip(symbols, ids, strict=True):
             if symbol:
-                found += [token] if token >= 0 else [self._bytes[byte] for byte in symbol]
-        return tuple(found)
+                merged.extend([token] if token >= 0 else [self._bytes[byte] for byte in symbol])
+        return merged
 
     def _poll(self) -> None:
         reason = self._interrupted()

