@@ -16,7 +16,7 @@ from edge.config import Config
 from edge.doctor.finding import Finding
 from edge.errors import EdgeError
 
-MB = 1024 * 1024
+MB = 1_000_000
 MIN_FREE_BYTES = 200 * MB
 UNIT = "edge-daemon.service"
 HOT_C = 80.0  # a Raspberry Pi throttles from here on
@@ -148,7 +148,7 @@ def check_limits(board: Board, config: Config) -> Iterator[Finding]:
                 "limits",
                 "problem",
                 f"{key} of {UNIT} is {limit // MB} MB of {needed // MB} MB needed: weights are read again",
-                f"sudo systemctl set-property {UNIT} {key}={needed // MB + 64}M",
+                f"sudo systemctl set-property {UNIT} {key}={(needed >> 20) + 64}M",
             )
             return
     yield Finding("limits", "ok", "the memory controller is on, and no limit is too low")

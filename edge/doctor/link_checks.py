@@ -22,7 +22,7 @@ from edge.errors import BundleError, ConfigError, TransportError
 from edge.transports.mqtt.connection import MqttConnection
 from edge.transports.mqtt.messages import Received
 
-MB = 1024 * 1024
+MB = 1_000_000
 BROKER_WAIT_S = 5.0
 VERSION_WAIT_S = 2.0  # some brokers do not publish it
 

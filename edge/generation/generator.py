@@ -8,6 +8,7 @@ if it is a few dozen tokens longer.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Completion", "Delta", "Generator", "Interrupted"]
 
+log = logging.getLogger(__name__)
+
 _EARLIER_ANSWERS = 4
 """Answers that guesses are looked up in, in addition to the prompt."""
 
@@ -56,6 +59,8 @@ class Generator:
         manifest = bundle.manifest
         self.bundle = bundle
         self.context = min(context or manifest.context, manifest.context)
+        if context is not None and context > manifest.context:
+            log.warning("context = %d is more than the bundle has; using its %d", context, manifest.context)
         digest = manifest.files[TOKENIZER].sha256
         self.tokenizer = Tokenizer.open(bundle.path(TOKENIZER), digest, cache_directory)
         self.grammars = GrammarWorker(bundle.path(TOKENIZER), digest, cache_directory, manifest.stop_ids)

@@ -177,8 +177,8 @@ def test_throttling_bits_are_decoded(tmp_path: Path, soc: str) -> None:
 @pytest.mark.parametrize(
     ("weights", "state", "message"),
     [
-        (270_000_000, "ok", "MB needed of 3793 MB"),
-        (3_500_000_000, "warning", "3360 MB available"),
+        (270_000_000, "ok", "MB needed of 3977 MB"),
+        (3_500_000_000, "warning", "3523 MB available"),
         (3_900_000_000, "problem", "the model does not fit"),
     ],
 )
@@ -253,8 +253,8 @@ def test_without_facts_of_the_kernel_a_check_is_unknown(
     ("disk", "state", "message"),
     [
         (None, "unknown", "can't be examined"),
-        (Disk(10**9, True, "SD card"), "problem", "953 MB free on SD card, read-only"),
-        (Disk(10**8, False, None), "problem", "95 MB free on an unknown type of disk"),
+        (Disk(10**9, True, "SD card"), "problem", "1000 MB free on SD card, read-only"),
+        (Disk(10**8, False, None), "problem", "100 MB free on an unknown type of disk"),
     ],
 )
 def test_a_full_or_read_only_disk_is_a_problem(

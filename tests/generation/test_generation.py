@@ -87,6 +87,15 @@ def test_a_prompt_that_leaves_no_room_is_too_long() -> None:
     assert caught.value.code == "too_long"
 
 
+def test_a_context_larger_than_the_bundle_s_is_reported_and_the_bundle_s_used(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    larger = Generator.open(bundles.small_bundle(bundles.SMALL[0]), bundles.cache_directory(), 1, 4096)
+    assert larger.context == 128
+    assert caplog.messages == ["context = 4096 is more than the bundle has; using its 128"]
+    larger.close()
+
+
 def test_the_context_ends_an_answer_with_length() -> None:
     _, completion = run(generator(), Request("1", prompt="word " * 30, max_tokens=4000))
     assert completion.finish_reason == "length"
