@@ -26,20 +26,24 @@ MAX_CRASHES = 64  # kept; the oldest are dropped first
 
 
 class Crashes:
-    """The crashes of recent runs. They change only at a start, so requests never read the file for them."""
+    """The crashes of recent runs. They change only at a start, so requests never read the file for them.
+
+    `ended_last_run`: whether the last run ended while it worked on a request.
+    """
 
     def __init__(self) -> None:
+        self.ended_last_run = False
         self._count: Counter[str] = Counter()
         self._latest: dict[str, float] = {}
 
     def note(self, database: sqlite3.Connection, clients: Iterable[str], now: float, same_boot: bool) -> None:
         """Add the crash that ended the last run, charged to `clients`, and load the earlier ones."""
+        charged = [(client, now) for client in clients]
+        self.ended_last_run = bool(charged)
         if not same_boot:
             database.execute(f"DELETE FROM {TABLE}")
         database.execute(f"DELETE FROM {TABLE} WHERE at <= ? OR at > ?", (now - WITHIN_S, now))
-        database.executemany(
-            f"INSERT INTO {TABLE} (client, at) VALUES (?, ?)", [(client, now) for client in clients]
-        )
+        database.executemany(f"INSERT INTO {TABLE} (client, at) VALUES (?, ?)", charged)
         database.execute(
             f"DELETE FROM {TABLE} WHERE number NOT IN"
             f" (SELECT number FROM {TABLE} ORDER BY number DESC LIMIT {MAX_CRASHES})"

@@ -174,6 +174,11 @@ class Journal:
         """Whether there may be an entry; False is certain. Does not read the file."""
         return key in self._keys
 
+    @property
+    def crashed_in_work(self) -> bool:
+        """Whether the last run ended, in this boot, while it worked on a request."""
+        return self._crashes.ended_last_run
+
     def suspended_s(self, client: str) -> float:
         """For how many seconds a client is refused because its requests ended the process, or 0."""
         return self._crashes.suspended_s(client, self._uptime())

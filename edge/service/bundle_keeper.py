@@ -1,9 +1,9 @@
-"""The daemon's bundle: tried before it answers, switched between two requests, given up when it fails.
+"""The daemon's bundle: tested before it answers, switched between two requests, given up when it fails.
 
-Where the configuration's `bundle` is a link, the keeper follows it. When the link names another bundle, that
-is verified, loaded and tested while the one before goes on answering; requests wait in the queue for moments
-only. A board with too little memory for both unloads the old one first, and requests wait until the new one
-is loaded. One that fails the test is refused: the old one answers on, and the link names it again.
+If the configuration's `bundle` is a link, the keeper follows it. When the link names another bundle, that is
+verified, loaded and tested while the old one answers; requests wait only for the moment of the switch. A
+board with too little memory for both unloads the old one first, and requests wait until the new one is
+loaded. A bundle that fails the test is refused: the old one continues to answer, and the link names it again.
 
 After three failures of a bundle in an hour the previous one runs again. A failure is an error or a crash
 while the bundle is loaded and tested, or a request that LiteRT failed on. A crash after that is no failure of
@@ -42,7 +42,7 @@ LOAD_S = 600.0
 
 
 def keeper_of(config: Config, board: Board, force: bool) -> BundleKeeper:
-    """Make the keeper that the configuration asks for; with `force`, of a bundle too large for the board too.
+    """Make the keeper for a configuration; `force` also accepts a bundle too large for the board.
 
     Raises ConfigError for the key file, EdgeError if another daemon uses the same store.
     """
@@ -52,7 +52,7 @@ def keeper_of(config: Config, board: Board, force: bool) -> BundleKeeper:
 
 
 class BundleKeeper:
-    """Keeps `generator` that of the bundle that is to run: here, of a directory that stays as it is."""
+    """Owns `generator`, that of the configured bundle: here, of a directory that does not change."""
 
     generator: Generator
 
@@ -65,8 +65,11 @@ class BundleKeeper:
         self._loading_since: float | None = None
         self._fatal: EdgeError | None = None
 
-    def open(self) -> Generator:
-        """Load the bundle that is to run, and test it. Raises BundleError or RuntimeFailure."""
+    def open(self, crashed_in_work: bool = False) -> Generator:
+        """Load and test the bundle. Raises BundleError or RuntimeFailure.
+
+        `crashed_in_work`: the last run ended while it worked on a request, which is charged for it.
+        """
         self.generator = self._load(self._verified(self._config.bundle))
         return self.generator
 
@@ -90,10 +93,10 @@ class BundleKeeper:
             self._load_aside(self._pack_again, engine)
 
     def close(self) -> None:
-        """Record that the daemon ends in order."""
+        """Record an orderly end of the daemon."""
 
     def _follow(self, engine: Engine) -> None:
-        """Do what else `poll` has to do."""
+        """The rest of `poll`."""
 
     def _load_aside(self, load: Callable[..., None], *arguments: Any) -> None:
         """Run `load` in a thread of its own, which `poll` watches."""
@@ -173,10 +176,10 @@ class StoreKeeper(BundleKeeper):
         self._fell_back_to: str | None = None
         self._failures_seen = 0
 
-    def open(self) -> Generator:
-        """Load and test the bundle that is to run, or the previous one if that has failed too often."""
+    def open(self, crashed_in_work: bool = False) -> Generator:
+        """Load and test the current bundle, or the previous one if that has failed too often."""
         record = self._record
-        if record.content.begun is not None:
+        if record.content.begun is not None and not crashed_in_work:
             self._failed(record.content.begun, "the daemon was killed or crashed while it loaded the bundle")
         while True:
             name = self._store.current or self._store.link.name
@@ -202,7 +205,7 @@ class StoreKeeper(BundleKeeper):
             engine.last_error = self._record.content.trouble
 
     def _follow(self, engine: Engine) -> None:
-        """See whether another bundle is to run, and whether this one fails."""
+        """Check whether the link names another bundle, and whether this one fails."""
         while self._failures_seen < engine.decoder_failures:
             self._failures_seen += 1
             self._failed(self._running, engine.last_error or "a request failed")
@@ -213,13 +216,13 @@ class StoreKeeper(BundleKeeper):
             self._load_aside(self._switch, target, engine)
 
     def close(self) -> None:
-        """Note that the daemon ends in order."""
+        """Record an orderly end of the daemon."""
         self._record.change(begun=None)  # a stop while a bundle is loaded is no crash
         self._record.close()
 
     def _switch(self, target: str, engine: Engine) -> None:
-        """Let another bundle answer, or refuse it."""
-        log.info("bundle %s: tried now, to answer instead of %s", target, self._running)
+        """Switch to another bundle, or refuse it."""
+        log.info("bundle %s: loading it to replace %s", target, self._running)
         self._record.change(begun=target)
         try:
             self.generator = self._replaced(target, engine)
@@ -228,7 +231,7 @@ class StoreKeeper(BundleKeeper):
                 log.exception("bundle %s failed", target)
             self._refuse(target, str(error))
             return
-        log.info("bundle %s answers, %s no more", target, self._running)
+        log.info("bundle %s has replaced %s", target, self._running)
         self._running = target
         content = self._record.content
         self._record.change(
@@ -241,7 +244,7 @@ class StoreKeeper(BundleKeeper):
         self._switched()
 
     def _replaced(self, target: str, engine: Engine) -> Generator:
-        """Put a bundle's generator in the place of the running one; raises with that one in place still."""
+        """Replace the running generator by that of another bundle; if this raises, the old one stays."""
         old, context = self.generator, self._config.context
         bundle = self._verified(self._store.path(target))
         both = requirements(old.bundle.manifest, context), requirements(bundle.manifest, context)
@@ -263,7 +266,7 @@ class StoreKeeper(BundleKeeper):
         return new
 
     def _brought_back(self, failed: str) -> Generator:
-        """Load the bundle again that was unloaded for one that then failed."""
+        """Reload the old bundle after the new one failed."""
         try:
             self.generator = self._timed(self._verified(self._store.path(self._running)))
         except Exception as error:
@@ -272,14 +275,14 @@ class StoreKeeper(BundleKeeper):
         return self.generator
 
     def _refuse(self, target: str, why: str) -> None:
-        """Let the links be as they were."""
+        """Restore the links."""
         self._refused = target
-        self._trouble(f"bundle {target} is refused: {why}; {self._running} goes on answering")
+        self._trouble(f"bundle {target} is refused: {why}; {self._running} continues to answer")
         self._record.change(begun=None)
         self._swap_back(target, self._running, self._previous)
 
     def _failed(self, name: str, why: str) -> bool:
-        """Note a failure of a bundle; True if that was one too many and the previous one is to run."""
+        """Record a failure of a bundle; True if it was one too many and the previous one must run."""
         count, previous = self._record.fail(name, why), self._store.previous
         log.error("bundle %s: failure %d of %d in an hour: %s", name, count, MAX_FAILURES, why)
         if count < MAX_FAILURES or previous is None or not self._swap_back(name, previous):
@@ -302,7 +305,7 @@ class StoreKeeper(BundleKeeper):
             self._engine.last_error = said
 
     def _forget_packed(self) -> None:
-        """Remove packed weights of bundles that are neither running nor to fall back to."""
+        """Remove packed weights of bundles that are neither running nor current nor previous."""
         kept = []
         for name in {self._running, self._store.current, self._store.previous} - {None}:
             with contextlib.suppress(BundleError):

@@ -1,7 +1,7 @@
-"""The daemon: a generator, an engine, a journal, the transports of the configuration, and systemd told of it.
+"""The daemon: connects the bundle, engine, journal, routes and transports, and supervises their threads.
 
-SIGTERM and SIGINT drain: new requests are refused, those there are get their answers for up to `drain_s`
-seconds, the rest from the next start; a second signal ends the process at once.
+SIGTERM and SIGINT drain: new requests are refused, accepted ones are answered for up to `drain_s` seconds,
+and the rest after the next start. A second signal ends the process at once.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from edge.transports.serial.transport import SerialTransport
 
 log = logging.getLogger(__name__)
 
-CHECK_S = 0.5  # between two looks at whether a thread has ended
-WATCH_S = 5.0  # between two looks at their progress; each ticks about once a second
+CHECK_S = 0.5  # between two checks whether a thread has ended
+WATCH_S = 5.0  # between two checks of progress; each thread shows some about once a second
 JOURNAL = "journal.sqlite"  # in the state directory
-SENSORS = "sensors.json"  # there too: what routes know of them
-JUMP_S = 10.0  # of the clock that is worth a line in the log
+SENSORS = "sensors.json"  # likewise: the sensors that routes know
+JUMP_S = 10.0  # of the clock; smaller ones are not logged
 DAY_S = 86_400
-CLOSE_S = 5.0  # for a transport to send what it has
+CLOSE_S = 5.0  # for a transport to send its queue
 
 
 class Daemon:
@@ -49,7 +49,7 @@ class Daemon:
         """Open the bundle, unless the board is too small for it and `force` is not set; prepare the rest.
 
         Raises BundleError, RuntimeFailure, ConfigError (the key file), TransportError (a TLS file that can't
-        be used), or EdgeError if another process holds the journal or the bundle store.
+        be used), or EdgeError if another process has the journal or the bundle store open.
         """
         self._config = config
         self._watched, self._clock = time.monotonic(), time.time() - time.monotonic()
@@ -67,9 +67,14 @@ class Daemon:
 
     def _prepare(self) -> None:
         config = self._config
-        self._engine = Engine(self._keeper.open(), config.queue)
-        self._keeper.attach(self._engine, self._switched)
         self._journal = Journal(config.state_directory / JOURNAL)
+        try:
+            generator = self._keeper.open(self._journal.crashed_in_work)
+        except BaseException:
+            self._journal.close()
+            raise
+        self._engine = Engine(generator, config.queue)
+        self._keeper.attach(self._engine, self._switched)
         self._journaled = JournaledEngine(self._engine, self._journal)
         self._routes: RouteRunner | None = None
         if config.routes:
@@ -91,7 +96,7 @@ class Daemon:
         self._watchdog = Watchdog(self._parts())
 
     def run(self) -> None:
-        """Serve until a signal comes. Raises EdgeError if a part has ended that must not."""
+        """Serve until a signal. Raises EdgeError if a thread has ended."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         self._journaled.resume(self._origin)
@@ -118,7 +123,7 @@ class Daemon:
         while not until.wait(CHECK_S):
             for name, part in self._parts().items():
                 if not part.alive:
-                    raise EdgeError(f"{name}: its thread has ended; the log above says why")
+                    raise EdgeError(f"{name}: its thread has ended; see the log above")
             for connection in self._mqtt.connections.values() if self._mqtt else ():
                 if connection.refused:
                     raise TransportError(connection.refused)
@@ -126,7 +131,7 @@ class Daemon:
             self._watch()
 
     def _watch(self) -> None:
-        """Look at the progress of all parts, several times before systemd's patience ends; write metrics."""
+        """Check the progress of all parts, well within systemd's watchdog time; write metrics and sensors."""
         if self._metrics is not None:
             self._metrics.update()
         if self._routes is not None:
@@ -137,7 +142,7 @@ class Daemon:
             self._watch_clock()
 
     def _watch_clock(self) -> None:
-        """Log that the time of day was set; nothing but the journal and the log itself goes by it."""
+        """Log that the time of day was set; only the journal and the log depend on it."""
         clock = time.time() - time.monotonic()
         jump_s, self._clock = clock - self._clock, clock
         if abs(jump_s) >= JUMP_S:
@@ -147,9 +152,9 @@ class Daemon:
     def _drain(self) -> None:
         waiting = self._engine.waiting + self._engine.working
         closing_s = ABANDON_S + 3 * CLOSE_S * (1 + len(self._transports()))
-        limit_us = round((self._config.drain_s + closing_s) * 1e6)  # however short the unit's patience is
-        said = f"STATUS=Stopping, {waiting} requests to answer"
-        notify("STOPPING=1", f"EXTEND_TIMEOUT_USEC={limit_us}", said)
+        limit_us = round((self._config.drain_s + closing_s) * 1e6)  # whatever the unit's TimeoutStopSec is
+        status = f"STATUS=Stopping, {waiting} requests to answer"
+        notify("STOPPING=1", f"EXTEND_TIMEOUT_USEC={limit_us}", status)
         self._keeper.close()
         done = threading.Event()
         drainer = threading.Thread(target=self._stop_parts, args=(done,), name="drain", daemon=True)
@@ -175,7 +180,7 @@ class Daemon:
             done.set()
 
     def _publish(self, topic: str, payload: str, delivered: Callable[[], None] | None) -> None:
-        """Publish what a route says: to the broker, or, where there is none, on every port."""
+        """Publish a message of a route: on the broker, or on every port if there is none."""
         if self._mqtt is not None:
             self._mqtt.publish(topic, payload, delivered)
         else:
@@ -210,7 +215,7 @@ class Daemon:
         return self._keeper.generator.bundle.manifest.prompt_format == "plain"
 
     def _switched(self) -> None:
-        """Tell all parts that another bundle answers."""
+        """Inform all parts that another bundle answers."""
         if self._routes is not None:
             self._routes.use_format(self._plain)
         if self._mqtt is not None:

@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 
 class Part(Protocol):
-    """A thread of the daemon. `progress` grows while it works or waits, and stands still when it hangs."""
+    """A thread of the daemon. `progress` grows while it works or waits, but not when it hangs."""
 
     @property
     def progress(self) -> float:

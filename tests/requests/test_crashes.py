@@ -78,6 +78,19 @@ def test_a_restart_of_the_board_starts_the_count_again(board: Board) -> None:
     assert board.suspended_s("client") == 0
 
 
+def test_only_the_first_run_after_a_crash_is_told_that_a_request_was_in_work(tmp_path: Path) -> None:
+    path = tmp_path / "journal.sqlite"
+    journal = Journal(path)
+    journal.accept("client a", REQUEST, "")
+    journal.started("client a")
+    left = crash(path, tmp_path / "left")
+    journal.close()
+    for expected in (True, False):
+        journal = Journal(left)
+        assert journal.crashed_in_work is expected
+        journal.close()
+
+
 def test_a_clean_stop_with_a_request_in_work_is_no_crash(board: Board) -> None:
     for _ in range(SUSPEND_AFTER):
         journal = board.run()

@@ -17,7 +17,7 @@ from converters.golden import record_golden
 from edge.board import Board
 from edge.bundles.bundle import DECODER, MANIFEST, read_manifest
 from edge.bundles.installation import install
-from edge.bundles.record import daemon_lives, read_record
+from edge.bundles.record import DaemonRecord, daemon_lives, read_record
 from edge.bundles.store import BundleStore
 from edge.config import load
 from edge.errors import BundleError
@@ -136,7 +136,7 @@ def test_a_switch_under_load_answers_every_request_once(
     counts = f"{len(mqtt.answers)} requests over MQTT, {len(line.answers)} over serial"
     print(f"3 switches, {counts}: one answer each")
     log = daemon.log.read_text()
-    assert log.count(f"bundle {second} answers, {first} no more") == 2
+    assert log.count(f"bundle {second} has replaced {first}") == 2
     assert "Traceback" not in log
 
 
@@ -240,17 +240,29 @@ def test_a_bundle_whose_loading_is_killed_three_times_gives_way_to_the_previous_
     assert daemon.stop() == 0
 
 
+@pytest.mark.parametrize(("crashed_in_work", "failures"), [(True, 0), (False, 1)])
+def test_a_crash_during_a_switch_is_not_the_bundles_if_a_request_was_in_work(
+    tmp_path: Path, store: BundleStore, names: tuple[str, str], crashed_in_work: bool, failures: int
+) -> None:
+    record = DaemonRecord(store.directory)
+    record.change(begun=names[1])
+    record.close()
+    kept = Kept(tmp_path, store, crashed_in_work)
+    assert len(read_record(store.directory).failures) == failures
+    kept.end()
+
+
 class Kept:
     """A keeper with an engine, in this process."""
 
-    def __init__(self, tmp_path: Path, store: BundleStore) -> None:
+    def __init__(self, tmp_path: Path, store: BundleStore, crashed_in_work: bool = False) -> None:
         config = tmp_path / "edge.toml"
         config.write_text(
             f'bundle = "{store.link}"\ncache_directory = "cache"\nthreads = 1\n'
             'state_directory = "state"\n[[serial]]\nport = "/dev/nothing"\n'
         )
         self.keeper = StoreKeeper(load(config), Board(), force=False)
-        self.engine = Engine(self.keeper.open(), queue_length=8)
+        self.engine = Engine(self.keeper.open(crashed_in_work), queue_length=8)
         self.switches = 0
         self.keeper.attach(self.engine, self._switched)
         self.engine.start()
