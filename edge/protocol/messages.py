@@ -1,8 +1,8 @@
-"""Requests and answers: what may be asked, what is said back, and both as JSON.
+"""Requests and answers, and both as JSON (docs/protocol.md).
 
-A request is answered by zero or more Partials and then exactly one Final or one Failure. Field names are
-those of OpenAI's chat API where it has one. Parsing is strict: what is not understood is refused, by name,
-with what is allowed; nothing is guessed, so a misspelt `max_token` can't silently mean the default.
+The answer to a request is any number of Partials, then exactly one Final or one Failure. Field names are
+those of OpenAI's chat API where it has one. Parsing is strict: an unknown or invalid field is refused by
+name, with what is allowed. Nothing is guessed, so a misspelt `max_token` can't silently mean the default.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ MAX_ANSWER_BYTES = 4 * 1024 * 1024
 class Request:
     """One question. Exactly one of `prompt` and `messages` is given (`messages` is empty otherwise).
 
-    `deadline_ms` counts from arrival. `reply_to` is an MQTT topic, for clients that know no Response Topic.
+    `deadline_ms` counts from arrival. `reply_to` is a response topic, for clients of MQTT 3.1.1.
     """
 
     id: str
@@ -69,7 +69,7 @@ class Request:
     reply_to: str | None = None
 
     def to_json(self) -> str:
-        """Compact ASCII JSON of what differs from the defaults; `parse_request` reads it back."""
+        """Write compact ASCII JSON, without fields at their default; `parse_request` reads it."""
         given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         if "messages" in given:
             given["messages"] = [message_to_dict(message) for message in self.messages]
@@ -78,7 +78,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Partial:
-    """The next piece of an answer. `seq` counts from 0 in each request."""
+    """The next piece of an answer. `seq` counts from 0 for each request."""
 
     id: str
     seq: int
@@ -86,13 +86,16 @@ class Partial:
     reasoning: str | None = None
 
     def to_json(self) -> str:
-        """Compact ASCII JSON with `"type": "partial"`."""
+        """Write compact ASCII JSON with `"type": "partial"`."""
         return dumps(_without_none({"type": "partial", **asdict(self)}))
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Token counts. `cached` prompt tokens came from a prefix cache; `forced` ones from the grammar."""
+    """Token counts. `cached` prompt tokens were not computed again; `forced` ones follow from the grammar.
+
+    A client of the daemon is told of cached tokens only if it sent or received them itself.
+    """
 
     prompt: int
     cached: int
@@ -102,7 +105,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Timings:
-    """Milliseconds: waiting in the queue, prefill, decode, and from arrival to the first token."""
+    """Milliseconds in the queue, in prefill and in decode, and from arrival to the first token."""
 
     queue_ms: float
     prefill_ms: float
@@ -112,7 +115,7 @@ class Timings:
 
 @dataclass(frozen=True)
 class Final:
-    """The whole answer; needs no Partial.
+    """The complete answer, which needs no Partial.
 
     `finish_reason`: stop, length, deadline, cancelled or tool_calls.
     """
@@ -127,12 +130,12 @@ class Final:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Speed of decoding, None if there was none."""
+        """Decode speed; None without a decode step."""
         ms = self.timings.decode_ms
         return round(self.usage.generated / ms * 1000, 1) if ms else None
 
     def to_json(self) -> str:
-        """Compact ASCII JSON with `"type": "final"`; tool calls as OpenAI writes them."""
+        """Write compact ASCII JSON with `"type": "final"`; tool calls as OpenAI writes them."""
         timings = {name: round(value, 1) for name, value in asdict(self.timings).items()}
         answer: dict[str, Any] = {"type": "final", **asdict(self), "timings": timings}
         answer["tool_calls"] = [tool_call_to_dict(call) for call in self.tool_calls] or None
@@ -141,7 +144,7 @@ class Final:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why there is no answer. `id` is None where the request's own id could not be read.
+    """Why a request has no Final. `id` is None where the request's own could not be read.
 
     `code`: bad_request, too_long, busy, expired, unavailable or internal.
     """
@@ -152,7 +155,7 @@ class Failure:
     retry_after_ms: int | None = None
 
     def to_json(self) -> str:
-        """Compact ASCII JSON with `"type": "error"`."""
+        """Write compact ASCII JSON with `"type": "error"`."""
         data: dict[str, Any] = {"type": "error", "id": self.id, "code": self.code, "message": self.message}
         if self.retry_after_ms is not None:
             data["retry_after_ms"] = self.retry_after_ms
@@ -227,9 +230,9 @@ def _read_request(data: Mapping[str, Any]) -> Request:
 
 
 def parse_answer(raw: bytes | str) -> Answer:
-    """Read what `to_json` of an answer wrote, for clients; keys of later versions are ignored.
+    """Read an answer that `to_json` wrote; keys of later versions are ignored.
 
-    Raises TransportError if it is something else.
+    Raises TransportError if it can't be read.
     """
     try:
         data = strict_json.loads(raw, MAX_ANSWER_BYTES)
@@ -239,7 +242,7 @@ def parse_answer(raw: bytes | str) -> Answer:
         return replace(answer, tool_calls=calls) if isinstance(answer, Final) else answer
     except (StrictJsonError, FieldError) as error:
         raise TransportError(
-            f"an answer could not be read: {error}; do both sides have the same version?"
+            f"an answer can't be read: {error}; check that client and daemon have the same version"
         ) from None
 
 

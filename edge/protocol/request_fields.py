@@ -1,7 +1,7 @@
-"""The keys of a request, one check each: a JSON value in, the value the runtime uses out, or FieldError.
+"""The fields of a request. Each has a check from a JSON value to the runtime's value, or FieldError.
 
-Shapes of `messages`, `tools` and `response_format` are those of OpenAI's chat API; the formats `regex` and
-`choice` have vLLM's names. Only structure is checked here: whether a schema compiles is known later.
+`messages`, `tools` and `response_format` have the structure of OpenAI's chat API; the formats `regex` and
+`choice` have vLLM's names. Only structure is checked here; a schema is compiled later.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _NOT_IN_TOPICS = re.compile(f"[+#\0-\x1f\x7f-\x9f\ufdd0-\ufdef{_NO_CHARACTERS}]"
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call the model asks for; `arguments` is a JSON object. `id` ties a tool message to it."""
+    """A tool call of the model. `arguments` is a JSON object; a tool message refers to the call by `id`."""
 
     name: str
     arguments: Mapping[str, Any]
@@ -40,7 +40,7 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. `role` is system, user, assistant or tool; `tool_name`: whose result a tool message is."""
+    """One turn. `role` is system, user, assistant or tool; `tool_name` is the tool of a tool message."""
 
     role: str
     content: str
@@ -59,8 +59,8 @@ def request_id(path: str, value: Any) -> str:
 def response_topic(path: str, value: Any) -> str:
     """Accept an MQTT topic name (MQTT 5, 4.7) that no broker ends the connection for.
 
-    Some do so for control characters, for what Unicode says are no characters (1.5.4) and for many levels;
-    the answer would then be sent again and again, over each new connection.
+    Some brokers do so for control characters, for Unicode non-characters (1.5.4) or for many levels; the
+    answer would then be sent again over each new connection.
     """
     topic = text(path, value)
     if not 1 <= len(topic.encode()) <= MAX_TOPIC_BYTES or _NOT_IN_TOPICS.search(topic):
@@ -84,7 +84,7 @@ def stops(path: str, value: Any) -> tuple[str, ...]:
 
 
 def messages(path: str, value: Any) -> tuple[Message, ...]:
-    """Read the turns of a conversation, at least one; tool messages get the name of the call they answer."""
+    """Read the turns of a conversation, at least one; a tool message gets the name of its call."""
     names: dict[str, str] = {}
     result = []
     for index, item in enumerate(array(path, value, MAX_MESSAGES, least=1)):
@@ -134,7 +134,7 @@ def _tool_name(path: str, data: Mapping[str, Any], names: Mapping[str, str]) -> 
 
 
 def read_tool_calls(path: str, value: Any) -> tuple[ToolCall, ...]:
-    """Read OpenAI's `tool_calls`; `arguments` may be a JSON object or, as OpenAI has it, that as a string."""
+    """Read OpenAI's `tool_calls`; `arguments` is a string of JSON, or a JSON object."""
     return tuple(_tool_call(f"{path}[{i}]", item) for i, item in enumerate(array(path, value, MAX_TOOLS)))
 
 
@@ -155,13 +155,13 @@ def _tool_call(path: str, value: Any) -> ToolCall:
 
 
 def tool_call_to_dict(call: ToolCall) -> dict[str, Any]:
-    """Write OpenAI's shape of a tool call, `arguments` as a JSON string."""
+    """Write a tool call as OpenAI's API does, with `arguments` as a string of JSON."""
     function = {"name": call.name, "arguments": strict_json.dumps(call.arguments)}
     return ({"id": call.id} if call.id else {}) | {"type": "function", "function": function}
 
 
 def message_to_dict(message: Message) -> dict[str, Any]:
-    """Write what `messages` reads back as the same Message."""
+    """Write a turn; `messages` reads it back."""
     data: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.reasoning is not None:
         data["reasoning"] = message.reasoning
@@ -173,7 +173,7 @@ def message_to_dict(message: Message) -> dict[str, Any]:
 
 
 def tools(path: str, value: Any) -> tuple[Mapping[str, Any], ...]:
-    """Accept OpenAI's `tools`: functions with a name, perhaps a description and JSON-schema parameters."""
+    """Accept OpenAI's `tools`: functions with a name and optional description and parameters."""
     return tuple(_tool(f"{path}[{i}]", item) for i, item in enumerate(array(path, value, MAX_TOOLS)))
 
 

@@ -1,12 +1,12 @@
-"""The engine behind the journal: each request is answered once, across crashes, restarts and repeats.
+"""The engine with a journal: each request is answered once, across crashes, restarts and duplicates.
 
-A request is journalled before it is queued and its answer before it is handed out. A repeat gets the answer
-of the first. What an earlier run left is taken up by `resume`: requests without an answer are asked again,
-those that the daemon has not survived twice get an error, answers that nobody has got are handed out. That
-goes for what a stopping engine has no time for too: it gets its answer from the next run.
+A request is written to the journal before it is queued, and its answer before it is handed out. A duplicate
+gets the answer of the first. `resume` continues what an earlier run left: unanswered requests are queued
+again, those during which the daemon crashed twice get an error, undelivered answers are handed out. Requests
+that a stopping engine has no time for are answered by the next run as well.
 
-Refusals (`busy`, `unavailable`) are not kept, so that the same request may be asked again. `submit` may wait
-for the disk, once for each request that there is room for in the queue; `sync` does it for several.
+Refusals (`busy`, `unavailable`) are not recorded, so the same request can be sent again. `submit` can wait
+for the disk once for each accepted request; `sync` does so for several.
 """
 
 from __future__ import annotations
@@ -28,47 +28,42 @@ from edge.requests.journal import Accepted, Answered, Conflict, InProgress, Jour
 log = logging.getLogger(__name__)
 
 CONFLICT_MS = 1000  # to wait before an id that is in use is tried again
-LONGEST_S = 86_400  # of a deadline, also if the clock was set back
+LONGEST_S = 86_400  # the longest deadline, even if the clock was set back
 
 
 class Verdict(Enum):
-    """What `JournaledEngine.submit` found a request to be: the one place where that is decided."""
+    """What `JournaledEngine.submit` decided about a request; nothing else decides it."""
 
     ACCEPTED = auto()
     """It is new. Its sink gets the partials and then one final or failure."""
     IN_PROGRESS = auto()
-    """A repeat of a request that is being worked on, or whose answer is on its way through the sink of the
-    first. This sink gets nothing."""
+    """A duplicate of a request in progress, or of one whose answer is being delivered by the first sink. This
+    sink gets nothing."""
     REPEATED = auto()
-    """A repeat of an answered request. Its sink has been given the journal's answer."""
+    """A duplicate of an answered request. Its sink has been given the journal's answer."""
     DELIVERED = auto()
-    """Redelivered by the transport although its client has the answer. Its sink gets nothing."""
+    """A redelivery of a request whose client has the answer. Its sink gets nothing."""
     REFUSED = auto()
-    """Its sink has been given a failure, which the journal does not know."""
+    """Its sink has been given a failure, which is not in the journal."""
 
 
 class Origin(Protocol):
-    """Where requests come from, and answers go: a transport, or the routes."""
+    """Where requests come from and answers go to: a transport, or the routes."""
 
     def sink(self, client: str, request_id: str, note: str) -> Sink:
         """Make a sink for a request of an earlier run, from the `note` that it was submitted with."""
 
 
 class JournaledEngine:
-    """What transports hand requests to. `client` is the name space of the ids: a topic, a port, a route."""
+    """Accepts requests. `client` is the namespace of the ids: a response topic, a port or a route."""
 
     def __init__(self, engine: Engine, journal: Journal) -> None:
         self._engine, self._journal = engine, journal
 
-    @property
-    def full(self) -> bool:
-        """Whether there is no room in the queue, for some clients at least."""
-        return self._engine.full
-
     def refusal(self, client: str, request_id: str) -> Failure | None:
-        """Say why a request would be refused, whatever it is; None if it must be submitted to tell.
+        """Return why any request of this id would be refused now; None if only `submit` can decide it.
 
-        Costs little, so that a flood of requests does: nothing but the id is needed of one.
+        This is cheap and needs no more of a request than its id, so that a flood of requests costs little.
         """
         if self._journal.may_know(_key(client, request_id)):
             return None
@@ -88,9 +83,9 @@ class JournaledEngine:
         Two requests are the same if client, id and content (all but `deadline_ms`) are. Another content under
         the id of a request that has no answer yet is refused with `busy`.
 
-        `note` is what the Origin needs to send the answer in a later run. `redelivered` means that not the
-        client repeats it but the transport. Unless `durable`, an accepted request is on the disk after the
-        next `sync`; its answer is before it is handed out in any case.
+        `note` is what the Origin needs to send the answer in a later run. `redelivered` means that the
+        transport sends it again, not the client. Unless `durable`, an accepted request is on the disk after
+        the next `sync`; an answer always is before it is handed out.
         """
         key = _key(client, request.id)
         try:
@@ -117,7 +112,7 @@ class JournaledEngine:
     def _find_or_accept(
         self, client: str, request: Request, note: str, durable: bool
     ) -> Accepted | InProgress | Answered | Poisoned:
-        """Look a request up in the journal; a new one is entered. Raises RequestError if it is refused."""
+        """Find a request in the journal, or enter it. Raises RequestError if it is refused."""
         key, raw = _key(client, request.id), _raw(request)
         known = self._journal.find(key, raw)
         if known is None:
@@ -126,43 +121,35 @@ class JournaledEngine:
                 raise RequestError(refusal.code, refusal.message, refusal.retry_after_ms)
             known = self._journal.accept(key, raw, note, _deadline(request), durable)
         if isinstance(known, Conflict):
-            said = f"id {request.id} is that of another request, which has no answer yet"
+            said = f"id {request.id} belongs to another request, which has no answer yet; use another id"
             raise RequestError("busy", said, CONFLICT_MS)
         return known
 
-    def repeats(self, client: str, request: Request) -> bool:
-        """Whether this request is known, as one that is being worked on or has its answer.
-
-        Raises RequestError("busy") if its id is that of another one, which has no answer yet.
-        """
-        verdict = self._journal.find(_key(client, request.id), _raw(request))
-        if isinstance(verdict, Conflict):
-            raise RequestError("busy", _conflict(request.id), CONFLICT_MS)
-        return verdict is not None
-
     def sync(self) -> None:
-        """Wait until all that was submitted is on the disk."""
+        """Wait until all accepted requests are on the disk."""
         self._journal.sync()
 
     def cancel(self, client: str, request_id: str) -> bool:
-        """Cancel a request; False if there is none of this id."""
+        """Cancel a request; False if there is none with this id."""
         return self._engine.cancel(client, request_id)
 
     def delivered(self, client: str, request_id: str) -> None:
-        """Note that the asker has the last answer."""
+        """Note that the client has the final or error."""
         self._journal.published(_key(client, request_id))
 
     def resume(self, origin_of: Callable[[str], Origin | None]) -> None:
-        """Take up what earlier runs have left. `origin_of` finds the Origin of a client, or None.
+        """Continue what earlier runs left. `origin_of` returns the Origin of a client, or None.
 
-        To be called once, before anything is submitted.
+        Called once, before any `submit`.
         """
         left = self._journal.unfinished()
         waiting = self._journal.unpublished()
         for entry in waiting:
             sink = _sink(origin_of, entry.key, entry.source)
             if sink is None:
-                log.warning("the answer to %s has nowhere to go", entry.key)
+                log.warning(
+                    "the answer to %s is dropped: its response topic, port or route is gone", entry.key
+                )
                 self._journal.published(entry.key)
             else:
                 sink(_kept(_parts(entry.key)[1], entry.answer))
@@ -181,14 +168,14 @@ class JournaledEngine:
         client, name = _parts(entry.key)
         sink = _sink(origin_of, entry.key, entry.source)
         if sink is None:
-            log.warning("request %s is dropped: its answer has nowhere to go", entry.key)
+            log.warning("request %s is dropped: its response topic, port or route is gone", entry.key)
             self._journal.forget(entry.key)
             return
         if entry.request is None:
             self._keeping(entry.key, sink)(_damaged(name, "request"))
             return
         if entry.poisoned:
-            log.error("request %s: the daemon has not survived it %d times", entry.key, entry.starts)
+            log.error("request %s: the daemon crashed %d times during it", entry.key, entry.starts)
             self._keeping(entry.key, sink)(_poisoned(name, entry.starts))
             return
         left_s = self._journal.suspended_s(client)
@@ -197,14 +184,14 @@ class JournaledEngine:
             self._keeping(entry.key, sink)(Failure(name, "internal", _suspended(left_s)))
             return
         try:
-            request = replace(parse_request(entry.request), stream=False)  # parts of it were sent already
+            request = replace(parse_request(entry.request), stream=False)  # partials were sent already
         except RequestError as error:  # it was written by another version
             self._keeping(entry.key, sink)(Failure(name, error.code, str(error)))
             return
         if entry.deadline is not None:
             left_ms = round(max(0.0, min(entry.deadline - time.time(), LONGEST_S)) * 1000)
             if left_ms <= 0:
-                said = "its deadline passed while the daemon was away"
+                said = "the deadline passed while the daemon was not running"
                 self._keeping(entry.key, sink)(Failure(name, "expired", said))
                 return
             request = replace(request, deadline_ms=left_ms)
@@ -217,12 +204,12 @@ class JournaledEngine:
         )
 
     def _keeping(self, key: str, sink: Sink) -> Sink:
-        """Make a sink that journals the last answer before it hands it on."""
+        """Make a sink that writes the final or error to the journal before it passes it on."""
 
         def keep(answer: Answer) -> None:
             if isinstance(answer, Failure) and answer.code in REFUSALS:
                 if answer.code == "unavailable" and self._journal.lasting:
-                    log.info("request %s is left to the next run", key)
+                    log.info("request %s: the next run will answer it", key)
                     return
                 self._journal.forget(key)
             elif not isinstance(answer, Partial):
@@ -233,7 +220,7 @@ class JournaledEngine:
 
 
 def _key(client: str, request_id: str) -> str:
-    """Name a request in the journal; an id has no spaces."""
+    """Return a request's key in the journal; an id has no spaces."""
     return f"{client} {request_id}"
 
 
@@ -243,7 +230,7 @@ def _parts(key: str) -> tuple[str, str]:
 
 
 def _raw(request: Request) -> bytes:
-    """Write a request so that repeats are equal, though less of their time is left."""
+    """Write a request without its deadline, so that duplicates are equal."""
     return replace(request, deadline_ms=None).to_json().encode()
 
 
@@ -251,46 +238,42 @@ def _deadline(request: Request) -> float | None:
     return None if request.deadline_ms is None else time.time() + request.deadline_ms / 1000
 
 
-def _conflict(request_id: str) -> str:
-    return f"id {request_id} is that of another request, which has no answer yet"
-
-
 def _sink(origin_of: Callable[[str], Origin | None], key: str, note: str) -> Sink | None:
-    """Find where an answer of an earlier run goes; None if that is not known any more, which the log says."""
+    """Make the sink for an answer to a request of an earlier run; logs why and returns None if it can't."""
     client, name = _parts(key)
     origin = origin_of(client)
     if origin is None:
-        log.warning("%s: where it came from is no longer configured", key)
+        log.warning("%s: its origin is no longer configured", key)
         return None
     try:
         return origin.sink(client, name, note)
     except Exception:  # one record must not keep the daemon from starting
-        log.exception("%s: the note on where it came from is damaged, or of another version", key)
+        log.exception("%s: the note about its origin is damaged or of another version", key)
         return None
 
 
 def _kept(name: str, answer: bytes) -> Answer:
-    """Read an answer that the journal has kept; if the disk has damaged it, that is the answer."""
+    """Read an answer from the journal; a damaged one becomes an error."""
     try:
-        found = parse_answer(answer)
+        stored = parse_answer(answer)
     except TransportError:
-        found = None
-    return found if found is not None and found.id == name else _damaged(name, "answer")
+        stored = None
+    return stored if stored is not None and stored.id == name else _damaged(name, "answer")
 
 
 def _damaged(name: str, what: str) -> Failure:
-    log.error("request %s: the disk has damaged the journal's copy of the %s", name, what)
-    said = f"the disk has damaged the {what} since it was written; ask again under another id"
+    log.error("request %s: the %s in the journal is damaged", name, what)
+    said = f"the {what} in the daemon's journal is damaged; send the request again with a new id"
     return Failure(name, "internal", said)
 
 
 def _poisoned(request_id: str, starts: int) -> Failure:
-    said = f"the daemon ended {starts} times while it worked on this request; it is not tried again"
+    said = f"the daemon crashed {starts} times during this request; it is not tried again"
     return Failure(request_id, "internal", said)
 
 
 def _suspended(left_s: float) -> str:
     return (
-        f"the daemon ended {SUSPEND_AFTER} times in an hour while it worked on requests of this client;"
+        f"the daemon crashed {SUSPEND_AFTER} times in an hour during requests of this client;"
         f" new ones are accepted in {math.ceil(left_s)} s"
     )

@@ -349,8 +349,8 @@ def test_a_record_that_the_disk_has_damaged_is_an_error_to_its_asker_and_no_end_
         run.stop()
         assert isinstance(heard["good"], Final)
         assert {code(heard["asked"]), code(heard["told"])} == {"internal"}
-    assert "request asked: the disk has damaged the journal's copy of the request" in caplog.text
-    assert "request told: the disk has damaged the journal's copy of the answer" in caplog.text
+    assert "request asked: the request in the journal is damaged" in caplog.text
+    assert "request told: the answer in the journal is damaged" in caplog.text
 
 
 @pytest.mark.parametrize("deadline", [float("-inf"), -1e308, 0.0])
