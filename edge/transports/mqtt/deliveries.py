@@ -1,9 +1,9 @@
-"""Requests whose last answer is not at the broker yet, and which packet to acknowledge when it is.
+"""Requests whose final or error is not at the broker yet, and which packet to acknowledge when it is.
 
-A request is acknowledged when the broker has acknowledged its last answer, so neither a crash nor a lost
-connection loses one. Meanwhile the broker may deliver it again, over a new connection: then it is that
-delivery that is acknowledged in the end. Whether a request is a repeat is not decided here but by
-`JournaledEngine.submit`; only refusals, which the journal does not know, are recognised by their content.
+A request is acknowledged when the broker has acknowledged its final or error, so neither a crash nor a lost
+connection loses one. Meanwhile the broker can deliver it again over a new connection; then the new delivery
+is the one to acknowledge. `JournaledEngine.submit` decides what is a duplicate. Only redeliveries of refused
+requests, which are not in the journal, are recognised here, by their content.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ REMEMBERED = 512  # refused requests whose redelivery is recognised
 
 @dataclass(eq=False)
 class Delivery:
-    """A request on its way: where its answers go, and what to acknowledge after the last one.
+    """A request in progress: where its answers go, and what to acknowledge after the final or error.
 
-    `id` is None where the request has none. `content` tells the request from others of its id; it is None for
-    one of an earlier run. `journaled`: the journal knows the request, or its answer.
+    `id` is None where the request has none. `content` is a hash of the payload, None for a request of an
+    earlier run. `journaled`: the request or its answer is in the journal.
     """
 
     reply: str
@@ -35,21 +35,21 @@ class Delivery:
 
     @classmethod
     def of(cls, message: Received, reply: str, request_id: str | None) -> Delivery:
-        """Make that of a message whose answers go to `reply`."""
+        """Return the delivery of a message whose answers go to `reply`."""
         return cls(reply, request_id, message.correlation, message.token, hash(message.payload))
 
     def answer(self, answer: Answer, qos: int = 1) -> Outgoing:
-        """Make the message that carries an answer."""
+        """Return the message that carries an answer."""
         return Outgoing(self.reply, answer.to_json(), qos, correlation=self.correlation)
 
     @property
     def request(self) -> tuple[str, str | None]:
-        """What names the request."""
+        """The key of the request."""
         return self.reply, self.id
 
     @property
     def packet(self) -> tuple[str, str | None, int | None]:
-        """What names the message, whatever packet it comes in."""
+        """The key of the message, the same for each redelivery."""
         return self.reply, self.id, self.content
 
 
@@ -63,20 +63,20 @@ class Deliveries:
         self._refused: OrderedDict[tuple[str, str | None, int | None], None] = OrderedDict()
 
     def __len__(self) -> int:
-        """Give the number of requests whose last answer the broker has not acknowledged."""
+        """Return the number of requests whose final or error the broker has not acknowledged."""
         return len(self._accepted) + len(self._answering)
 
     def accept(self, delivery: Delivery) -> None:
-        """Take in a request that is being worked on."""
+        """Add an accepted request."""
         self._accepted[delivery.request] = delivery
 
     def answer(self, delivery: Delivery, journaled: bool) -> None:
-        """Take in a request that has got its answer at once."""
+        """Add a request that was answered at once."""
         delivery.journaled = journaled
         self._answering[delivery.packet] = delivery
 
     def redelivered(self, delivery: Delivery) -> bool:
-        """Whether this is a request that was refused, or is just getting its answer; then that is all."""
+        """Handle a message that was refused before or is being answered; False if it is neither."""
         first = self._answering.get(delivery.packet)
         if first is not None:
             self._replace(first, delivery.token)
@@ -85,7 +85,7 @@ class Deliveries:
         return first is not None or delivery.packet in self._refused
 
     def repeated(self, delivery: Delivery) -> None:
-        """Take in a repeat of a request that is being worked on."""
+        """Handle a duplicate of a request in progress."""
         first = self._accepted.get(delivery.request)
         if first is None:
             self._connection.acknowledge(delivery.token)
@@ -93,7 +93,7 @@ class Deliveries:
             self._replace(first, delivery.token)
 
     def finish(self, delivery: Delivery) -> bool:
-        """Acknowledge a request whose last answer is out; False if another has taken its place meanwhile."""
+        """Acknowledge an answered request; False if another request has replaced it meanwhile."""
         self._connection.acknowledge(delivery.token)
         return self.forget(delivery)
 
@@ -104,7 +104,7 @@ class Deliveries:
             self._refused.popitem(last=False)
 
     def forget(self, delivery: Delivery) -> bool:
-        """Take a delivery out without an acknowledgement, so that the broker delivers it again."""
+        """Remove a delivery; False if it is not there."""
         if self._accepted.get(delivery.request) is delivery:
             return self._accepted.pop(delivery.request) is delivery
         if self._answering.get(delivery.packet) is delivery:
@@ -112,7 +112,7 @@ class Deliveries:
         return False
 
     def _replace(self, first: Delivery, token: Token | None) -> None:
-        """Acknowledge a repeat now, so that it holds up nobody, unless the first one can't be any more."""
+        """Acknowledge a duplicate now, so that it delays nothing, unless the first can't be any more."""
         if self._connection.can_acknowledge(first.token):
             self._connection.acknowledge(token)
         else:

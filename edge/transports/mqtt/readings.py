@@ -1,10 +1,10 @@
 """Readings of sensors over MQTT, on a connection of their own.
 
-What comes on one connection waits in line, at the broker and in the system's buffers. A sensor that repeats
-itself without end would hold up every request behind its readings, so those have a line of their own.
+Messages on one connection queue at the broker and in the system's buffers. A sensor that sends without end
+would delay every request behind its readings.
 
-Topics are subscribed to at QoS 0: nothing is kept for an absent node, since readings of an hour ago would be
-taken for new.
+Topics are subscribed to at QoS 0: the broker keeps nothing for an absent node, because readings of an hour
+ago would be taken for new ones.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from edge.transports.routes import Routes
 
 
 class MqttReadings:
-    """Gives `routes` the messages on their topics, but for retained ones and those below `own`.
+    """Gives `routes` the messages on their topics, except retained ones and those below `own`.
 
-    Tells them when none can come, so that a broker that is away is not taken for sensors that are silent.
-    `ready` is called, in the connection's thread, whenever the broker has accepted the subscriptions.
+    The routes are told when no reading can arrive, so that sensors do not count as silent while the broker is
+    away. `ready` is called in the connection's thread when the broker has accepted the subscriptions.
     """
 
     def __init__(
@@ -49,12 +49,12 @@ class MqttReadings:
         self.connection.subscribe(at_most_once=self._routes.filters)
 
     def subscribed(self) -> None:
-        """Readings are heard from now on."""
+        """Tell the routes that readings can arrive."""
         self._routes.listen(True)
         self._ready()
 
     def disconnected(self) -> None:
-        """Note that nothing is heard until the connection comes back."""
+        """Tell the routes that no reading can arrive."""
         self._routes.listen(False)
 
     def received(self, message: Received) -> None:

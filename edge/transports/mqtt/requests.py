@@ -1,4 +1,4 @@
-"""The path of a request over MQTT: a payload goes down to the engine, its answers come up to the broker.
+"""Requests over MQTT: payloads go down to the engine, and answers come up to the broker.
 
 Requests come on `.../request`, cancellations on `.../cancel` (QoS 1). The answers go to the Response Topic
 or, for clients of MQTT 3.1.1, to the request's `reply_to`. Message Expiry is a deadline.
@@ -9,8 +9,8 @@ is answered below `.../reply/<user>/` only, and such a cancellation reaches only
 Acknowledgements are sent as answers come, not in the order of arrival that MQTT 5, 4.6 requires: a refusal
 must not wait behind a long answer, and brokers go by the packet identifier.
 
-Last answers are QoS 1, so one may come twice around a lost connection or a crash; it is the same one, and its
-id tells. QoS 2 would not change that: its packet identifiers would have to survive a crash on both sides.
+A final or error is QoS 1, so it can come twice after a lost connection or a crash; it is the same one, with
+the same id. QoS 2 would not change that: its packet identifiers would have to survive a crash on both sides.
 """
 
 from __future__ import annotations
@@ -56,22 +56,22 @@ class MqttRequests:
         self._ignored, self._unanswerable = RepeatedLog(log), RepeatedLog(log)
         self._dropped, self._refused = RepeatedLog(log), RepeatedLog(log)
         self.answering = 0
-        """How many last answers the broker has not acknowledged."""
+        """Finals and errors that the broker has not acknowledged."""
 
     @property
     def unconfirmed(self) -> int:
-        """How many requests have a last answer that the broker has not acknowledged yet, or none."""
+        """Requests whose final or error the broker has not acknowledged, or that have none yet."""
         return len(self._deliveries)
 
     def sink(self, client: str, request_id: str, note: str) -> Sink:
-        """Make a sink for a request of an earlier run; to be called before the connection starts."""
+        """Make a sink for a request of an earlier run; called before the connection starts."""
         correlation = base64.b64decode(note) if note else None
         delivery = Delivery(client.removeprefix(CLIENT), request_id, correlation)
         self._deliveries.accept(delivery)
         return partial(self._sink, delivery)
 
     def received(self, message: Received) -> None:
-        """Take a message on one of the topics for requests and cancellations."""
+        """Handle a message on one of the topics for requests and cancellations."""
         kind, _, user = message.topic.removeprefix(f"{self._topics.base}/").partition("/")
         prefixes = (self._topics.of_user(user).reply,) if user else self._prefixes
         if kind == "request":
@@ -116,7 +116,7 @@ class MqttRequests:
         self._connection.acknowledge(message.token)
 
     def _submit(self, delivery: Delivery, peeked: PeekedRequest, message: Received) -> Verdict:
-        """Hand a request to the engine; one that is refused has been given its answer then."""
+        """Submit a request to the engine; a refused one has been given its answer."""
         client, sink = _client(delivery.reply), partial(self._sink, delivery)
         refusal = None if peeked.id is None else self._engine.refusal(client, peeked.id)
         if refusal is not None:  # without a check of the other fields: a flood of requests must cost little
@@ -134,7 +134,7 @@ class MqttRequests:
         return Verdict.REFUSED
 
     def _sink(self, delivery: Delivery, answer: Answer) -> None:
-        """Take an answer, in any thread."""
+        """Send an answer, from any thread."""
         self._connection.post(partial(self._send, delivery, answer))
 
     def _send(self, delivery: Delivery, answer: Answer) -> None:
@@ -152,7 +152,7 @@ class MqttRequests:
             self._deliveries.finish(delivery)  # otherwise the broker would soon send nothing more
 
     def _sent(self, delivery: Delivery, answer: Answer, refused: str | None) -> None:
-        """Note that the last answer of a request is out; one that is too large becomes an error."""
+        """Handle the broker's acknowledgement of a final or error; a refused one can become `too_long`."""
         self.answering -= 1
         if refused:
             said = printable(delivery.reply, 200)
@@ -177,7 +177,7 @@ class MqttRequests:
         self._connection.acknowledge(message.token)
 
     def _may_answer(self, topic: str | None, prefixes: tuple[str, ...]) -> TypeGuard[str]:
-        """Whether answers may go to a topic: one with an allowed prefix, and never another node's own."""
+        """Whether answers can go to a topic: one with an allowed prefix, and never another node's own."""
         if topic is None or not topic.startswith(prefixes):
             return False
         try:
@@ -192,7 +192,7 @@ def _is_refusal(answer: Answer) -> bool:
 
 
 def _client(reply: str) -> str:
-    """Give the name space of a response topic's ids."""
+    """Return the engine's client for a response topic."""
     return CLIENT + reply
 
 

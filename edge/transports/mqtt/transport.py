@@ -79,7 +79,7 @@ class MqttTransport:
 
     @property
     def unconfirmed(self) -> int:
-        """How many requests have no last answer yet that the broker has acknowledged."""
+        """Requests whose final or error the broker has not acknowledged, or that have none yet."""
         return self._requests.unconfirmed
 
     def stop(self, timeout_s: float) -> None:
@@ -97,7 +97,7 @@ class MqttTransport:
             connection.stop(timeout_s)
 
     def sink(self, client: str, request_id: str, note: str) -> Sink:
-        """Make a sink for a request of an earlier run; to be called before the start."""
+        """Make a sink for a request of an earlier run; called before the start."""
         return self._requests.sink(client, request_id, note)
 
     def publish(self, topic: str, payload: str, delivered: Callable[[], None] | None) -> None:
@@ -133,7 +133,7 @@ class MqttTransport:
         self._presence.disconnected()
 
     def received(self, message: Received) -> None:
-        """Give a message to the part that takes it."""
+        """Pass a message to the part that handles it."""
         if message.topic in self._presence.births:
             self._presence.birth(message)
         elif message.retained:
