@@ -123,6 +123,11 @@ JUNK: dict[str, Callable[[int], tuple[str, bytes, dict[str, Any]]]] = {
         b'{"id":"x%d","prompt":"x"}' % n,
         {"reply": f"elsewhere/{n}"},
     ),
+    "requests in the name of another user": lambda n: (
+        f"{REQUEST}/him",
+        b'{"id":"x%d","prompt":"x"}' % n,
+        {"reply": "edge/v1/pump/reply/her/x"},
+    ),
     "requests that are no JSON": lambda n: (REQUEST, b"{%d" % n, {"reply": HIS}),
     "requests with a field of the wrong type": lambda n: (
         REQUEST,
