@@ -53,7 +53,7 @@ test-arm64: $(STAMP) ## tests of bundle, runtime and protocols in an emulated aa
 	$(BIN)/python -c 'from tests.support import checkpoint_files as c; c.real_model()'
 	scripts/test-arm64 -q $(addprefix tests/,$(ARM64_TESTS))
 
-fuzz: $(STAMP) ## fuzz all that reads bytes from strangers; SECONDS=60 for each reader
+fuzz: $(STAMP) ## fuzz each reader of untrusted input for SECONDS=60
 	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install --quiet -e '.[fuzz]'
 	$(BIN)/python -m fuzz.run --seconds $(or $(SECONDS),60)
 

@@ -1,1 +1,1 @@
-"""Coverage-guided fuzzing of everything that reads bytes from strangers; `make fuzz` runs it."""
+"""Coverage-guided fuzzing of every reader of untrusted input; `make fuzz` runs it."""

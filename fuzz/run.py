@@ -1,7 +1,7 @@
-"""`python -m fuzz.run TARGET...`: let atheris (libFuzzer) think up inputs for some seconds each.
+"""`python -m fuzz.run TARGET...`: fuzz each target with atheris (libFuzzer) for some seconds.
 
-What is found to reach new code is kept in `.cache/fuzz/TARGET`, so that the next run begins there. An input
-that breaks a promise stops the run, and is printed; it belongs into the target's seeds, or a test of its own.
+Inputs that reach new code are kept in `.cache/fuzz/TARGET`, where the next run starts. An input that breaks a
+promise stops the run and is printed; add it to the target's seeds, or write a test for it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ with (
 CORPUS = Path(".cache/fuzz")
 INPUT_BYTES = 2048  # the longest input
 INPUT_CPU_S = 10.0  # an input that takes more processor time is a finding
-INPUT_S = 600  # on the clock on the wall, which libFuzzer goes by: for one that does not end
+INPUT_S = 600  # of wall-clock time, which libFuzzer measures: for an input that does not end
 MEMORY_MB = 2048
 
 
@@ -40,7 +40,7 @@ MEMORY_MB = 2048
 @click.argument("names", metavar="TARGET...", nargs=-1, type=click.Choice(list(TARGETS)))
 @click.option("--seconds", default=60, show_default=True, help="How long to fuzz each target.")
 def main(names: tuple[str, ...], seconds: int) -> None:
-    """Fuzz each TARGET (all, if none is named)."""
+    """Fuzz each TARGET; without one, all."""
     failed = []
     for name in names or TARGETS:
         log = CORPUS / f"{name}.log"

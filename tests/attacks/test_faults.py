@@ -1,4 +1,4 @@
-"""Faults around a daemon: cables that come out, a thread that hangs, full disks, wrong clocks; it answers."""
+"""Faults around a daemon: unplugged cables, a hung thread, full disks, wrong clocks; it still answers."""
 
 import contextlib
 import ctypes
@@ -59,7 +59,7 @@ def pid_of(daemon: DaemonProcess) -> int:
 
 
 def ask(broker: Mosquitto, name: str, **fields: Any) -> Answer:
-    """The last answer to a question over MQTT."""
+    """Ask over MQTT and return the final answer or error."""
     link = MqttLink(broker.broker, "pump")
     try:
         return list(link.ask(Request(name, "Pump?", stream=False, **fields), WAIT_S))[-1]
@@ -79,7 +79,7 @@ def health(broker: Mosquitto) -> dict[str, Any]:
 
 
 def doctor(daemon: DaemonProcess, environment: Mapping[str, str] | None = None) -> dict[str, list[str]]:
-    """What the doctor finds wrong, by check."""
+    """The problems that the doctor finds, by check."""
     command = edge_command("daemon", "doctor", "--json", "--config", str(daemon.directory / "edge.toml"))
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, **(environment or {})}
@@ -93,7 +93,7 @@ def doctor(daemon: DaemonProcess, environment: Mapping[str, str] | None = None) 
 
 
 def hello(port: Path) -> None:
-    """Wait until the daemon greets at the other end of a cable."""
+    """Wait for the daemon's `hello` at the far end of a cable."""
     file = os.open(port, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
     decoder = FrameDecoder(10**6)
     heard: list[str | Damaged] = []
@@ -110,7 +110,7 @@ def hello(port: Path) -> None:
 
 
 @pytest.mark.parametrize("times", [3, pytest.param(200, marks=pytest.mark.slow)])
-def test_a_cable_that_comes_out_is_taken_up_again_and_leaks_nothing(
+def test_a_cable_that_is_plugged_in_again_works_and_leaks_nothing(
     make: Make, ptys: PtyPair, times: int
 ) -> None:
     daemon = make()
@@ -131,9 +131,9 @@ def test_a_cable_that_comes_out_is_taken_up_again_and_leaks_nothing(
 
 
 class HeldThread:
-    """The busiest thread of a process, held still by ptrace(2) as if a card or a lock never answered.
+    """The busiest thread of a process, stopped by ptrace(2) as if a card or a lock never answered.
 
-    Held where it does not keep Python's other threads from running. Ends with the process.
+    It is stopped where it does not hold Python's lock. Ends with the process.
     """
 
     SEIZE, INTERRUPT, DETACH = 0x4206, 0x4207, 17
@@ -153,7 +153,7 @@ class HeldThread:
             self._ptrace(self.DETACH)
 
     def reap(self) -> None:
-        """Take note of the thread's end, without which the process can't end."""
+        """Reap the thread, without which the process can't end."""
         while os.waitpid(self.thread, self.ALL_THREADS)[0] != self.thread:
             pass
 
@@ -190,7 +190,7 @@ class HeldThread:
 
 
 class Asking(threading.Thread):
-    """A long question over a serial line, which outlives the daemon."""
+    """Asks a long question over a serial line and waits across a restart of the daemon."""
 
     def __init__(self, port: Path) -> None:
         super().__init__()
@@ -209,7 +209,7 @@ class Asking(threading.Thread):
 
 
 def silence(daemon: DaemonProcess) -> None:
-    """Wait, as systemd does, until the daemon has not said that it lives for WATCHDOG_S."""
+    """Wait, as systemd does, until no WATCHDOG=1 has come for WATCHDOG_S."""
     heard = time.monotonic()
     while time.monotonic() - heard < WATCHDOG_S:
         if daemon.next_notice() == "WATCHDOG=1":
@@ -244,7 +244,7 @@ def test_a_daemon_whose_decoder_hangs_is_restarted_by_the_watchdog_and_answers(
 
 
 def lives(daemon: DaemonProcess, seconds: float) -> bool:
-    """Whether the daemon says for so long, and in time, that it lives."""
+    """Whether the daemon feeds the watchdog in time for so many seconds."""
     heard = start = time.monotonic()
     while time.monotonic() - start < seconds:
         if daemon.next_notice() == "WATCHDOG=1":
@@ -254,7 +254,7 @@ def lives(daemon: DaemonProcess, seconds: float) -> bool:
     return True
 
 
-def test_a_broker_that_is_silent_in_a_tls_handshake_is_no_reason_for_the_watchdog(
+def test_a_broker_that_is_silent_in_a_tls_handshake_does_not_starve_the_watchdog(
     tmp_path: Path, bundle: Path
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -267,7 +267,7 @@ def test_a_broker_that_is_silent_in_a_tls_handshake_is_no_reason_for_the_watchdo
 
 
 @pytest.mark.slow
-def test_name_servers_that_do_not_answer_are_no_reason_for_the_watchdog(tmp_path: Path, bundle: Path) -> None:
+def test_name_servers_that_do_not_answer_do_not_starve_the_watchdog(tmp_path: Path, bundle: Path) -> None:
     names = tmp_path / "resolv.conf"
     names.write_text("nameserver 127.0.9.1\nsearch lan\n")
     route = '[[route]]\nname = "r"\ntopics = ["t"]\nevent_topic = "e"\n[route.trigger]\nsilence_s = 600\n'
@@ -283,7 +283,7 @@ def test_name_servers_that_do_not_answer_are_no_reason_for_the_watchdog(tmp_path
 
 
 class Disk:
-    """A small disk of its own at `place`: a file system in a file."""
+    """A small file system in a file, mounted at `place`."""
 
     def __init__(self, place: Path, megabytes: int) -> None:
         self._place = place
@@ -307,7 +307,7 @@ class Disk:
         (self._place / "filler").unlink()
 
     def fail(self) -> None:
-        """Have the kernel find an error, upon which it lets nobody write any more."""
+        """Report an error to the kernel, which then makes the file system read-only."""
         device = os.stat(self._place).st_dev
         name = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve().name
         with contextlib.suppress(OSError):  # it says that the disk is read-only now
@@ -343,7 +343,7 @@ def disks(tmp_path: Path) -> Iterator[list[Disk]]:
     "when",
     ["while it runs", pytest.param("before it starts", marks=pytest.mark.slow), "before it has ever started"],
 )
-def test_a_disk_that_is_full_or_has_failed_stops_no_answer_and_is_said(
+def test_a_disk_that_is_full_or_has_failed_stops_no_answer_and_is_reported(
     make: Make, mosquitto: Mosquitto, disks: list[Disk], state: str, when: str
 ) -> None:
     daemon = make()
@@ -391,7 +391,7 @@ def test_the_journal_returns_to_a_disk_that_was_full(
 
 
 class Clock:
-    """The time of day of a daemon, which may jump; the monotonic clock goes on, as it does on a board."""
+    """The time of day of a daemon, which can jump; its monotonic clock does not, as on a board."""
 
     def __init__(self, file: Path) -> None:
         if not FAKETIME:
@@ -411,7 +411,7 @@ class Clock:
         new.replace(self._file)
 
 
-def test_a_clock_that_jumps_by_years_disturbs_no_answer_and_no_deadline_and_is_said(
+def test_a_clock_that_jumps_by_years_affects_no_answer_and_is_reported(
     make: Make, mosquitto: Mosquitto, tmp_path: Path
 ) -> None:
     clock = Clock(tmp_path / "offset")

@@ -18,7 +18,7 @@ from edge.generation.grammar_channel import MEMORY_BYTES, REQUEST_S, STACK_BYTES
 from edge.generation.grammar_client import GrammarWorker
 from edge.generation.sampling import Sampling
 from edge.protocol.messages import MAX_REQUEST_BYTES, Final, parse_request
-from tests.attacks.test_hostile_clients import Neighbour, Stranger, asking, formed
+from tests.attacks.test_hostile_clients import HostileClient, Neighbour, asking, formed
 from tests.conftest import Field
 from tests.generation.test_grammar import STOPS, format_of
 from tests.generation.test_grammar_worker import DIGEST, MODEL, answer_of, answers
@@ -183,7 +183,7 @@ def _anonymous(process: int) -> int:
 
 def attack(daemon: DaemonProcess, broker: Mosquitto, seeds: range) -> None:
     """Send the requests of `seeds` while a neighbour asks; check answers, memory and processor time."""
-    stranger, neighbour, watch = Stranger(broker), Neighbour(broker), Watch(daemon)
+    hostile, neighbour, watch = HostileClient(broker), Neighbour(broker), Watch(daemon)
     outcomes: Counter[str] = Counter()
     neighbour.start()
     neighbour.goes_on()
@@ -191,8 +191,8 @@ def attack(daemon: DaemonProcess, broker: Mosquitto, seeds: range) -> None:
     try:
         for seed in seeds:
             before = watch.used_s()
-            stranger.send(json.dumps(json.loads(request(seed)) | {"id": f"a{seed}"}).encode())
-            answer = stranger.last_answer()
+            hostile.send(json.dumps(json.loads(request(seed)) | {"id": f"a{seed}"}).encode())
+            answer = hostile.last_answer()
             assert answer["type"] == "final" or answer["code"] == "bad_request", (seed, answer)
             outcomes[str(answer.get("message", "final")).rpartition("complex: ")[2][:40]] += 1
             for child, used_s in watch.used_s().items():
@@ -206,7 +206,7 @@ def attack(daemon: DaemonProcess, broker: Mosquitto, seeds: range) -> None:
         watch.stopping.set()
         neighbour.join()
         watch.join()
-        stranger.close()
+        hostile.close()
     assert all(isinstance(answer, Final) for answer in neighbour.answers), neighbour.answers
     print(f"{len(neighbour.answers)} answers to the neighbour, the slowest after {neighbour.slowest_s:.2f} s")
     print(f"a request took at most {watch.peak / 2**20:.0f} MiB, all together {watch.total / 2**20:.0f} MiB")

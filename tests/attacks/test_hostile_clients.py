@@ -1,4 +1,4 @@
-"""Clients that mean no good, or are just many: refused, and the others go on being answered."""
+"""Hostile clients, and many clients at once: they are refused, and the others are answered."""
 
 import contextlib
 import json
@@ -27,13 +27,13 @@ from tests.conftest import Field
 from tests.support import bundles
 from tests.support.counterparts import WAIT_S, DaemonProcess, Mosquitto, wait_for
 
-REQUEST, REPLY = "edge/v1/pump/request", "edge/v1/pump/reply/stranger"
+REQUEST, REPLY = "edge/v1/pump/request", "edge/v1/pump/reply/hostile"
 PROPERTIES: Any = Properties  # paho leaves its constructor untyped
 MAX_GROWTH = 16 * 1024 * 1024  # of anonymous memory; grammars are in a process of their own
 
 
-class Stranger:
-    """A client that hears everything there is to hear."""
+class HostileClient:
+    """A client that subscribes to everything."""
 
     def __init__(self, broker: Mosquitto) -> None:
         self.heard: queue.Queue[tuple[str, dict[str, Any]]] = queue.Queue()
@@ -68,7 +68,7 @@ class Stranger:
 
 
 class Neighbour(threading.Thread):
-    """Asks one question after the other, each with a schema, until it is told to stop."""
+    """Asks one question after the other, each with a schema, until `stopping` is set."""
 
     def __init__(self, broker: Mosquitto) -> None:
         super().__init__()
@@ -89,16 +89,16 @@ class Neighbour(threading.Thread):
             self.slowest_s = max(self.slowest_s, time.monotonic() - asked)
 
     def goes_on(self) -> None:
-        """Return when it has been answered twice from now on, so once asked from now on."""
+        """Return after two more answers: the second one is to a question asked from now on."""
         until = len(self.answers) + 2
         wait_for(lambda: len(self.answers) >= until)
 
 
 @pytest.fixture
-def stranger(served: Field) -> Iterator[Stranger]:
-    stranger = Stranger(served.mosquitto)
-    yield stranger
-    stranger.close()
+def hostile(served: Field) -> Iterator[HostileClient]:
+    hostile = HostileClient(served.mosquitto)
+    yield hostile
+    hostile.close()
 
 
 @pytest.fixture
@@ -176,23 +176,23 @@ def without(payload: bytes, name: str) -> bytes:
     return json.dumps({key: value for key, value in json.loads(payload).items() if key != name}).encode()
 
 
-def test_requests_of_a_stranger_are_refused_and_its_neighbour_goes_on_being_answered(
-    served: Field, stranger: Stranger, neighbour: Neighbour
+def test_hostile_requests_are_refused_while_a_neighbour_is_answered(
+    served: Field, hostile: HostileClient, neighbour: Neighbour
 ) -> None:
     before = served.daemon.memory()
     for case, payload in MALFORMED.items():
-        stranger.send(payload)
-        assert stranger.last_answer()["code"] == "bad_request", case
+        hostile.send(payload)
+        assert hostile.last_answer()["code"] == "bad_request", case
     neighbour.goes_on()
     for case, payload in BOMBS.items():
-        stranger.send(payload)
-        answer = stranger.last_answer()
+        hostile.send(payload)
+        answer = hostile.last_answer()
         assert answer.get("code") == "bad_request", (case, answer)
         assert "\n" not in answer["message"]
         neighbour.goes_on()
     for number, (case, payload) in enumerate(HARMLESS.items()):
-        stranger.send(json.dumps(json.loads(payload) | {"id": f"h{number}"}).encode())
-        answer = stranger.last_answer()
+        hostile.send(json.dumps(json.loads(payload) | {"id": f"h{number}"}).encode())
+        answer = hostile.last_answer()
         assert (answer["type"], answer["id"]) == ("final", f"h{number}"), (case, answer)
     neighbour.goes_on()
     grown = served.daemon.memory() - before
@@ -200,18 +200,18 @@ def test_requests_of_a_stranger_are_refused_and_its_neighbour_goes_on_being_answ
     assert grown < MAX_GROWTH
 
 
-def test_nothing_is_written_where_a_stranger_may_not_have_it_and_what_the_broker_drops_harms_nobody(
-    served: Field, stranger: Stranger, neighbour: Neighbour
+def test_forged_topics_and_oversized_packets_reach_and_harm_nobody(
+    served: Field, hostile: HostileClient, neighbour: Neighbour
 ) -> None:
     for topic in TOPICS:
-        stranger.send(asking(), topic)
-        stranger.send(without(asking(reply_to=topic), "stream"), "edge/v1/other/reply/y")
-    stranger.send(asking(stop="x" * 2 * 1024 * 1024))  # more than the daemon lets the broker send
-    stranger.send(asking(id="c"), CorrelationData=b"x" * 60_000)
-    stranger.send(b'{"id":"n0"}', topic="edge/v1/pump/cancel")
-    assert stranger.last_answer()["id"] == "c"
+        hostile.send(asking(), topic)
+        hostile.send(without(asking(reply_to=topic), "stream"), "edge/v1/other/reply/y")
+    hostile.send(asking(stop="x" * 2 * 1024 * 1024))  # more than the daemon lets the broker send
+    hostile.send(asking(id="c"), CorrelationData=b"x" * 60_000)
+    hostile.send(b'{"id":"n0"}', topic="edge/v1/pump/cancel")
+    assert hostile.last_answer()["id"] == "c"
     neighbour.goes_on()
-    assert stranger.heard.empty() or {topic for topic, _ in stranger.heard.queue} <= {REPLY, REQUEST}
+    assert hostile.heard.empty() or {topic for topic, _ in hostile.heard.queue} <= {REPLY, REQUEST}
 
 
 class Crowd:
@@ -234,7 +234,7 @@ class Crowd:
         return b"".join(packets)
 
     def hear(self, seconds: float) -> None:
-        """Take what comes in so much time, with the time of its arrival."""
+        """Receive for so many seconds; note when each answer arrived."""
         for key, _ in self._selector.select(seconds):
             at = time.monotonic()
             buffer = self._buffers[key.data]
@@ -264,7 +264,7 @@ class Crowd:
 
 
 class Echo(threading.Thread):
-    """Refuses requests as a daemon would that had nothing else to do: what is left is broker and clients."""
+    """Refuses all requests and does nothing else: what remains is the cost of broker and clients."""
 
     def __init__(self, broker: Mosquitto) -> None:
         super().__init__()
@@ -313,7 +313,7 @@ def _packet(head: int, body: bytes) -> bytes:
 
 
 def _packets(buffer: bytearray) -> Iterator[tuple[int, bytes]]:
-    """Take the whole packets out of a buffer."""
+    """Yield the whole packets of a buffer and remove them from it."""
     while len(buffer) > 1:
         length, at = 0, 1
         while at < len(buffer) and buffer[at] & 128:
@@ -349,7 +349,7 @@ def crowded(tmp_path: Path, lazy_broker: Mosquitto) -> Iterator[tuple[DaemonProc
 
 
 def _ask_a_thousand(crowd: Crowd, refused: int, meanwhile: Callable[[], None] = lambda: None) -> float:
-    """Ask all at once, and wait until so many are refused; returns when they were asked."""
+    """Ask all at once and wait until `refused` of them are; returns the time of asking."""
     names = [[f"c{client}.{number}" for number in range(50)] for client in range(20)]
     bursts = [crowd.requests(client, names[client]) for client in range(20)]
     sent = time.monotonic()
@@ -362,7 +362,7 @@ def _ask_a_thousand(crowd: Crowd, refused: int, meanwhile: Callable[[], None] = 
 
 
 @pytest.mark.slow
-def test_what_broker_and_clients_take_themselves_for_a_thousand_requests(lazy_broker: Mosquitto) -> None:
+def test_what_a_thousand_requests_cost_broker_and_clients_alone(lazy_broker: Mosquitto) -> None:
     crowd, echo = Crowd(lazy_broker, 20), Echo(lazy_broker)
     echo.start()
     clients_s, broker_s = time.thread_time(), _processor_s(lazy_broker.process)

@@ -30,7 +30,7 @@ RECOVERED_S = 30
 
 @dataclass
 class Fault:
-    """What becomes of packets: a share is lost, the others are late by up to `delay_s`; or none arrives."""
+    """A share of packets is lost, the others are delayed by up to `delay_s`; or all are lost."""
 
     loss: float = 0.0
     delay_s: float = 0.0
@@ -38,7 +38,7 @@ class Fault:
 
 
 class Network(threading.Thread):
-    """A cable between this network namespace and one of its own, as a pair of tun devices.
+    """A link between this network namespace and one of its own, as a pair of tun devices.
 
     It does not need the kernel's netem, which some kernels lack.
     """
@@ -62,7 +62,7 @@ class Network(threading.Thread):
 
     @property
     def within(self) -> tuple[str, ...]:
-        """The command that runs another at the far end."""
+        """The command that runs another one in the far namespace."""
         return "ip", "netns", "exec", self.name
 
     def run(self) -> None:
