@@ -38,7 +38,7 @@ _PATIENCE_S = 2.0
 
 
 @dataclass(frozen=True)
-class Failure:
+class BundleFailure:
     """A failure of a bundle, at `at` (CLOCK_BOOTTIME)."""
 
     bundle: str
@@ -56,10 +56,10 @@ class Record:
     boot: str = ""
     begun: str | None = None
     running: str | None = None
-    failures: tuple[Failure, ...] = ()
+    failures: tuple[BundleFailure, ...] = ()
     trouble: str | None = None
 
-    def recent(self, bundle: str) -> tuple[Failure, ...]:
+    def recent(self, bundle: str) -> tuple[BundleFailure, ...]:
         """Failures of a bundle that count."""
         now = time.clock_gettime(time.CLOCK_BOOTTIME)
         return tuple(f for f in self.failures if f.bundle == bundle and now - f.at < WITHIN_S)
@@ -121,7 +121,7 @@ class DaemonRecord:
     def fail(self, bundle: str, why: str) -> int:
         """Note a failure of a bundle; returns how many there were lately."""
         now = time.clock_gettime(time.CLOCK_BOOTTIME)
-        failures = (*self.content.failures, Failure(bundle, now, why[:_MOST_TEXT]))
+        failures = (*self.content.failures, BundleFailure(bundle, now, why[:_MOST_TEXT]))
         recent = replace(self.content, failures=failures).recent(bundle)
         if len(recent) <= MAX_FAILURES:  # more change nothing, and a card wears out
             others = tuple(failure for failure in failures if failure.bundle != bundle)
