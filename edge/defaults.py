@@ -13,12 +13,12 @@ DIRECTORIES = {"STATE_DIRECTORY": "/var/lib/edge-gemma", "CACHE_DIRECTORY": "/va
 
 
 def cache_directory() -> str:
-    """Where packed weights and prefixes are kept: what systemd made for the unit, or XDG's place."""
+    """The directory of packed weights and prefix snapshots: systemd's for the unit, else XDG's."""
     return _directory("CACHE_DIRECTORY", "XDG_CACHE_HOME", ".cache")
 
 
 def state_directory() -> str:
-    """Where what must not be lost is kept, likewise."""
+    """The directory of the journal and other state that must not be lost, found likewise."""
     return _directory("STATE_DIRECTORY", "XDG_STATE_HOME", ".local/state")
 
 

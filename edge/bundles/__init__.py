@@ -1,1 +1,1 @@
-"""The bundle: its format, and what a board does with bundles: install, trust, list, run, weigh, go back."""
+"""Bundles: the format, installation, signatures, the store, failure records and memory requirements."""

@@ -8,7 +8,7 @@
     manifest.sig              an Ed25519 signature of manifest.json, optional; see `edge.bundles.signing`
 
 A bundle is verified before anything of it is mapped, because LiteRT crashes on a damaged file: sizes and
-SHA-256 of every file. A stamp in the cache directory makes the next start cheap as long as no file changed.
+SHA-256 of every file. A stamp in the cache directory spares the next start the check if no file has changed.
 """
 
 from __future__ import annotations
@@ -63,11 +63,12 @@ class Golden:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that a runtime must know of a bundle.
+    """All that a runtime needs to know about a bundle.
 
     `verify_width` and `prefill_widths` are the tokens per run of those signatures. `context` is the most
-    tokens that a conversation may have. `quantization` says how each group of tensors is stored. `embedding`
-    and `head` are the same rows where the output head is tied. `golden` is None if nobody has recorded it.
+    tokens that a conversation may have. `quantization` describes how each group of tensors is stored.
+    `embedding` and `head` are the same rows if the output head is tied. `golden` is None if it was not
+    recorded.
     """
 
     architecture: Architecture
@@ -118,7 +119,7 @@ class Manifest:
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether `name` can be that of a file in a bundle: printable, and in the bundle's own directory."""
+    """Return whether `name` is printable and names a file in the bundle's own directory."""
     reserved = ("", ".", "..", MANIFEST, SIGNATURE)
     return name not in reserved and name.isprintable() and not any(c in name for c in "/\\")
 
@@ -148,7 +149,7 @@ def _read_manifest(directory: Path) -> tuple[Manifest, str]:
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle whose files are all there and whole."""
+    """An opened bundle whose files are complete and intact."""
 
     directory: Path
     manifest: Manifest
@@ -161,7 +162,7 @@ class Bundle:
 
     @classmethod
     def open(cls, directory: Path, cache_directory: Path) -> Bundle:
-        """Read the manifest and verify every file, by stamp if nothing changed since the last time.
+        """Read the manifest and verify every file, by stamp if nothing has changed since the last time.
 
         Raises BundleError that names the file.
         """

@@ -1,4 +1,4 @@
-"""What there is in a bundle store, for `edge-daemon bundle list`."""
+"""The contents of a bundle store, for `edge-daemon bundle list`."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _FIELDS = (
 
 
 def describe(store: BundleStore, keys: TrustedKeys | None) -> dict[str, Any]:
-    """Everything, as JSON has it. `signed_by` is null where no keys are configured, too.
+    """Describe all bundles, for JSON output. `signed_by` is also null if no keys are configured.
 
-    `state` is current, previous or null; `problem` says why a bundle can't be used, null if it can.
+    `state` is current, previous or null; `problem` is the reason why a bundle can't be used, or null.
     """
     record = read_record(store.directory)
     running = record.running if daemon_lives(store.directory) else None
@@ -33,7 +33,7 @@ def describe(store: BundleStore, keys: TrustedKeys | None) -> dict[str, Any]:
 
 
 def as_text(found: dict[str, Any]) -> str:
-    """One line for each bundle, and what is wrong below."""
+    """One line for each bundle, then the last problem, if any."""
     lines = [_line(each) for each in found["bundles"]] or [f"{found['store']}: no bundle is installed"]
     if found["trouble"]:
         lines.append(found["trouble"])

@@ -1,11 +1,11 @@
-"""What the daemon says of the bundles it runs, for itself after a crash and for `edge-daemon bundle`.
+"""What the daemon records about its bundles, for itself after a crash and for `edge-daemon bundle`.
 
 One small file in the store, written when loading a bundle starts or ends and when one fails, and only if
 that changes something; never synced. It counts crashes, so it has to survive the process, not a power cut:
-what was written in an earlier boot of the board counts no more, and neither does a damaged file. Times are
+a record of an earlier boot, or a damaged one, is ignored. Times are
 CLOCK_BOOTTIME, so that a clock that is set does no harm.
 
-The file is locked as long as the daemon lives.
+The file is locked while the daemon runs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 RECORD = "daemon.json"
 MAX_FAILURES = 3
 WITHIN_S = 3600.0
-"""So many failures in so many seconds, and a bundle is given up."""
+"""After MAX_FAILURES failures in this many seconds, the previous bundle is used."""
 
 _SIZE, _MOST_BYTES = 4096, 65_536
 _MOST_TEXT = 400
@@ -60,7 +60,7 @@ class Record:
     trouble: str | None = None
 
     def recent(self, bundle: str) -> tuple[BundleFailure, ...]:
-        """Failures of a bundle that count."""
+        """Failures of a bundle in the last WITHIN_S seconds."""
         now = time.clock_gettime(time.CLOCK_BOOTTIME)
         return tuple(f for f in self.failures if f.bundle == bundle and now - f.at < WITHIN_S)
 
@@ -75,7 +75,7 @@ def read_record(directory: Path) -> Record:
 
 
 def daemon_lives(directory: Path) -> bool:
-    """Whether a daemon runs from a store."""
+    """Return whether a daemon is using a store."""
     try:
         with (directory / RECORD).open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -87,7 +87,7 @@ def daemon_lives(directory: Path) -> bool:
 
 
 class DaemonRecord:
-    """The record as the daemon keeps it."""
+    """The record, as the daemon writes it."""
 
     def __init__(self, directory: Path) -> None:
         """Lock the record. Raises EdgeError if another daemon holds it; a disk that fails is no harm."""
@@ -110,7 +110,7 @@ class DaemonRecord:
             except BlockingIOError:  # `daemon_lives` holds it for a moment, a daemon for ever
                 if time.monotonic() > until:
                     raise EdgeError(
-                        f"{directory}: another daemon uses this store; stop that, or give each its own"
+                        f"{directory}: another daemon uses this store; stop it, or use another store"
                     ) from None
                 time.sleep(0.05)
 
@@ -119,7 +119,7 @@ class DaemonRecord:
         self._write(replace(self.content, **fields))
 
     def fail(self, bundle: str, why: str) -> int:
-        """Note a failure of a bundle; returns how many there were lately."""
+        """Record a failure of a bundle; returns the number of recent ones."""
         now = time.clock_gettime(time.CLOCK_BOOTTIME)
         failures = (*self.content.failures, BundleFailure(bundle, now, why[:_MOST_TEXT]))
         recent = replace(self.content, failures=failures).recent(bundle)

@@ -1,4 +1,4 @@
-"""What a bundle needs of a board's memory, and whether the board has it.
+"""How much memory a bundle needs, and whether the board has it.
 
 Weights are file pages: Linux can drop them and read them again, so a bundle that does not fit still answers,
 but reads most of its weights from storage for every token, at a hundredth of the speed. What is anonymous
@@ -59,16 +59,16 @@ def requirements(manifest: Manifest, context: int | None = None) -> Requirements
 
 
 def require_memory(name: str, needed: Requirements, board: Board) -> None:
-    """Raise BundleError if bundle `name` does not fit; its one line says what is needed and what there is.
+    """Raise BundleError, with the memory needed and available, if bundle `name` does not fit.
 
-    Where Linux does not tell how much there is, everything fits.
+    If Linux does not tell how much there is, everything fits.
     """
     found = _memory_there(board)
     if found is None or needed.total <= found[0]:
         return
     there, where = found
     killed = needed.anonymous > there
-    outcome = "it would be killed" if killed else "weights would be read anew for every token"
+    outcome = "it would be killed" if killed else "weights would be read from storage again for every token"
     cache = f"{_mb(needed.kv_cache)} for {needed.context:,} tokens of context"
     raise BundleError(
         f"{name}: needs {_mb(needed.total)} MB ({_mb(needed.program)} for the program, {cache},"
@@ -78,7 +78,7 @@ def require_memory(name: str, needed: Requirements, board: Board) -> None:
 
 
 def fit_together(running: Requirements, other: Requirements, board: Board) -> bool:
-    """Whether another bundle fits beside the one that runs, in the same process and at full speed."""
+    """Return whether a second bundle fits next to the running one, in one process and at full speed."""
     found, available = _memory_there(board), board.memory("MemAvailable")
     if found is None or available is None:
         return False
@@ -87,7 +87,7 @@ def fit_together(running: Requirements, other: Requirements, board: Board) -> bo
 
 
 def _memory_there(board: Board) -> tuple[int, str] | None:
-    """Bytes for the daemon, and who says so; None where Linux does not tell."""
+    """Bytes available to the daemon, and what limits them; None if Linux does not tell."""
     total = board.memory("MemTotal")
     if total is None:
         return None

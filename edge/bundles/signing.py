@@ -1,7 +1,7 @@
-"""Who made a bundle: an Ed25519 signature of its manifest, by a key as OpenSSL writes it.
+"""Check the Ed25519 signature of a bundle's manifest with public keys in OpenSSL's PEM format.
 
-The manifest has the SHA-256 of every file, so its signature is one of the whole bundle. It is made where the
-private key is, without this program (docs/deployment.md has the commands); here it is only checked.
+The manifest has the SHA-256 of every file, so its signature covers the whole bundle. Bundles are signed with
+OpenSSL (docs/deployment.md has the commands).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from edge.files import read_regular
 _PEM = re.compile(r"-----BEGIN PUBLIC KEY-----(.*?)-----END PUBLIC KEY-----", re.DOTALL)
 _MAX_KEY_FILE_BYTES = 1 << 20
 _ED25519 = bytes.fromhex("302a300506032b6570032100")
-"""What stands before the 32 bytes of a key in DER (RFC 8410)."""
+"""Precedes the 32 bytes of a key in DER (RFC 8410)."""
 
 
 class TrustedKeys:
@@ -31,8 +31,8 @@ class TrustedKeys:
         try:
             blocks = _PEM.findall(read_regular(path, _MAX_KEY_FILE_BYTES).decode("ascii"))
         except (OSError, UnicodeDecodeError) as error:
-            said = error.strerror if isinstance(error, OSError) else "not PEM"
-            raise ConfigError(f"bundle_key_file {path}: can't be read: {said}") from None
+            reason = error.strerror if isinstance(error, OSError) else "not PEM"
+            raise ConfigError(f"bundle_key_file {path}: can't be read: {reason}") from None
         self._keys = [self._key(block) for block in blocks]
         if not self._keys:
             raise self._wrong("no public key is in it")
@@ -47,7 +47,7 @@ class TrustedKeys:
         return self.check_bytes(str(directory), manifest, signature)
 
     def check_bytes(self, origin: str, manifest: bytes, signature: bytes | None) -> str:
-        """Do what `check` does for files that are not on the disk yet; `origin` is for the message."""
+        """Do what `check` does, for files not yet on the disk; `origin` is named in the message."""
         from nacl.exceptions import BadSignatureError  # only where keys are configured
         from nacl.signing import VerifyKey
 

@@ -1,9 +1,9 @@
-"""Bundles side by side, and which of them is to run: a directory with a link that is swapped.
+"""The bundle store: a directory of bundles, with links that name the current and the previous one.
 
-    current -> 3fa9c1d2e4b8     what is to run; the configuration's `bundle` names this link
-    previous -> 81c03a7fe0d1    what runs again if the current one fails; the same as `current`: nothing
-    3fa9c1d2e4b8/               a bundle under the first digits of its digest, whole and on the disk
-    .incoming.XXXX/             an installation under way, or what a power cut left of one
+    current -> 3fa9c1d2e4b8     the bundle to run; the configuration's `bundle` names this link
+    previous -> 81c03a7fe0d1    the bundle to fall back to; none if it is the same as `current`
+    3fa9c1d2e4b8/               a complete bundle, named by the first digits of its digest
+    .incoming.XXXX/             an installation in progress, or what a power cut left of one
 
 A link is swapped by rename and the directory synced, so after a power cut at any moment each link names the
 old bundle or the new one. A bundle gets its name when all of it is on the disk, and loses it before the first
@@ -32,7 +32,7 @@ class BundleStore:
     """The store whose current bundle is named by the link `link`. Methods that change it take a lock."""
 
     def __init__(self, link: Path) -> None:
-        """Raises BundleError if `link` is there and no link, EdgeError if the store can't be looked into."""
+        """Raises BundleError if `link` exists and is not a link, EdgeError if the store can't be read."""
         self.link, self.directory = link, link.parent
         try:
             wrong = link.exists() and not link.is_symlink()
@@ -45,7 +45,7 @@ class BundleStore:
 
     @property
     def current(self) -> str | None:
-        """The bundle that is to run: its name, or whatever path the link was given by hand."""
+        """The bundle to run: its name, or the path that the link was given by hand."""
         return self._target(self.link.name)
 
     @property
@@ -72,14 +72,14 @@ class BundleStore:
         return [path.name for path in found if not path.name.startswith(".")]
 
     def is_superseded(self, name: str) -> bool:
-        """Whether a bundle is older than the last swap of `current`: it waits for its time no more."""
+        """Return whether a bundle was installed before the last change of `current`."""
         try:
             return self.path(name).stat().st_mtime < self.link.lstat().st_mtime
         except OSError:
             return False
 
     def find(self, name: str) -> str:
-        """Complete a name or the beginning of one. Raises EdgeError if none or several begin so."""
+        """Complete a name or a prefix of one. Raises EdgeError unless exactly one bundle matches."""
         found = [each for each in self.names() if each == name] or [
             each for each in self.names() if each.startswith(name)
         ]
@@ -89,17 +89,17 @@ class BundleStore:
         return found[0]
 
     def create(self) -> None:
-        """Make the store's directory. What root makes belongs to whoever has the directory above."""
+        """Create the store's directory; if root creates it, its owner is that of the parent directory."""
         if self.directory.is_dir():
             return
         self.directory.mkdir(0o755, parents=True, exist_ok=True)
-        if os.geteuid() == 0:  # so that the daemon, which is another user, may swap links there
+        if os.geteuid() == 0:  # so that the daemon, another user, can change links there
             owner = self.directory.parent.stat()
             os.chown(self.directory, owner.st_uid, owner.st_gid)
         sync_directory(self.directory.parent)
 
     def activate(self, name: str) -> None:
-        """Let `current` name another bundle and `previous` the one it named; both stay valid throughout."""
+        """Point `current` to another bundle and `previous` to the old one; both are valid at any moment."""
         with self.locked():
             old = self.current
             if old == name:
@@ -109,9 +109,9 @@ class BundleStore:
             self._point(self.link.name, name)
 
     def go_back(self, failed: str, current: str, previous: str | None = None) -> bool:
-        """Let `current` name `current` again if it names `failed`; whether it did.
+        """Point `current` to bundle `current` again if it names `failed`; returns whether it did.
 
-        Without `previous` there is none any more, so that a bad bundle is never fallen back to.
+        Without `previous`, there is no bundle to fall back to afterwards.
         """
         with self.locked():
             if self.current != failed:
@@ -121,7 +121,7 @@ class BundleStore:
             return True
 
     def add(self, scratch: Path, digest: str) -> str:
-        """Give a scratch directory, all of which is on the disk, its name; returns the name."""
+        """Make a scratch directory, already synced, a bundle; returns its name."""
         with self.locked():
             name = self._free_name(digest)
             os.rename(scratch, self.path(name))
@@ -129,7 +129,7 @@ class BundleStore:
             return name
 
     def whole(self, digest: str) -> str | None:
-        """Find a bundle by its digest; None if it is not there or damaged."""
+        """Find an intact bundle by its digest; None if there is none."""
         for name in self.names():
             path = self.path(name) / MANIFEST
             if digest.startswith(name) and file_digest(path) == digest and self.is_intact(name):
@@ -137,7 +137,7 @@ class BundleStore:
         return None
 
     def is_intact(self, name: str) -> bool:
-        """Whether the files of a bundle are what its manifest says; reads all of them."""
+        """Return whether the files of a bundle match its manifest; reads all of them."""
         try:
             manifest = read_manifest(self.path(name))
             return all(
@@ -153,17 +153,17 @@ class BundleStore:
         return 0
 
     def remove(self, name: str) -> None:
-        """Remove a bundle unless it is the current one; the previous one may go."""
+        """Remove a bundle unless it is the current one."""
         gone = self.directory / f".removed.{name}"
         with self.locked():
             if name == self.current:
                 return
-            os.rename(self.path(name), gone)  # first, so that what is left of it is never taken for a bundle
+            os.rename(self.path(name), gone)  # first, so that a partly removed bundle is never used
             sync_directory(self.directory)
         shutil.rmtree(gone)
 
     def clean(self) -> None:
-        """Remove what interrupted installations and swaps left. Only to be called under `installing`."""
+        """Remove what interrupted installations and swaps left. Call it under `installing` only."""
         with self.locked():
             for path in self._entries():
                 if path.name.startswith(".link."):
@@ -174,17 +174,19 @@ class BundleStore:
 
     @contextlib.contextmanager
     def installing(self) -> Iterator[None]:
-        """Exclude other installations. Raises EdgeError if one is under way."""
+        """Exclude other installations. Raises EdgeError if one is in progress."""
         with (self.directory / ".installing").open("a") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise EdgeError(f"{self.directory}: another installation is under way; wait for it") from None
+                raise EdgeError(
+                    f"{self.directory}: another installation is in progress; wait for it"
+                ) from None
             yield
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Exclude others that change links or names; for moments only."""
+        """Exclude other changes of links and names; hold it briefly."""
         descriptor = os.open(self.directory, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -193,7 +195,7 @@ class BundleStore:
             os.close(descriptor)
 
     def _point(self, link: str, name: str) -> None:
-        """Swap a link, so that it is the old one or the new one at any moment, also after a power cut."""
+        """Swap a link atomically, also if the power is cut."""
         if self._target(link) == name:
             return
         scratch = self.directory / f".link.{secrets.token_hex(4)}"

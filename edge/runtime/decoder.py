@@ -2,7 +2,7 @@
 
 `prefill` stores K and V of tokens whose successor is already known, and computes nothing else. `advance`
 runs tokens and leaves the last one's hidden state for `logits` and `logits_for`. `verify` runs a few tokens
-at once and stores nothing until `commit` says how many of them count, so a rejected guess costs no undoing.
+at once and stores nothing until `commit` gives the number to keep, so nothing is undone for a rejected draft.
 Not thread-safe.
 """
 
@@ -72,7 +72,7 @@ class Decoder:
         return weights is None or weights.check()
 
     def discard_cache(self) -> None:
-        """Remove from the disk the packed weights, which are damaged, and what may be computed with them."""
+        """Remove the packed weights, which are damaged, and all prefix snapshots from the cache directory."""
         if self._model.weights is not None:
             self._model.weights.remove()
         self._prefixes.clear()
@@ -83,7 +83,7 @@ class Decoder:
         return self._tokens
 
     def rewind(self, ids: Sequence[int]) -> int:
-        """Keep the longest beginning of `ids` that the KV cache still can hold; returns its length."""
+        """Truncate the KV cache to the longest prefix of `ids` that it holds; returns its length."""
         common = next((i for i, (a, b) in enumerate(zip(ids, self._tokens, strict=False)) if a != b), None)
         length = min(len(ids), len(self._tokens)) if common is None else common
         if not self._cache.truncate(length):
@@ -93,7 +93,7 @@ class Decoder:
         return length
 
     def recall(self, ids: Sequence[int]) -> int:
-        """Hold as long a beginning of `ids` as is at hand: in the KV cache, or stored by `remember`.
+        """Load the longest prefix of `ids` that is available, in the KV cache or stored by `remember`.
 
         Returns its length.
         """
@@ -104,7 +104,7 @@ class Decoder:
         return found or cached
 
     def remember(self) -> None:
-        """Store the KV cache, for later conversations that begin with the same tokens."""
+        """Store the KV cache, for later conversations that start with the same tokens."""
         self._prefixes.store(self._tokens, self._cache)
 
     def prefill(self, ids: Sequence[int], interrupted: Callable[[], str | None]) -> str | None:
@@ -172,7 +172,7 @@ class Decoder:
             yield logits if cap is None else cap * np.tanh(logits / cap)
 
     def keys_of(self, layer: int) -> Floats:
-        """The keys that a layer with a KV cache has at hand, the latest last: [kv_heads, n, head_dim]."""
+        """The keys in the KV cache of a layer, the latest last: [kv_heads, n, head_dim]."""
         return self._cache.keys_of(layer)
 
     def _finish(self, ids: Sequence[int]) -> None:

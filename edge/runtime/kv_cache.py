@@ -26,7 +26,7 @@ _FIRST_ROWS = 128
 class KVCache:
     """K and V of the layers that own them, for `length` tokens of one conversation.
 
-    `rows` says how many rows the caches of each attention type have at present.
+    `rows` is the current number of rows in the caches of each attention type.
     """
 
     def __init__(self, arch: Architecture, context: int) -> None:
@@ -71,7 +71,7 @@ class KVCache:
         self.length += count
 
     def _places(self, attention: Attention, count: int) -> list[tuple[slice, slice]]:
-        """Which of `count` new rows go to which rows of a cache, in runs."""
+        """Map `count` new rows to rows of a cache, as pairs of slices (new rows, cache rows)."""
         if attention == "full":
             return [(slice(0, count), slice(self.length, self.length + count))]
         window = self.arch.sliding_window
@@ -106,7 +106,7 @@ class KVCache:
         return True
 
     def keys_of(self, owner: int) -> Floats:
-        """The K rows at hand of a layer that owns them, the latest last: [kv_heads, n, head_dim]."""
+        """The K rows in the cache of a layer that owns them, the latest last: [kv_heads, n, head_dim]."""
         positions = self._positions(self.arch.layers[owner].attention, self.keys[owner].shape[2])
         order = np.argsort(positions)
         keys: Floats = self.keys[owner][0][:, order[positions[order] >= 0]]

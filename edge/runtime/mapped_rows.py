@@ -1,6 +1,6 @@
-"""Rows of a `RowTable` from the mapped file, dequantised as they are asked for.
+"""Rows of a `RowTable` from the mapped file, dequantised when they are read.
 
-Only the pages of the rows asked for are touched; nothing becomes anonymous memory.
+Only the pages of these rows are touched; nothing becomes anonymous memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ROW_TYPES: dict[int, type[np.generic]] = {32: np.float32, 8: np.int8, 4: np.uin
 
 
 class MappedRows:
-    """An open `RowTable`. `rows` is all it does."""
+    """An open `RowTable`."""
 
     def __init__(self, directory: Path, table: RowTable) -> None:
         with open_regular(directory / table.file) as file:

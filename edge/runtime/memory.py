@@ -1,4 +1,4 @@
-"""Anonymous memory that was freed goes back to the system, which on a small board has a use for it."""
+"""Return freed anonymous memory to the system, where it becomes page cache."""
 
 from __future__ import annotations
 

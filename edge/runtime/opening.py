@@ -1,6 +1,6 @@
-"""A bundle opened in a thread of its own, while the program imports the rest of itself.
+"""Open a bundle in a separate thread while the program imports its other modules.
 
-LiteRT compiles without Python's lock and without numpy, whose import takes as long.
+Compiling needs neither the GIL nor numpy, whose import takes about as long.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def compile_graph(bundle: Bundle, cache_directory: Path, threads: int) -> Compil
 
 
 class Opening:
-    """Verifies a bundle and compiles its graph from now on. A program that ends meanwhile waits for it."""
+    """Starts to verify a bundle and compile its graph. A program that ends earlier waits for it."""
 
     def __init__(self, directory: Path, cache_directory: Path, threads: int) -> None:
         self._opened: tuple[Bundle, CompiledModel] | Exception
@@ -38,5 +38,5 @@ class Opening:
         try:
             bundle = Bundle.open(directory, cache_directory)
             self._opened = bundle, compile_graph(bundle, cache_directory, threads)
-        except Exception as error:  # whoever waits gets it
+        except Exception as error:  # raised again in `result`
             self._opened = error

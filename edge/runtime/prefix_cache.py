@@ -1,12 +1,12 @@
-"""KV snapshots of prompt beginnings on disk, so that a system prompt is prefilled once per bundle.
+"""KV snapshots of prompt prefixes on disk, so that a system prompt is prefilled once per bundle.
 
 A snapshot is one file, `<length>-<digest>.kv`: a checksum, then K and V of `length` tokens as the KV cache
 holds them (float32: a restored cache gives the very same logits). The digest is over the bundle, the layout
 and the token ids, so a snapshot is never taken for another's. It is read through the page cache, which is the
 memory that the system can take back.
 
-A snapshot that is damaged is a miss and is removed. Writes are not synced (a power cut costs a snapshot) and
-bounded: so many bytes a day, for the SD card's sake, and so many bytes in all, the least used going first.
+A damaged snapshot is removed and counts as a miss. Writes are not synced (a power cut costs a snapshot) and
+bounded: bytes a day, to spare the SD card, and bytes in total, the least recently used being removed first.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class PrefixCache:
     def restore(
         self, ids: Sequence[int], cache: KVCache, longer_than: int, reserve: Callable[[int], None]
     ) -> int:
-        """Put the longest stored beginning of `ids` into `cache`, if it is longer than `longer_than` tokens.
+        """Load the longest stored prefix of `ids` into `cache` if it is longer than `longer_than` tokens.
 
         Calls `reserve` with its length first. Returns the length, or 0 with the cache as it was.
         """
@@ -148,7 +148,7 @@ class PrefixCache:
             return None
 
     def _may_write(self, size: int) -> bool:
-        """Whether the bounds allow `size` more bytes; makes room for them if so."""
+        """Return whether the limits allow `size` more bytes; makes room for them if they do."""
         now = time.time()
         self._writes = [(at, count) for at, count in self._writes if now - at < _DAY_S]
         if sum(count for _, count in self._writes) + size > self._daily or size > self._capacity:

@@ -24,7 +24,7 @@ _LARGE = 1 << 17
 def aligned_array(shape: tuple[int, ...], dtype: type[np.generic] = np.float32) -> NDArray[Any]:
     """A zeroed array whose memory LiteRT can bind (64-byte aligned).
 
-    A large one has pages of its own, which go back to the system with it: no heap that others hold open.
+    A large one has pages of its own, which are returned to the system as soon as it is freed.
     """
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     if size >= _LARGE and sys.platform != "win32":
@@ -84,7 +84,7 @@ class Signature:
     def bind(self, name: str, array: NDArray[Any]) -> None:
         """Use `array`, C-contiguous and from `aligned_array`, as tensor `name` in every later run.
 
-        The array must keep its shape; to grow one, bind another. It is kept alive as long as it is bound.
+        The array must keep its shape; to grow one, bind another. It stays referenced while it is bound.
         """
         if array.ctypes.data % HOST_MEMORY_ALIGNMENT or not array.flags.c_contiguous:
             raise ValueError(f"{self.key}: the array for {name} is not 64-byte aligned and contiguous")
@@ -112,7 +112,7 @@ class Signature:
         return array
 
     def unbind(self) -> None:
-        """Let go of all arrays."""
+        """Release all arrays."""
         for buffer, _ in self._bound.values():
             self._lib.destroy("TensorBuffer", buffer)
         self._bound.clear()

@@ -112,7 +112,7 @@ def forget_packed_weights(directory: Path, kept_models: Sequence[str]) -> None:
 
 
 def forget_abandoned(directory: Path) -> None:
-    """Remove what a crash or a power cut left of packing: it may be as large as the model."""
+    """Remove files that a crash or a power cut left half packed; they can be as large as the model."""
     for building in directory.glob("*/building"):
         with contextlib.suppress(OSError), _locked(building.parent):
             shutil.rmtree(building.parent)

@@ -298,11 +298,11 @@ class StoreKeeper(BundleKeeper):
             log.error("%s can't be swapped: %s", self._store.link, error.strerror)
             return False
 
-    def _trouble(self, said: str) -> None:
-        log.error("%s", said)
-        self._record.change(trouble=said)
+    def _trouble(self, message: str) -> None:
+        log.error("%s", message)
+        self._record.change(trouble=message)
         if self._engine is not None:
-            self._engine.last_error = said
+            self._engine.last_error = message
 
     def _forget_packed(self) -> None:
         """Remove packed weights of bundles that are neither running nor current nor previous."""

@@ -81,7 +81,7 @@ class Tokenizer:
             return cls(_mapped(flat))
         with open_regular(path) as file:
             content = flatten(file.read())
-        with contextlib.suppress(OSError):  # a full or read-only disk costs memory, no more
+        with contextlib.suppress(OSError):  # on a full or read-only disk it stays in memory
             cache_directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_atomically(flat, content)
             return cls(_mapped(flat))
@@ -210,7 +210,7 @@ class Tokenizer:
         return (-self._vocabulary.score(token), left, right, len(text), token) if token >= 0 else None
 
     def _mergeable(self, text: bytes) -> int:
-        """Id of a piece that text may become, else -1."""
+        """Id of the piece that is spelled `text` and can result from a merge, else -1."""
         token = self._vocabulary.find(text)
         return token if token >= 0 and self._vocabulary.kind(token) in (NORMAL, USER_DEFINED) else -1
 

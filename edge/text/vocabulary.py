@@ -50,7 +50,7 @@ def flatten(model: bytes) -> bytes:
         pieces, trainer = [], {}
     if not pieces or trainer.get(3) != _BPE or trainer.get(35) != 1:
         raise BundleError(
-            "tokenizer.model: not a SentencePiece model of Gemma's kind; convert the checkpoint again"
+            "tokenizer.model: not a SentencePiece BPE model with byte fallback; convert the checkpoint again"
         )
     texts, scores, types = zip(*pieces, strict=True)
     count = len(texts)
@@ -125,7 +125,7 @@ def _piece(raw: bytes) -> tuple[bytes, float, int]:
 
 
 def _glue(texts: tuple[bytes, ...]) -> bytes:
-    """The characters after which some piece goes on with a space, as UTF-8."""
+    """The characters after which some piece continues with a space, as UTF-8."""
     mark = SPACE_MARK.encode()
     inside = (text.decode() for text in texts if text.rfind(mark) > 0)
     return "".join(
@@ -136,8 +136,8 @@ def _glue(texts: tuple[bytes, ...]) -> bytes:
 class Vocabulary:
     """Pieces by id and by text. `flat` is what `flatten` returned, or a mapped file of it.
 
-    `size` is their number. `glue`: the characters after which a piece may go on with a space; anywhere else a
-    text can be cut before a space, and its parts encoded one by one.
+    `size` is their number. `glue` has the characters after which a piece can continue with a space; anywhere
+    else a text can be cut before a space, and its parts encoded separately.
     """
 
     def __init__(self, flat: bytes | mmap.mmap) -> None:

@@ -208,7 +208,7 @@ def test_an_installation_that_is_ended_early_leaves_nothing_for_long(
     process.stdin.write(whole[: len(whole) // 2])
     process.stdin.flush()
     wait_for(lambda: store.directory.is_dir() and list(store.directory.glob(".incoming.*/*")))
-    with pytest.raises(EdgeError, match="another installation is under way"):
+    with pytest.raises(EdgeError, match="another installation is in progress"):
         install(store, bundle, None)
     process.send_signal(number)
     process.wait(WAIT_S)

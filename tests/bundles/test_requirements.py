@@ -51,7 +51,8 @@ def test_a_bundle_is_accepted_exactly_as_long_as_it_fits(board: Callable[..., Bo
 def test_weights_that_do_not_fit_are_said_with_all_numbers(board: Callable[..., Board]) -> None:
     assert refusal(NEEDED, board(470 * MB)) == (
         "pumps: needs 400 MB (100 for the program, 30 for 2,048 tokens of context, 270 of weights for each"
-        " token), the board has 390 MB: weights would be read anew for every token; use a smaller model,"
+        " token), the board has 390 MB: weights would be read from storage again for every token;"
+        " use a smaller model,"
         " recipe or context, or --force"
     )
 
