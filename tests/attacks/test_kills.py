@@ -108,8 +108,9 @@ def test_kills_of_daemon_and_broker_lose_no_request_and_leave_the_bundle(
     print(f"{dict(killed)}: {len(load.asked)} requests, {dict(kinds)}, {load.copies} copies")
     assert set(load.answers) == set(load.asked)
     assert (load.others, load.different) == ([], [])
-    assert set(kinds) <= {"final", "internal", "unavailable"}  # work on it was ended by two or three kills
-    assert kinds["final"] > 0.9 * len(load.answers)
+    assert set(kinds) <= {"final", "internal", "unavailable"}
+    charged = kinds["internal"] + kinds["unavailable"]  # at least two kills each came during work on it
+    assert 2 * charged <= killed["daemon"] + killed["both"]
     assert (store.current, store.previous) == links
     assert read_record(store.directory).failures == ()
     no_traceback(daemon)
