@@ -97,7 +97,7 @@ def code(answer: Answer) -> str:
     return answer.code
 
 
-def test_a_repeat_gets_the_same_answer_without_any_work(run: Run) -> None:
+def test_a_duplicate_gets_the_same_answer_without_any_work(run: Run) -> None:
     run.ask()
     first = run.last()
     run.ask(replace(A, deadline_ms=5))
@@ -167,7 +167,7 @@ def test_a_journal_full_of_unanswered_requests_is_busy(path: Path) -> None:
     run.stop()
 
 
-def test_what_was_waiting_is_answered_by_the_next_run(path: Path) -> None:
+def test_waiting_requests_are_answered_by_the_next_run(path: Path) -> None:
     first = Run(path).start()
     first.speller.gate.clear()
     first.ask()
@@ -184,7 +184,7 @@ def test_what_was_waiting_is_answered_by_the_next_run(path: Path) -> None:
     second.stop()
 
 
-def test_what_nobody_has_got_is_handed_out_again_until_it_is_delivered(path: Path) -> None:
+def test_an_answer_is_handed_out_in_each_run_until_it_is_delivered(path: Path) -> None:
     first = Run(path).start()
     first.ask()
     answer = first.last()
@@ -200,7 +200,7 @@ def test_what_nobody_has_got_is_handed_out_again_until_it_is_delivered(path: Pat
     third.stop()
 
 
-def test_a_request_that_the_daemon_does_not_survive_is_tried_twice_and_then_refused(path: Path) -> None:
+def test_a_request_that_crashes_the_daemon_is_tried_twice_and_then_refused(path: Path) -> None:
     asked = []
     for life in range(3):
         run = Run(path)
@@ -220,7 +220,9 @@ def test_a_request_that_the_daemon_does_not_survive_is_tried_twice_and_then_refu
     run.stop()
 
 
-def test_what_a_stop_has_no_time_for_is_answered_by_the_next_run_and_counts_as_no_crash(path: Path) -> None:
+def test_requests_interrupted_by_a_stop_are_answered_by_the_next_run_and_count_as_no_crash(
+    path: Path,
+) -> None:
     for life in range(4):
         run = Run(path)
         run.speller.gate.clear()
@@ -241,7 +243,7 @@ def test_what_a_stop_has_no_time_for_is_answered_by_the_next_run_and_counts_as_n
     last.stop()
 
 
-def test_without_a_disk_what_a_stop_has_no_time_for_is_refused() -> None:
+def test_without_a_disk_requests_interrupted_by_a_stop_are_refused() -> None:
     run = Run(None).start()
     run.speller.gate.clear()
     run.ask()
@@ -292,7 +294,7 @@ def test_a_client_whose_fresh_requests_end_the_daemon_is_suspended_and_its_neigh
     run.stop()
 
 
-def test_a_deadline_that_passes_while_the_daemon_is_away_is_said(path: Path) -> None:
+def test_a_deadline_that_passes_between_two_runs_is_reported(path: Path) -> None:
     first = Run(path).start()
     first.speller.gate.clear()
     first.ask()
@@ -308,7 +310,7 @@ def test_a_deadline_that_passes_while_the_daemon_is_away_is_said(path: Path) -> 
     second.stop()
 
 
-def test_what_came_from_a_port_that_is_gone_is_dropped(path: Path) -> None:
+def test_requests_from_a_removed_port_are_dropped(path: Path) -> None:
     first = Run(path).start()
     first.ask(replace(A, id="answered"))
     first.last()
@@ -330,7 +332,7 @@ def damage(path: Path, whole: bytes, broken: bytes) -> None:
     path.write_bytes(content.replace(whole, broken))
 
 
-def test_a_record_that_the_disk_has_damaged_is_an_error_to_its_asker_and_no_end_of_the_daemon(
+def test_a_damaged_record_is_an_error_for_its_client_and_does_not_end_the_daemon(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     journal = Journal(path)
@@ -363,7 +365,7 @@ def test_a_deadline_that_the_disk_has_damaged_has_passed(path: Path, deadline: f
     run.stop()
 
 
-def test_a_note_that_no_origin_understands_does_not_keep_the_daemon_from_starting(path: Path) -> None:
+def test_a_note_that_no_origin_can_read_does_not_prevent_a_start(path: Path) -> None:
     journal = Journal(path)
     journal.accept("mqtt:a a", A.to_json().encode(), "note")
     journal.close()
@@ -383,7 +385,7 @@ def is_idle(engine: Engine) -> bool:
     return not engine.waiting and not engine.working
 
 
-def test_any_damage_to_the_file_lets_the_daemon_take_up_what_there_is(tmp_path: Path) -> None:
+def test_after_any_damage_to_the_file_the_daemon_resumes_what_is_left(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "whole")
     final = Final("b", "abc", "stop", Usage(1, 1, 1, 0), Timings(1, 1, 1, 1)).to_json().encode()
     for name in "abcd":

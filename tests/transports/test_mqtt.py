@@ -155,7 +155,7 @@ def request(name: str, prompt: str = "abc def", **fields: Any) -> str:
     return Request(name, prompt, **fields).to_json()
 
 
-def test_a_request_gets_parts_and_one_final_with_its_correlation_data(node: Node, sensor: Sensor) -> None:
+def test_a_request_gets_partials_and_one_final_with_its_correlation_data(node: Node, sensor: Sensor) -> None:
     sensor.ask(request("a"), ResponseTopic=REPLY, CorrelationData=b"\x00\x07")
     messages = [sensor.messages.get(timeout=WAIT_S) for _ in range(3)]
     answers = [parse_answer(bytes(message.payload)) for message in messages]
@@ -201,7 +201,7 @@ def test_a_malformed_or_oversized_request_is_answered_with_bad_request(
         "$x",
     ],
 )
-def test_a_response_topic_off_the_allow_list_is_not_written_to(
+def test_no_answer_goes_to_a_response_topic_without_an_allowed_prefix(
     node: Node, connect: Connect, mosquitto: Mosquitto, reply: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     sensor = connect(mosquitto, "elsewhere/#", "edge/v1/other/#", REPLY)
@@ -213,7 +213,7 @@ def test_a_response_topic_off_the_allow_list_is_not_written_to(
     assert "allowed are edge/v1/pump/reply/#, sensors/#" in caplog.text
 
 
-def test_a_request_without_a_response_topic_is_dropped_and_does_not_come_back(
+def test_a_request_without_a_response_topic_is_dropped_and_not_redelivered(
     node: Node, sensor: Sensor, mosquitto: Mosquitto
 ) -> None:
     sensor.ask(request("a"))
@@ -232,7 +232,7 @@ def test_a_topic_that_the_broker_would_end_the_connection_for_is_not_written_to(
     assert node.speller.asked == ["b"]
 
 
-def test_a_request_may_have_every_property_and_character_of_mqtt(
+def test_a_request_can_have_every_property_and_character_of_mqtt(
     node: Node, connect: Connect, mosquitto: Mosquitto
 ) -> None:
     topic = f"{REPLY}/\ufeff" + "/" * 90
@@ -269,14 +269,14 @@ def test_message_expiry_is_a_deadline(node: Node, sensor: Sensor) -> None:
     assert sensor.final().finish_reason == "deadline"
 
 
-def test_a_request_asked_again_gets_its_answer_again(node: Node, sensor: Sensor) -> None:
+def test_a_duplicate_of_an_answered_request_gets_its_answer_again(node: Node, sensor: Sensor) -> None:
     for _ in range(2):
         sensor.ask(request("a", stream=False), ResponseTopic=REPLY)
         assert sensor.final().text == "cba fed "
     assert node.speller.asked == ["a"]
 
 
-def test_another_request_of_an_id_that_has_no_answer_yet_is_told_so(node: Node, sensor: Sensor) -> None:
+def test_another_request_under_an_unanswered_id_is_busy(node: Node, sensor: Sensor) -> None:
     node.speller.gate.clear()
     sensor.ask(request("a", "first", stream=False), ResponseTopic=REPLY)
     node.speller.wait_until_held()
@@ -307,7 +307,7 @@ def test_a_full_queue_answers_busy_at_once(node: Node, sensor: Sensor) -> None:
     assert [sensor.final().id for _ in range(4)] == ["held", "a", "b", "c"]
 
 
-def test_a_request_is_cancelled_by_who_asked_it_and_nobody_else(node: Node, sensor: Sensor) -> None:
+def test_only_the_client_of_a_request_cancels_it(node: Node, sensor: Sensor) -> None:
     node.speller.gate.clear()
     sensor.ask(request("a"), ResponseTopic=REPLY)
     node.speller.wait_until_held()
@@ -346,7 +346,7 @@ def test_a_users_topics_reach_only_requests_with_that_users_response_topics(
     assert "allowed are edge/v1/pump/reply/mallory/#" in caplog.text
 
 
-def test_a_request_repeated_over_and_over_holds_up_nobody(node: Node, sensor: Sensor) -> None:
+def test_many_duplicates_of_a_request_do_not_delay_others(node: Node, sensor: Sensor) -> None:
     node.speller.gate.clear()
     for _ in range(40):  # mosquitto lets 20 be on their way without an acknowledgement
         sensor.ask(request("a", stream=False), ResponseTopic=REPLY)
@@ -522,7 +522,7 @@ def test_a_redelivery_over_a_new_connection_is_what_is_acknowledged_after_the_fi
     assert node.speller.asked == ["1"]
 
 
-def test_two_nodes_of_one_name_take_the_session_from_each_other_ever_more_rarely(
+def test_two_nodes_with_one_name_take_over_the_session_less_and_less_often(
     mosquitto: Mosquitto, caplog: pytest.LogCaptureFixture
 ) -> None:
     nodes = [Node.start(mosquitto.broker) for _ in range(2)]
@@ -540,7 +540,7 @@ def cut_connection(node: Node) -> None:
     wait_for(lambda: not node.transport.online)
 
 
-def test_an_exception_while_a_request_is_taken_on_is_answered_and_ends_no_thread(
+def test_an_exception_while_a_request_is_accepted_is_answered_and_ends_no_thread(
     node: Node, sensor: Sensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -551,7 +551,7 @@ def test_an_exception_while_a_request_is_taken_on_is_answered_and_ends_no_thread
     assert sensor.final().id == "b"
 
 
-def test_a_broker_that_is_not_there_is_named_once_and_tried_again(
+def test_an_unreachable_broker_is_logged_once_and_tried_again(
     mosquitto: Mosquitto, caplog: pytest.LogCaptureFixture
 ) -> None:
     mosquitto.stop()
@@ -608,7 +608,7 @@ def test_a_first_connection_that_is_refused_is_not_tried_again_in_the_log(
     node.stop()
 
 
-def test_a_tls_file_that_is_not_there_is_named() -> None:
+def test_a_missing_tls_file_is_named() -> None:
     with pytest.raises(
         TransportError, match=r"broker 127\.0\.0\.1:8883: a TLS file can't be used: .*No such file"
     ):
@@ -652,7 +652,7 @@ handshake_fails = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExc
 
 
 @handshake_fails
-def test_a_broker_that_is_not_trusted_is_refused(
+def test_an_untrusted_broker_is_refused(
     certificates: Path, start_mosquitto: Callable[..., Mosquitto]
 ) -> None:
     port = free_port()
@@ -670,7 +670,7 @@ def test_a_broker_that_is_not_trusted_is_refused(
 
 
 @handshake_fails
-def test_a_port_without_tls_is_said(mosquitto: Mosquitto) -> None:
+def test_tls_to_a_port_without_it_is_reported(mosquitto: Mosquitto) -> None:
     node = Node.start(Broker("127.0.0.1", mosquitto.port, tls=True))
     wait_for(lambda: node.transport.connection.problem)
     assert f"broker 127.0.0.1:{mosquitto.port}: " in str(node.transport.connection.problem)
@@ -745,7 +745,7 @@ def test_edge_ask_uses_its_users_topics_where_the_access_list_has_them(
     node.stop()
 
 
-def test_who_asks_without_a_right_to_is_told_so(
+def test_a_client_without_the_right_to_ask_gets_an_error(
     start_mosquitto: Callable[..., Mosquitto], tmp_path: Path, ask_as: Callable[..., MqttLink]
 ) -> None:
     (tmp_path / "acl").write_text("topic read #\ntopic write edge/v1/pump/status\n")

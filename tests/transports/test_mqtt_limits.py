@@ -122,9 +122,7 @@ def wait_until_told(client: Client, count: int) -> None:
     wait_for(lambda: len(client.listener.done) == count)
 
 
-def test_no_more_messages_are_on_their_way_than_the_broker_takes(
-    scripted: Scripted, connect: Connect
-) -> None:
+def test_no_more_messages_are_in_flight_than_the_broker_accepts(scripted: Scripted, connect: Connect) -> None:
     broker = scripted(ReceiveMaximum=3)
     client = connect(broker)
     numbers = client.publish(*map(str, range(10)))
@@ -138,7 +136,7 @@ def test_no_more_messages_are_on_their_way_than_the_broker_takes(
     assert [one.body[-1:] for one in broker.published] == [b"%d" % number for number in range(10)]
 
 
-def test_a_broker_that_takes_less_after_a_restart_gets_less_again_and_at_last_everything(
+def test_a_lower_receive_maximum_after_a_restart_is_honoured_and_everything_arrives(
     scripted: Scripted, connect: Connect
 ) -> None:
     broker = scripted(ReceiveMaximum=5)
@@ -168,7 +166,7 @@ def test_our_own_limits_are_announced(scripted: Scripted, connect: Connect) -> N
     assert asked.SessionExpiryInterval == 60
 
 
-def test_a_packet_that_is_too_large_is_not_sent_and_holds_up_nothing(
+def test_a_packet_that_is_too_large_is_not_sent_and_delays_nothing(
     scripted: Scripted, connect: Connect
 ) -> None:
     broker = scripted(MaximumPacketSize=200)
@@ -182,7 +180,7 @@ def test_a_packet_that_is_too_large_is_not_sent_and_holds_up_nothing(
     assert client.listener.done[large or 0] == "its packet has 249 bytes, 200 are allowed"
 
 
-def test_what_waits_for_the_broker_is_bounded_but_for_what_is_to_be_kept(
+def test_waiting_messages_are_bounded_except_those_to_keep(
     scripted: Scripted, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(outgoing, "MAX_QUEUED", 2)
@@ -198,7 +196,7 @@ def test_what_waits_for_the_broker_is_bounded_but_for_what_is_to_be_kept(
     assert [one.body[-1:] for one in broker.outstanding(0, TOPIC)] == [b"0", b"1", b"2", b"5"]
 
 
-def test_what_is_published_before_the_broker_is_there_waits_for_it(scripted: Scripted) -> None:
+def test_messages_published_before_the_first_connection_wait_for_it(scripted: Scripted) -> None:
     broker = scripted()
     client = Client(broker)
     client.post(Outgoing(TOPIC, "early"))
@@ -223,7 +221,7 @@ def test_a_broker_without_mqtt_5_is_spoken_to_in_3_1_1(scripted: Scripted, conne
     assert client.connection.refused is None
 
 
-def test_a_broker_hears_from_us_as_often_as_it_asks_for(scripted: Scripted, connect: Connect) -> None:
+def test_the_servers_keep_alive_is_honoured(scripted: Scripted, connect: Connect) -> None:
     broker = scripted(ServerKeepAlive=1)  # ours is 30 s
     connect(broker)
     wait_for(lambda: broker.pings >= 2)
@@ -246,7 +244,7 @@ def test_a_broker_hears_from_us_as_often_as_it_asks_for(scripted: Scripted, conn
         (b"\xe0\x00", "the connection was lost (Normal disconnection)"),
     ],
 )
-def test_why_the_broker_ends_the_connection_is_said(
+def test_the_reason_of_a_disconnect_is_logged(
     scripted: Scripted, connect: Connect, packet: bytes, said: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     broker = scripted()
@@ -256,7 +254,7 @@ def test_why_the_broker_ends_the_connection_is_said(
     assert said in caplog.text
 
 
-def test_a_subscription_that_was_refused_is_tried_again(
+def test_a_refused_subscription_is_tried_again(
     scripted: Scripted, begin: Connect, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mqtt_connection, "RESUBSCRIBE_S", 0.1)
@@ -271,7 +269,7 @@ def test_a_subscription_that_was_refused_is_tried_again(
     assert broker.connections == 1
 
 
-def test_messages_that_the_broker_ends_the_connection_for_are_given_up_and_the_others_arrive(
+def test_messages_that_end_the_connection_are_given_up_and_the_others_arrive(
     scripted: Scripted, connect: Connect, caplog: pytest.LogCaptureFixture
 ) -> None:
     broker = scripted()
@@ -289,7 +287,7 @@ def test_messages_that_the_broker_ends_the_connection_for_are_given_up_and_the_o
 
 
 @pytest.mark.parametrize("reason", [0x88, 0x89, 0x97, 0x9F])
-def test_a_broker_that_has_no_room_yet_is_waited_for(
+def test_a_broker_without_room_is_tried_again(
     scripted: Scripted, begin: Connect, reason: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     broker = scripted()
@@ -311,7 +309,7 @@ def test_a_broker_that_has_no_room_yet_is_waited_for(
         (0x9D, {"ServerReference": "other:1883"}, "Server moved; it names another broker: 'other:1883'"),
     ],
 )
-def test_what_a_broker_refuses_a_node_for_is_said(
+def test_the_reason_of_a_refused_connection_comes_with_a_fix(
     scripted: Scripted, begin: Connect, reason: int, limits: dict[str, Any], said: str
 ) -> None:
     broker = scripted(**limits)
