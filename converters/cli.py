@@ -195,7 +195,7 @@ def convert(
 @click.argument("bundle", type=_DIRECTORY)
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest itself.")
 def inspect(bundle: Path, as_json: bool) -> None:
-    """Print what is in BUNDLE.
+    """Print the contents of BUNDLE: model, formats, files.
 
     \b
     Example:
@@ -236,10 +236,10 @@ def evaluate(
     threads: int,
     as_json: bool,
 ) -> None:
-    """Run each BUNDLE and a float32 decoder of its checkpoint over a text and report how they differ.
+    """Compare each BUNDLE with its checkpoint on a text.
 
-    Reports perplexity, KL divergence, agreement on the top token, errors of logits and of each layer's keys,
-    and tokens per second on this machine.
+    Runs the bundle and a float32 decoder of the checkpoint. Reports perplexity, KL divergence, agreement on
+    the top token, errors of logits and of each layer's keys, and tokens per second on this machine.
 
     \b
     Examples:
@@ -275,7 +275,7 @@ def evaluate(
     " a built-in text.",
 )
 def golden(bundle: Path, text: Path | None) -> None:
-    """Record in BUNDLE its loss on a short text, for the self-test on every board that installs it.
+    """Record the reference for the self-test on boards in BUNDLE.
 
     A board runs a new bundle over the same text and uses it only if the mean loss is within 0.3 of the
     recorded one. This changes the manifest, so run it before signing; an existing signature is removed.

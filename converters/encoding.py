@@ -1,7 +1,7 @@
-"""Rows of tensors as codes: carried over where the checkpoint stores them, quantised where it does not.
+"""Rows of tensors as codes: kept where the checkpoint stores codes, quantised elsewhere.
 
-A carried group keeps its codes and its scale bit for bit. A group that can't be kept (LiteRT takes no scale
-that is negative, zero or subnormal) is quantised anew from its values, which is closer than clipping codes.
+A kept group has its codes and its scale bit for bit. A group that can't be kept (LiteRT accepts no scale that
+is negative, zero or subnormal) is quantised again from its values, which loses less than clipping codes.
 Slices are read and quantised on all CPUs and come out in order; a few slices are in memory, whatever the
 tensor's size.
 """
@@ -38,7 +38,7 @@ class Quantizer(Protocol):
 
 
 class NearestCodes:
-    """The quantiser without calibration: each row by its own values."""
+    """The quantiser without calibration: each row is rounded by its own values."""
 
     def codes_for(self, name: str, start: int, rows: Floats, format: Format) -> Quantized:
         """See `Quantizer.codes_for`."""
@@ -50,14 +50,14 @@ class _Slice:
     values: Floats
     quantized: Quantized
     kept: int
-    """Groups carried over bit for bit."""
+    """Groups kept bit for bit."""
 
 
 class Encoder:
-    """Encodes tensors one after the other and sums up what that did to them.
+    """Encodes tensors one after the other and sums up their errors.
 
-    `carried` are the stored codes to keep, by tensor. `advance` is told the tensor and the number of its
-    values that have been encoded since the last call.
+    `carried` are the stored codes to keep, by tensor. `advance` is called with the tensor and the
+    number of its values that have been encoded since the last call.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Encoder:
 
 
 def _in_order(work: Iterator[Future[_Slice]], ahead: int) -> Iterator[_Slice]:
-    """Results in order, with at most `ahead` of them under way or waiting."""
+    """Results in order, with at most `ahead` of them running or waiting."""
     pending: deque[Future[_Slice]] = deque()
     for future in work:
         pending.append(future)
@@ -123,7 +123,7 @@ def _in_order(work: Iterator[Future[_Slice]], ahead: int) -> Iterator[_Slice]:
 
 
 def _usable(scales: Floats, format: Format) -> NDArray[np.bool_]:
-    """Which scales LiteRT takes: positive and normal numbers of the format's type."""
+    """Marks the scales that LiteRT accepts: positive and normal numbers of the format's type."""
     limits = np.finfo(np.float16 if format.block else np.float32)
     usable: NDArray[np.bool_] = (scales >= limits.smallest_normal) & (scales <= limits.max)
     return usable
@@ -136,7 +136,7 @@ def _as_stored(stored: CodeRows, format: Format, shape: tuple[int, ...]) -> Quan
 
 
 def _merged(stored: CodeRows, keep: NDArray[np.bool_], fresh: Quantized) -> Quantized:
-    """Stored groups where `keep` says so, the others of `fresh`."""
+    """Stored groups where `keep` is true, those of `fresh` elsewhere."""
     group = fresh.codes.size // keep.size
     codes = np.where(keep[:, None], stored.codes.reshape(-1, group), fresh.codes.reshape(-1, group))
     scales = np.where(keep, stored.scales.reshape(-1), fresh.scales.reshape(-1)).astype(fresh.scales.dtype)

@@ -1,6 +1,6 @@
-"""The self-test's reference: what a bundle makes of a text, measured here and written into its manifest.
+"""Records a bundle's loss on a short text in its manifest, as the reference of the self-test on a board.
 
-It is no part of a conversion, which loads no inference library and gives the same bytes on every machine.
+This is not part of a conversion, which loads no inference library and gives the same bytes on every machine.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from edge.generation.generator import Generator
 from edge.generation.self_test import record
 
 MOST_CHARACTERS = 1000
-"""Of a text: 64 tokens are never more in practice, and the manifest stays short."""
+"""Of a text; 64 tokens are never longer in practice, and the manifest stays short."""
 
 
 def record_golden(directory: Path, text: str, cache_directory: Path) -> Golden:
-    """Run a bundle over the beginning of `text` and write what comes out into its manifest.
+    """Run a bundle over the start of `text` and write its loss into the manifest.
 
-    Raises BundleError or RuntimeFailure for what can't be run, EdgeError for a text that is too short.
+    Raises BundleError or RuntimeFailure for a bundle that can't be run, EdgeError for a text that is too
+    short.
     """
     generator = Generator.open(directory, cache_directory, os.cpu_count() or 1, None)
     golden = record(generator, text[:MOST_CHARACTERS])
     manifest = replace(generator.bundle.manifest, golden=golden)
     generator.close()
     try:
-        (directory / SIGNATURE).unlink(missing_ok=True)  # it would be of the old manifest
+        (directory / SIGNATURE).unlink(missing_ok=True)  # it signs the old manifest
         write_atomically(directory / MANIFEST, manifest.to_json().encode())
         (directory / MANIFEST).chmod(0o644)
     except OSError as error:

@@ -43,12 +43,12 @@ _CONFIG = "adapter_config.json"
 _TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight")
 _PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.", "")
 _TOWERS = ("vision_tower.", "audio_tower.", "embed_vision.", "embed_audio.")
-_DEAD = ("key", "value")  # of layers that share KV: published files hold them, nothing uses them
+_DEAD = ("key", "value")  # of layers that share KV: published files have them, nothing uses them
 _FLOATS = {"F32": float32_rows, "F16": float16_rows, "BF16": bfloat16_rows}
 _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 """Initialisations that leave the base model's weights as they are; PiSSA, OLoRA and others change them."""
 
-# Settings that a plain merge does not do justice to: what they must be, and what they are called.
+# Settings that a plain merge can't apply: the values that are accepted, and why others are refused.
 _REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "peft_type": (("LORA",), "only LoRA adapters can be merged"),
     "bias": (("none", None), "adapters with trained biases are not supported; Gemma has none"),
@@ -69,9 +69,9 @@ _REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
 def merge_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     """The checkpoint with the adapter in `folder` merged into its tensors as they are read.
 
-    An adapter that was trained on a base model may bring the chat template that it was trained with.
+    The adapter's chat template, if it has one of the family, replaces the checkpoint's.
     Raises CheckpointError that names the file and the setting, module or tensor if the adapter is damaged, of
-    a kind that can't be merged, or made for another model; also if the checkpoint holds packed integers.
+    a type that can't be merged, or made for another model; also if the checkpoint holds quantised integers.
     """
     if advice := wrong_adapter(folder):
         raise CheckpointError(advice)
@@ -82,20 +82,20 @@ def merge_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
         format = None if codes is None else stored_format(codes, tensors[name].shape[1])
         if format is not None and not format.block:
             raise CheckpointError(
-                f"{checkpoint.path}: holds packed integers, to which nothing can be added; merge the adapter"
-                " into the bf16 checkpoint"
+                f"{checkpoint.path}: holds quantised integers, to which nothing can be added; merge the"
+                " adapter into the bf16 checkpoint"
             )
         tensors[name] = _Merged(tensors[name], adapter, name)
     files = (*checkpoint.source_files, folder / _CONFIG, folder / ADAPTER_WEIGHTS)
     chat = chat_info(checkpoint.architecture.family, folder_template(folder))
-    if chat.prompt_format == "plain":  # it brings no template of the family
+    if chat.prompt_format == "plain":  # it has no template of the family
         chat = checkpoint.chat
     return replace(checkpoint, tensors=tensors, source_files=files, chat=chat, adapter=folder)
 
 
 @dataclass(frozen=True)
 class _Module:
-    """One adapted matrix: where its factors lie, and what their product is multiplied by."""
+    """One adapted matrix: where its factors are stored, and the scale of their product."""
 
     a: TensorEntry
     b: TensorEntry
@@ -103,7 +103,7 @@ class _Module:
 
 
 class _Adapter:
-    """An adapter whose modules are all there and fit `arch`. `modules` is by our names of the tensors."""
+    """An adapter, checked against `arch`. `modules` is keyed by our names of the tensors."""
 
     def __init__(self, folder: Path, arch: Architecture) -> None:
         self._settings = _Settings(folder / _CONFIG)
@@ -125,16 +125,20 @@ class _Adapter:
         self._latest: tuple[str, Floats, Floats] | None = None
         self.modules = self._read()
         if not self.modules:
-            raise CheckpointError(f"{self._path}: adapts nothing of the text decoder")
+            raise CheckpointError(
+                f"{self._path}: has no module of the text decoder; is it the right adapter?"
+            )
 
     def product(self, name: str, start: int, stop: int) -> Floats:
-        """Rows `start` to `stop` of what is added to a matrix, float32.
+        """Rows `start` to `stop` of the product that is added to a matrix, float32.
 
         Raises CheckpointError if a value is not finite.
         """
         module = self.modules[name]
         latest = self._latest
-        if latest is None or latest[0] != name:  # several threads may find it so: each reads for itself
+        if (
+            latest is None or latest[0] != name
+        ):  # threads can get here at the same time; each reads for itself
             self._latest = latest = name, _array(module.a), _array(module.b)
         _, a, b = latest
         with np.errstate(over="ignore", invalid="ignore"):  # the result is checked
@@ -158,16 +162,18 @@ class _Adapter:
         return modules
 
     def _our_name(self, path: str) -> str | None:
-        """Our name of the matrix that a module holds; None if the text decoder has no use for it."""
+        """Our name of a module's matrix; None if the text decoder does not use it."""
         inner = next(path.removeprefix(prefix) for prefix in _PREFIXES if path.startswith(prefix))
         if inner.startswith(_TOWERS) or inner in self._dead:
             return None
         if inner == "lm_head" and self._tied:
             raise CheckpointError(
-                f"{self._path}: module {path}: the output head is the embedding too; merge it with PEFT"
+                f"{self._path}: module {path}: the output head is also the embedding; merge it with PEFT"
             )
         if inner not in self._names:
-            raise CheckpointError(f"{self._path}: module {path} is not in this model; is it another model's?")
+            raise CheckpointError(
+                f"{self._path}: module {path} is not in this model; give the adapter of this model"
+            )
         return self._names[inner]
 
     def _module(self, path: str, name: str, pair: Mapping[str, TensorEntry]) -> _Module:
@@ -181,7 +187,7 @@ class _Adapter:
             if entry.shape != shape or entry.dtype not in _FLOATS:
                 raise CheckpointError(
                     f"{self._path}: tensor {entry.name} is {entry.dtype} of shape {entry.shape}; rank {rank}"
-                    f" and this model ask for {shape}"
+                    f" and this model require {shape}"
                 )
         return _Module(pair["A"], pair["B"], self._settings.scale(path))
 
@@ -205,7 +211,7 @@ class _Settings:
         return int(rank)
 
     def scale(self, module: str) -> float:
-        """What B @ A is multiplied by."""
+        """The factor of B @ A."""
         rank = self.rank(module)
         divisor = math.sqrt(rank) if self._fields.get("use_rslora") else rank
         return self._of(module, "lora_alpha", self._alphas) / divisor
@@ -225,11 +231,11 @@ class _Settings:
         try:
             return {re.compile(rf"(.*\.)?({regex})$"): value for regex, value in patterns.items()}
         except re.error as error:
-            raise CheckpointError(f"{self._path}: {key} has no valid pattern: {error}") from None
+            raise CheckpointError(f"{self._path}: {key} has an invalid pattern: {error}") from None
 
 
 class _Merged(LazyTensor):
-    """A matrix with an adapter's product added. It has no codes: they were those of the base."""
+    """A matrix with an adapter's product added. It has no codes: those of the base no longer apply."""
 
     def __init__(self, base: LazyTensor, adapter: _Adapter, name: str) -> None:
         self.name, self.shape, self.source_type = base.name, base.shape, f"{base.source_type} with LoRA"

@@ -1,13 +1,13 @@
-"""Float rows to int8, int4 or int2 codes with scales, to packed bytes and back, and the error made.
+"""Float rows to int8, int4 or int2 codes with scales, to packed bytes and back, and the quantisation error.
 
 Promises: a value is `code * scale`, symmetric, zero point 0. Every scale is positive and a normal number.
-Codes are computed from the scale as it is stored, so what is reported is what the runtime sees. int4 and
+Codes are computed from the scale as it is stored, so the reported error is the runtime's. int4 and
 int2 scales are chosen for the least squared error. Results depend on the input only: not on the number of
 threads or on how a tensor is cut into slices of rows. Scratch memory is a few MB a thread.
 
-XNNPACK takes these as constant weights of FULLY_CONNECTED: int8, int4 and int2 with one float32 scale a row,
-int4 with one float16 scale per block of 32 columns. It packs blockwise scales as bfloat16, so those chosen
-here have 8 significant bits: float16 and bfloat16 hold them exactly.
+XNNPACK accepts these as constant weights of FULLY_CONNECTED: int8, int4 and int2 with one float32 scale a
+row, int4 with one float16 scale per block of 32 columns. It packs blockwise scales as bfloat16, so those
+chosen here have 8 significant bits: float16 and bfloat16 hold them exactly.
 """
 
 from __future__ import annotations

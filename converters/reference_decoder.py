@@ -1,7 +1,7 @@
-"""A float32 decoder of a checkpoint in NumPy: what a converted bundle is measured against.
+"""A float32 decoder of a checkpoint in NumPy, the reference for converted bundles.
 
 It shares no code with the graph builder or the runtime, keeps no cache and takes a whole sequence at a time,
-so that each line can be read beside the formulas of the models. It follows transformers' `gemma3` and
+so that each line can be compared with the formulas of the models. It follows transformers' `gemma3` and
 `gemma4` modules (tests compare the logits); positions count from 0 at `<bos>`. Every Gemma layer computes
 
     x = x + norm(W_output attention(norm(x)))
@@ -94,7 +94,7 @@ def attend(query: Floats, key: Floats, value: Floats, mask: NDArray[np.bool_], s
 
 @dataclass
 class Stream:
-    """One sequence on its way through the layers.
+    """The state of one sequence between two layers.
 
     `x` is the residual stream [n, hidden]; `per_layer` the per-layer inputs [n, layers, width] of Gemma 4;
     `kv` holds K (normed and turned) and V, [kv_heads, n, head_dim], by the index of the layer that owns them.
@@ -119,8 +119,8 @@ def run_layer(
 def layer_steps(arch: Architecture, index: int, weights: Mapping[str, Floats], stream: Stream) -> Steps:
     """Advance a stream by layer `index`, its matrix products left to the caller.
 
-    Yields the names of matrices and the input [n, in] that they share, and is to be sent their outputs. A
-    weight that is no matrix is looked up when it is needed.
+    Yields the names of matrices and the input [n, in] that they share; send it their outputs. A weight that
+    is not a matrix is looked up when it is needed.
     """
 
     def norm(x: Floats, name: str) -> Floats:
@@ -214,7 +214,7 @@ class ReferenceDecoder:
         return rms_norm(stream.x, self.arch.rms_epsilon, self.tensors["final_norm"].array())
 
     def run(self, streams: Sequence[Stream]) -> None:
-        """Take streams through all layers; a layer is read once for all."""
+        """Run streams through all layers; each layer is read once."""
         for index in range(len(self.arch.layers)):
             weights = self.layer_weights(index)
             for stream in streams:
@@ -227,7 +227,7 @@ class ReferenceDecoder:
         return [self.finish(stream) for stream in streams]
 
     def head(self, hidden: Floats) -> Floats:
-        """Logits [n, vocabulary] of hidden states [n, hidden], softcapped where the model does that."""
+        """Logits [n, vocabulary] of hidden states [n, hidden], softcapped if the model does so."""
         table = self.tensors["embedding" if self.arch.tied_head else "head"]
         logits = np.empty((len(hidden), self.arch.vocabulary), np.float32)
         for start in range(0, self.arch.vocabulary, HEAD_ROWS):

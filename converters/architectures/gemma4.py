@@ -69,7 +69,7 @@ def from_config(config: Fields) -> Architecture:
 def from_metadata(metadata: Fields, vocabulary: int, tied_head: bool, rotated_share: float) -> Architecture:
     """The architecture that GGUF metadata (keys behind "gemma4.") describe; raises CheckpointError.
 
-    `rotated_share` is what the file's `rope_freqs.weight` says, see `rotated_share`.
+    `rotated_share` comes from the file's `rope_freqs.weight`.
     """
     _refuse_bigger(metadata, ("expert_count",), "embedding_length_per_layer_input")
     metadata.expect("rope.scaling.type", "none")
@@ -104,8 +104,8 @@ def from_metadata(metadata: Fields, vocabulary: int, tied_head: bool, rotated_sh
 
 
 def _refuse_bigger(fields: Fields, features: tuple[str, ...], per_layer: str) -> None:
-    """Refuse what has one of `features`, or no per-layer embeddings: 12B, 26B and 31B."""
-    which = "is of the bigger Gemma 4 (12B, 26B, 31B); E2B and E4B are supported"
+    """Refuse a model with one of `features`, or without per-layer embeddings: 12B, 26B and 31B."""
+    which = "belongs to the larger Gemma 4 models (12B, 26B, 31B); only E2B and E4B are supported"
     for key in features:
         if fields.get(key):
             raise fields.wrong(key, f"= {fields.get(key)!r:.60} {which}")
@@ -148,7 +148,7 @@ def _config_attentions(config: Fields, count: int) -> list[Attention]:
 
 
 def _full_head_dim(config: Fields, attentions: list[Attention], sliding_dim: int) -> int:
-    """Head width of the full layers: `global_head_dim`, or what `per_layer_config` says of each of them."""
+    """Head width of the full layers: `global_head_dim`, or what `per_layer_config` gives for each of them."""
     overrides = config.section("per_layer_config")
     if config.get("per_layer_config") is None:
         return config.integer("global_head_dim", 512)

@@ -34,7 +34,7 @@ _LAYER = {
 
 
 def huggingface_name(name: str) -> str:
-    """Hugging Face's name of our tensor `name`, without the prefix that depends on the kind of repository."""
+    """Hugging Face's name of our tensor `name`, without the prefix that depends on the type of repository."""
     if name in _TOP:
         return _TOP[name][0]
     _, index, rest = name.split(".", 2)

@@ -1,1 +1,1 @@
-"""Quantisation that looks at what the matrices multiply: kinder activations, and codes that cancel errors."""
+"""Quantisation by what matrices compute: smoothed activations; codes and formats of least output error."""

@@ -1,4 +1,4 @@
-"""The text that calibration looks at, as sequences of token ids."""
+"""The text that calibration runs over, as sequences of token ids."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _FEWEST = 4
 _MOST = 16
 
 _MOST_CHARACTERS = 1 << 20
-"""More are not encoded: a log of 100 MB would take ten minutes, for 8,176 tokens of it."""
+"""More are not encoded: a log of 100 MB would take ten minutes, for 8,176 tokens."""
 
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """A text and what it is called in messages and in the manifest."""
+    """A text and its name in messages and in the manifest."""
 
     name: str
     content: str
@@ -41,23 +41,23 @@ class CalibrationText:
         return hashlib.sha256(self.content.encode()).hexdigest()
 
     def sequences(self, checkpoint: Checkpoint) -> list[list[int]]:
-        """Sequences of 512 ids that start with `<bos>`; of a long text, 16 from all over it.
+        """Sequences of 512 ids that start with `<bos>`; 16 of a long text, evenly spread.
 
         Raises EdgeError if there are fewer than 4.
         """
-        ids, step = Tokenizer(checkpoint.tokenizer_model).encode(self._from_all_over()), SEQUENCE - 1
+        ids, step = Tokenizer(checkpoint.tokenizer_model).encode(self._evenly_spread()), SEQUENCE - 1
         whole = len(ids) // step
         if whole < _FEWEST:
             raise EdgeError(
-                f"{self.name}: has {len(ids)} tokens, calibration needs {_FEWEST * step};"
+                f"{self.name}: has {len(ids)} tokens, calibration needs at least {_FEWEST * step};"
                 " give a longer text, or --calibrate without a file for the built-in one"
             )
         chosen = min(whole, _MOST)
         starts = (index * whole // chosen * step for index in range(chosen))
         return [[checkpoint.chat.bos_id, *ids[start : start + step]] for start in starts]
 
-    def _from_all_over(self) -> str:
-        """The text; of a very long one 16 parts."""
+    def _evenly_spread(self) -> str:
+        """The text, or 16 parts of a very long one."""
         size, part = len(self.content), _MOST_CHARACTERS // _MOST
         if size <= _MOST_CHARACTERS:
             return self.content

@@ -1,4 +1,4 @@
-"""What every checkpoint offers the converter, whatever its file format."""
+"""The interface of every checkpoint, whatever its file format."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class CodeRows:
     """Some rows of a quantised tensor: value = code * scale of its group.
 
     `codes` int8 [rows, width]; `scales` float32 [rows, width / group], finite and not negative; `exact` bool
-    [rows, width / group], false where a group can't be had with such codes and a scale that is not negative
-    (its codes are then the nearest, and the converter had better quantise the group anew).
+    [rows, width / group], false where a group can't be represented by such codes and a non-negative scale
+    (its codes are then the nearest, and the converter should quantise the group again).
     """
 
     codes: NDArray[np.int8]
@@ -68,13 +68,13 @@ class LazyTensor(ABC):
         return self.rows(0, self.shape[0])
 
     def codes(self) -> ExactCodes | None:
-        """The codes behind the values, if they are stored in a way that a bundle can keep; else None."""
+        """The codes of the values, if they are stored in a way that a bundle can keep; else None."""
         return None
 
 
 @dataclass(frozen=True)
 class ChatInfo:
-    """What the checkpoint says of how it is talked to.
+    """The checkpoint's prompt format and special tokens.
 
     `prompt_format` is "gemma3", "gemma4" or "plain" (a base model: completion only).
     """
@@ -86,7 +86,7 @@ class ChatInfo:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint; what the architecture asks for is there, and of the right shape.
+    """An opened checkpoint; every tensor of its architecture is present, with the right shape.
 
     `tensors` has the names of `converters.architectures.tensor_shapes`; `tokenizer_model` is a SentencePiece
     ModelProto, serialised; `licence` is one line, or "" if the checkpoint states none; `adapter` is the

@@ -1,4 +1,4 @@
-"""How a checkpoint says it is talked to, and under which licence it comes."""
+"""A checkpoint's prompt format and licence."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _LICENCE_LINE = re.compile(r"^license\s*:\s*['\"]?([\w.+-]+)", re.MULTILINE)
 
 
 def chat_info(family: str, template: str) -> ChatInfo:
-    """What to do with a model of `family` whose chat template (Jinja source, perhaps empty) is `template`.
+    """The prompt format of a model of `family` whose chat template is `template` (Jinja source, or "").
 
-    The family's turn marker in the template decides; a template without it counts as none.
+    The family's turn marker in the template decides; without it, the format is "plain".
     """
     module = _FAMILIES[family]
     if module.CHAT_MARKER in template:

@@ -32,7 +32,7 @@ _WEIGHT = ".weight"
 
 
 def is_packed(entries: Mapping[str, TensorEntry], source: str) -> bool:
-    """Whether the tensor that a float checkpoint calls `source` is stored as integers."""
+    """True if the tensor that a float checkpoint calls `source` is stored as integers."""
     if source.removesuffix(_WEIGHT) + ".embedding_quantized" in entries:
         return True
     return source in entries and entries[source].dtype in ("U8", "I8")

@@ -120,7 +120,7 @@ def _tensor(file: GgufFile, name: str, shape: tuple[int, ...]) -> LazyTensor:
         raise CheckpointError(f"{file.path}: tensor {gguf_name(name)} is missing")
     if entry.shape != shape:
         raise CheckpointError(
-            f"{file.path}: tensor {entry.name} has shape {entry.shape} where the metadata ask for {shape}"
+            f"{file.path}: tensor {entry.name} has shape {entry.shape} but the metadata require {shape}"
         )
     return stored_tensor(file.path, entry)
 

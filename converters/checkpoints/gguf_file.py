@@ -1,4 +1,4 @@
-"""The header of a GGUF file (versions 2 and 3): its metadata and where its tensors lie.
+"""The header of a GGUF file (versions 2 and 3): its metadata and the positions of its tensors.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. `gguf.GGUFReader` builds several numpy
 arrays for every string: 14 s and 0.7 GB for Gemma's vocabulary, where this takes a fraction of a second.
@@ -64,12 +64,12 @@ class GgufFile:
 def read_gguf(path: Path) -> GgufFile:
     """Read the header of the GGUF file at `path`.
 
-    Raises CheckpointError, naming the file, if it is no GGUF file, truncated or corrupt.
+    Raises CheckpointError, naming the file, if it is not a GGUF file, or truncated or corrupt.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Parser(path, data).parse()
-    except ValueError as error:  # what mmap says of an empty file, and numpy and enums of nonsense
+    except ValueError as error:  # from mmap for an empty file, from NumPy and enums for invalid values
         raise CheckpointError(f"{path}: not a usable GGUF file ({error}); fetch it again") from error
     except OSError as error:
         raise CheckpointError(f"{path}: can't be read: {error.strerror}") from error
@@ -103,7 +103,7 @@ class _Parser:
         start = -(-self._at // alignment) * alignment
         tensors = {entry.name: self._placed(entry, start) for entry in entries}
         if len(tensors) != len(entries):
-            raise ValueError("two tensors have the same name")
+            raise ValueError("duplicate tensor name")
         return GgufFile(self._path, metadata, tensors)
 
     def _take(self, count: int) -> bytes:

@@ -101,7 +101,7 @@ def _text_config(path: Path, config: dict[str, Any]) -> tuple[Any, dict[str, Any
 
 
 def _is_packed_release(path: Path, config: dict[str, Any]) -> bool:
-    """Whether the weights are packed integers (`quant_method` "gemma"); refuses every other quantisation."""
+    """True if the weights are quantised integers (`quant_method` "gemma"); refuses other quantisations."""
     text = config.get("text_config", {})
     quantization = config.get("quantization_config") or text.get("quantization_config")
     if quantization is None:
@@ -121,7 +121,9 @@ def _read_shards(path: Path) -> dict[str, TensorEntry]:
     for shard in _shard_files(path):
         for name, entry in read_safetensors(shard).items():
             if name in entries:
-                raise CheckpointError(f"{shard}: tensor {name} is in {entries[name].file.name} too")
+                raise CheckpointError(
+                    f"{shard}: tensor {name} is also in {entries[name].file.name}; fetch the folder again"
+                )
             entries[name] = entry
     return entries
 
@@ -141,7 +143,7 @@ def _shard_files(path: Path) -> list[Path]:
 
 
 def _prefix(path: Path, entries: Mapping[str, TensorEntry]) -> str:
-    """What stands before the text decoder's tensor names in this kind of repository."""
+    """The prefix of the text decoder's tensor names in this type of repository."""
     stem = huggingface_name("final_norm")
     for prefix in _PREFIXES:
         if prefix + stem in entries:
@@ -158,7 +160,7 @@ def _tensor(folder: _Folder, name: str, shape: tuple[int, ...], norm_added: floa
         raise CheckpointError(f"{folder.path}: tensor {source} is in none of the safetensors files")
     if entry.shape != shape:
         raise CheckpointError(
-            f"{entry.file}: tensor {source} has shape {entry.shape} where config.json asks for {shape}"
+            f"{entry.file}: tensor {source} has shape {entry.shape} but config.json requires {shape}"
         )
     stored = Stored(entry.file, source, entry.offset, entry.size // shape[0])
     added = norm_added if name.endswith("norm") else 0.0

@@ -21,7 +21,7 @@ _SMALLEST_NORMAL = np.float32(2.0**-14)  # of float16
 
 
 def carried(codes: NDArray[np.int8], scales: Floats, on_grid: NDArray[np.bool_]) -> CodeRows:
-    """The same values with scales that are not negative, where that is possible.
+    """The same values with non-negative scales, where that is possible.
 
     `codes` int8 [rows, groups, 32], `scales` float32 [rows, groups] of either sign, `on_grid` bool [rows,
     groups]. Groups whose scale is 0 get zero codes and the smallest normal scale (LiteRT refuses 0 too).
@@ -35,7 +35,7 @@ def carried(codes: NDArray[np.int8], scales: Floats, on_grid: NDArray[np.bool_])
 
 
 def q4_0_grid(values: Floats) -> tuple[NDArray[np.int8], Floats, NDArray[np.bool_]]:
-    """Codes and scales of bfloat16 values, float32 `values` [rows, width], and whether they give them back.
+    """Codes and scales of bfloat16 values, float32 `values` [rows, width], and where they are exact.
 
     Returns int8 [rows, groups, 32], float32 [rows, groups] (float16 values of either sign) and bool [rows,
     groups]. Tries d = peak / -8, then positive scales that put the peak on a smaller code.
@@ -62,7 +62,7 @@ def _float16(values: Floats) -> Floats:
 
 
 def _fit(blocks: Floats, scales: Floats) -> tuple[NDArray[np.int8], NDArray[np.bool_]]:
-    """The nearest codes, and for each block whether scale * code, rounded to bfloat16, is the block."""
+    """The nearest codes, and where scale * code, rounded to bfloat16, equals the block."""
     divisors = np.where(scales == 0, np.float32(1), scales)[:, None]
     codes = np.clip(np.rint(blocks / divisors), _LOW, _HIGH)
     with np.errstate(invalid="ignore", over="ignore"):
@@ -115,7 +115,7 @@ class GridTensor(StoredTensor):
 
 
 class _GridCodes(ExactCodes):
-    """Codes found again in the values of a `GridTensor`."""
+    """Codes recovered from the values of a `GridTensor`."""
 
     bits, group, scale_type = 4, GROUP, "F16"
 

@@ -1,7 +1,7 @@
-"""The header of a safetensors file: where its tensors lie.
+"""The header of a safetensors file: the positions of its tensors.
 
 The `safetensors` package checks the file (https://github.com/huggingface/safetensors#format); it does not
-tell offsets and has no bfloat16 for numpy, so the header's JSON is read here once it has been checked.
+give offsets and has no bfloat16 for NumPy, so the header's JSON is read here once it has been checked.
 """
 
 from __future__ import annotations

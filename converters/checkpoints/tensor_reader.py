@@ -1,7 +1,7 @@
-"""Bytes of a tensor in a file, turned to float32 a slice of rows at a time.
+"""Bytes of a tensor in a file, converted to float32 a slice of rows at a time.
 
-Slices are read, not mapped: the resident set is the slice, however big the file, and a file that is cut
-short while it is read gives an error instead of a bus error.
+Slices are read, not mapped: the resident set is the slice, whatever the size of the file, and a file that
+is truncated while it is read gives an error instead of a bus error.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies: `row_bytes` bytes for each index of the first dimension, from `offset` on."""
+    """Where a tensor is stored: `row_bytes` bytes for each index of the first dimension, from `offset` on."""
 
     file: Path
     name: str
@@ -32,7 +32,7 @@ class Stored:
     def read(self, start: int, stop: int) -> Bytes:
         """Bytes of rows `start` to `stop` as uint8 [stop - start, row_bytes].
 
-        Raises CheckpointError if the file can't be read or ends too soon.
+        Raises CheckpointError if the file can't be read or is truncated.
         """
         count = (stop - start) * self.row_bytes
         try:
@@ -40,14 +40,15 @@ class Stored:
         except OSError as error:
             raise CheckpointError(f"{self.file}: tensor {self.name}: can't be read: {error}") from error
         if raw.size != count:
-            raise CheckpointError(f"{self.file}: tensor {self.name}: the file ends too soon; fetch it again")
+            raise CheckpointError(f"{self.file}: tensor {self.name}: the file is truncated; fetch it again")
         return raw.reshape(stop - start, self.row_bytes)
 
 
 class StoredTensor(LazyTensor):
     """A tensor of one file, decoded by `decode`: uint8 [rows, row_bytes] -> float32 [rows, ...].
 
-    `added` is added to every value (1 for the norms of Gemma 3's safetensors, which store w and mean 1 + w).
+    `added` is added to every value (1 for the norms of Gemma 3's safetensors, which store w for a factor of 1
+    + w).
     """
 
     def __init__(

@@ -20,7 +20,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in the file at `path`; raises CheckpointError if it can't be read or is none."""
+    """The JSON object in the file at `path`; raises CheckpointError if it can't be read or is not one."""
     try:
         data = json.loads(read_bytes(path))
     except (ValueError, RecursionError) as error:

@@ -1,8 +1,8 @@
 """Describes a TFLite model: subgraphs with a signature each, small constants, and weights kept outside.
 
 A weight is a `Region`: a name and a byte count. Its bytes never pass through here; `writer` appends them
-to the file and tells `Model.pack` where they stand. Every subgraph that names a region shares it.
-Shapes are checked as far as the builder needs them; LiteRT checks the rest when it loads the file.
+to the file and tells `Model.pack` where they are. Every subgraph that names a region shares it.
+Shapes are checked only where the builder needs them; LiteRT checks the rest when it loads the file.
 Schema: schema.fbs of TensorFlow Lite, through the classes that `converters.tflite.schema` loads.
 """
 
@@ -26,7 +26,7 @@ _TYPES = {"float32": 0, "float16": 1, "int32": 2, "int8": 9, "int4": 17, "int2":
 
 @dataclass(frozen=True)
 class Region:
-    """Bytes outside the flatbuffer, shared by all who name it."""
+    """Bytes outside the flatbuffer, shared by all subgraphs that name it."""
 
     name: str
     size: int

@@ -1,7 +1,7 @@
-"""The TFLite schema's generated classes, out of `ai-edge-litert` but without its inference library.
+"""The TFLite schema's generated classes, from `ai-edge-litert` but without its inference library.
 
-Importing that package loads the library; the schema is one plain Python file in it, loaded by itself here, so
-that a conversion runs where LiteRT can't.
+Importing that package loads the library; the schema is one plain Python file in it, loaded on its own here,
+so that a conversion runs where LiteRT can't.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Writes a TFLite file whose weights stand behind the flatbuffer, one weight at a time.
+"""Writes a TFLite file whose weights follow the flatbuffer, one weight at a time.
 
-Layout: the flatbuffer (identifier TFL3), then each region at a multiple of 64 bytes. Nothing but the
-flatbuffer and the weight in hand is in memory, so the file may be of any size.
+Layout: the flatbuffer (identifier TFL3), then each region at a multiple of 64 bytes. Only the
+flatbuffer and the current weight are in memory, so the file can be of any size.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _flatbuffer_size(model: Model, channels: Mapping[str, int]) -> int:
 
 
 class ModelWriter:
-    """Lays out `model` at `path`; then `write` takes each region's bytes in any order, and `finish` ends it.
+    """Lays out `model` at `path`; `write` takes the bytes of regions in any order, `finish` ends the file.
 
     `channels` gives the number of per-channel scales under each scales key.
     """
@@ -57,7 +57,7 @@ class ModelWriter:
         raw = memoryview(data)
         done = self._sizes[name] - self._left[name]
         if len(raw) > self._left[name]:
-            raise ValueError(f"region {name} takes {self._sizes[name]} bytes, {done + len(raw)} were given")
+            raise ValueError(f"region {name} has {self._sizes[name]} bytes, {done + len(raw)} were given")
         self._file.seek(self.offsets[name] + done)
         self._file.write(raw)
         self._left[name] -= len(raw)
@@ -81,7 +81,7 @@ class ModelWriter:
         self._file.write(self._flatbuffer)
 
     def scales_offset(self, key: str) -> int:
-        """Where in the finished file the per-channel scales of `key`, float32, stand."""
+        """The position of the per-channel scales of `key`, float32, in the finished file."""
         return self._flatbuffer.index(self._scales[key].tobytes())
 
     def close(self) -> None:

@@ -86,7 +86,7 @@ BAD: dict[str, tuple[Damage, str]] = {
     "a missing tensor": (change_tensor(UP, None), f": tensor {UP} is in none of the safetensors files"),
     "a wrong shape": (
         change_tensor(UP, lambda a: a[:-1]),
-        f"tensor {UP} has shape (63, 64) where config.json asks",
+        f"tensor {UP} has shape (63, 64) but config.json requires",
     ),
     "NaN in a matrix": (change_tensor(UP, with_value(np.nan)), f"tensor {UP}: has NaN or infinite values"),
     "infinity in the table": (
@@ -100,12 +100,15 @@ BAD: dict[str, tuple[Damage, str]] = {
     ),
     "Gemma 4 31B": (
         change_config(attention_k_eq_v=True, hidden_size_per_layer_input=0),
-        "attention_k_eq_v = True is of the bigger Gemma 4 (12B, 26B, 31B); E2B and E4B are supported",
+        "attention_k_eq_v = True belongs to the larger Gemma 4 models (12B, 26B, 31B); only E2B and E4B",
     ),
-    "Gemma 4 26B": (change_config(enable_moe_block=True), "enable_moe_block = True is of the bigger Gemma 4"),
+    "Gemma 4 26B": (
+        change_config(enable_moe_block=True),
+        "enable_moe_block = True belongs to the larger Gemma 4",
+    ),
     "Gemma 4 12B": (
         change_config(hidden_size_per_layer_input=0),
-        "hidden_size_per_layer_input = 0 is of the bigger Gemma 4",
+        "hidden_size_per_layer_input = 0 belongs to the larger Gemma 4",
     ),
 }
 
@@ -143,7 +146,7 @@ def test_nan_in_a_scale_of_the_mobile_release_is_refused_too(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("fields", "tensors", "said"),
     [
-        ({"gemma4.expert_count": 128}, {}, "gemma4.expert_count = 128 is of the bigger Gemma 4"),
+        ({"gemma4.expert_count": 128}, {}, "gemma4.expert_count = 128 belongs to the larger Gemma 4"),
         ({}, {"blk.3.ffn_up.weight": None}, "tensor blk.3.ffn_up.weight is missing"),
         (
             {},

@@ -199,7 +199,7 @@ def test_the_same_checkpoint_and_text_give_the_same_bytes(tmp_path: Path) -> Non
     assert len(digests) == 1
 
 
-def test_the_manifest_says_what_was_calibrated_on_and_inspect_shows_it(tmp_path: Path) -> None:
+def test_the_manifest_and_inspect_name_the_calibration_text(tmp_path: Path) -> None:
     source, target = str(FIXTURES / GEMMA3), str(tmp_path / "bundle")
     text = tmp_path / "notes.txt"
     text.write_text(TEXT.content)
@@ -212,7 +212,7 @@ def test_the_manifest_says_what_was_calibrated_on_and_inspect_shows_it(tmp_path:
     assert notes["sha256"] == file_digest(text)
     assert notes["tokens"] >= 4 * 512
     assert 0 < notes["output_errors"]["down"] < 0.5
-    assert any("output error" in line for line in json.loads(result.output)["errors"])
+    assert any("output error" in line for line in json.loads(result.stdout)["errors"])
     shown = CliRunner().invoke(main, ["inspect", target]).output
     assert f"calibrated on {text}, {notes['tokens']:,} tokens" in shown
 
@@ -220,8 +220,14 @@ def test_the_manifest_says_what_was_calibrated_on_and_inspect_shows_it(tmp_path:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "notes.txt: has 0 tokens, calibration needs 2044; give a longer text, or --calibrate without"),
-        (b"The pump is loud. " * 20, r"notes.txt: has \d+ tokens, calibration needs 2044; give a longer"),
+        (
+            b"",
+            "notes.txt: has 0 tokens, calibration needs at least 2044; give a longer text",
+        ),
+        (
+            b"The pump is loud. " * 20,
+            r"notes.txt: has \d+ tokens, calibration needs at least 2044;",
+        ),
         (b"caf\xe9", "notes.txt: byte 3 is not UTF-8; save the text as UTF-8"),
         (None, "notes.txt: can't be read: No such file or directory"),
     ],
@@ -238,7 +244,9 @@ def test_a_text_that_can_not_be_used_is_one_line_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == ([] if content is None else [text])
 
 
-def test_packed_integers_are_kept_and_so_there_is_nothing_to_calibrate(tmp_path: Path) -> None:
+def test_calibrating_the_mobile_release_is_refused(tmp_path: Path) -> None:
     write_packed_release(tmp_path / "packed")
-    with pytest.raises(EdgeError, match="packed: its own integers are kept; leave --calibrate out"):
+    with pytest.raises(
+        EdgeError, match="packed: all its stored integers are kept, so nothing is left to calibrate"
+    ):
         convert(open_checkpoint(tmp_path / "packed"), tmp_path / "bundle", "mobile", 128, calibration=TEXT)

@@ -169,8 +169,8 @@ def test_a_head_of_its_own_is_read_if_the_config_unties_it(tmp_path: Path) -> No
         (GEMMA3, {"hidden_activation": "silu"}, "hidden_activation"),
         (GEMMA3, {"hidden_size": None}, "hidden_size is missing"),
         (GEMMA3, {"hidden_size": -64}, "hidden_size = -64 is out of range"),
-        (GEMMA3, {"hidden_size": 96}, "config.json asks for (512, 96)"),
-        (GEMMA3, {"vocab_size": 262144}, "config.json asks for (262144, 64)"),
+        (GEMMA3, {"hidden_size": 96}, "config.json requires (512, 96)"),
+        (GEMMA3, {"vocab_size": 262144}, "config.json requires (262144, 64)"),
         (GEMMA3, {"layer_types": ["sliding_attention"]}, "layer_types must list 7 layers"),
         (GEMMA3, {"layer_types": ["linear_attention"] * 7}, "linear_attention"),
         (GEMMA3, {"quantization_config": {"quant_method": "bitsandbytes"}}, "quant_method 'bitsandbytes'"),
@@ -222,7 +222,7 @@ def write(name: str, text: str) -> Callable[[Path], object]:
             lambda folder: shutil.copy(
                 folder / "model-00001-of-00003.safetensors", folder / "model-00002-of-00003.safetensors"
             ),
-            "is in model-00001-of-00003.safetensors too",
+            "is also in model-00001-of-00003.safetensors",
         ),
     ],
 )
@@ -258,7 +258,7 @@ def test_a_file_that_shrinks_after_it_was_opened_is_refused(tmp_path: Path) -> N
     checkpoint = open_checkpoint(folder)
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(CheckpointError, match="ends too soon"):
+    with pytest.raises(CheckpointError, match="the file is truncated"):
         [tensor.array() for tensor in checkpoint.tensors.values()]
 
 

@@ -67,7 +67,9 @@ def factors_for(checkpoint: Checkpoint, name: str, rank: int = 2) -> tuple[Any, 
 
 
 @pytest.mark.parametrize("name", [GEMMA3, GEMMA4])
-def test_a_bundle_with_an_adapter_says_what_peft_and_transformers_say(name: str, tmp_path: Path) -> None:
+def test_a_bundle_with_an_adapter_computes_what_peft_and_transformers_compute(
+    name: str, tmp_path: Path
+) -> None:
     """Among what the second one has: rsLoRA, ranks and alphas by module, per-layer projections."""
     merged = merge_adapter(open_checkpoint(FIXTURES / name), ADAPTERS / name)
     convert(merged, tmp_path / "bundle", "float32", 128)
@@ -106,7 +108,7 @@ def test_any_slice_of_merged_rows_is_the_formula(
     np.testing.assert_allclose(tensor.rows(start, stop), expected[start:stop], rtol=1e-4, atol=1e-4)
 
 
-def test_other_tensors_stay_what_they_were() -> None:
+def test_other_tensors_are_unchanged() -> None:
     checkpoint = open_checkpoint(FIXTURES / GEMMA3)
     merged = merge_adapter(checkpoint, ADAPTERS / GEMMA3)
     same = {name for name, tensor in merged.tensors.items() if tensor is checkpoint.tensors[name]}
@@ -192,7 +194,7 @@ def refusal(folder: Path, checkpoint: Checkpoint | None = None) -> str:
             "lora_alpha of model.layers.0.self_attn.q_proj is None, not a positive number",
         ),
         ({"alpha_pattern": {"q_proj": "x"}}, "lora_alpha of model.layers.0.self_attn.q_proj is 'x'"),
-        ({"rank_pattern": {"(": 2}}, "rank_pattern has no valid pattern"),
+        ({"rank_pattern": {"(": 2}}, "rank_pattern has an invalid pattern"),
         ({"rank_pattern": [2]}, "rank_pattern must be an object"),
     ],
 )
@@ -231,11 +233,11 @@ def rename(arrays: dict[str, NDArray[Any]], old: str, new: str) -> None:
         (lambda a: a.pop(f"{Q_PROJ}.lora_B.weight"), "q_proj has lora_A only; fetch it again"),
         (
             lambda a: a.update({f"{Q_PROJ}.lora_A.weight": np.ones((2, 65), np.float32)}),
-            "lora_A.weight is F32 of shape (2, 65); rank 2 and this model ask for (2, 64)",
+            "lora_A.weight is F32 of shape (2, 65); rank 2 and this model require (2, 64)",
         ),
         (
             lambda a: a.update({f"{Q_PROJ}.lora_B.weight": np.ones((128, 3), np.float32)}),
-            "lora_B.weight is F32 of shape (128, 3); rank 2 and this model ask for (128, 2)",
+            "lora_B.weight is F32 of shape (128, 3); rank 2 and this model require (128, 2)",
         ),
         (
             lambda a: a.update({f"{Q_PROJ}.lora_A.weight": np.ones((2, 64), np.int8)}),
@@ -251,7 +253,7 @@ def rename(arrays: dict[str, NDArray[Any]], old: str, new: str) -> None:
         ),
         (
             lambda a: rename(a, "model.layers.0", "model.vision_tower.layers.0"),
-            "adapts nothing of the text decoder",
+            "has no module of the text decoder",
         ),
     ],
 )
@@ -277,7 +279,7 @@ def test_an_adapter_of_another_model_is_refused_by_module() -> None:
 def test_a_packed_release_takes_no_adapter(tmp_path: Path) -> None:
     write_packed_release(tmp_path / "model")
     message = refusal(ADAPTERS / GEMMA4, open_checkpoint(tmp_path / "model"))
-    assert message.startswith(f"{tmp_path}/model: holds packed integers, to which nothing can be added")
+    assert message.startswith(f"{tmp_path}/model: holds quantised integers, to which nothing can be added")
 
 
 @pytest.mark.parametrize("missing", ["adapter_config.json", WEIGHTS])
