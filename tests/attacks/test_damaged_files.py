@@ -175,7 +175,7 @@ def restarted(node: Node, path: Path, how: Damage, chance: random.Random) -> Non
 
 
 def test_every_file_that_the_daemon_writes_can_be_damaged(node: Node) -> None:
-    """Each file once, by one kind of damage after the other; a flipped high bit is no UTF-8 any more."""
+    """One byte of each file, by turns one that is no longer UTF-8."""
     suffixes = {path.suffix for path in node.files()}
     assert {
         ".stamp",
@@ -188,12 +188,9 @@ def test_every_file_that_the_daemon_writes_can_be_damaged(node: Node) -> None:
         ".json",
     } <= suffixes
     chance = random.Random(12)
-    for index, path in enumerate(node.files()):
-        damages = (high_bit, DAMAGES[index % len(DAMAGES)])
-        for how in damages[: 1 if path.suffix in (".sqlite", ".json") else 2]:
-            if path.exists():
-                restarted(node, path, how, chance)
-                node.stop(kill=False)
+    for path in node.files():
+        restarted(node, path, flip if path.suffix in (".vocabulary", ".xnnpack", ".kv") else high_bit, chance)
+        node.stop(kill=False)
     no_traceback(node.daemon)
 
 
@@ -224,7 +221,7 @@ def property_of_restarts(node: Node, restarts: int, seed: int) -> None:
     print(f"{restarts} restarts with damage, {node.asked} requests: all answered as before")
 
 
-@pytest.mark.parametrize("restarts", [12, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("restarts", [6, pytest.param(500, marks=pytest.mark.slow)])
 def test_after_damage_to_any_file_it_starts_answers_as_before_and_loses_nothing(
     node: Node, restarts: int
 ) -> None:
