@@ -95,6 +95,8 @@ class GrammarWorker:
         Raises RequestError("bad_request") if the format can't be followed within the worker's limits,
         WorkerKilled if something else ended the worker, and Interruption.
         """
+        if self._user is not user:
+            self._finish_last_answer()
         if self._channel is None:
             self._connect(user.interrupted)
         try:
@@ -127,6 +129,18 @@ class GrammarWorker:
         if refusal is not None:
             raise RequestError("bad_request", refusal)
         return result
+
+    def _finish_last_answer(self) -> None:
+        """Drop a reply that the last answer did not wait for; replace a child that still computes it.
+
+        Otherwise the next answer would wait for it, and be refused if it passes the child's limits.
+        """
+        if self._channel is not None and self._another_reply:
+            try:
+                self._channel.receive(_waiting(lambda: None, 0.0))
+                self._another_reply = False
+            except (EOFError, ConnectionError, TimeoutError):
+                self._disconnect()
 
     def _connect(self, interrupted: Interrupted) -> int:
         """Get a new child; returns how the last one ended."""
