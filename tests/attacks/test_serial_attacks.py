@@ -172,8 +172,8 @@ def test_half_frames_and_a_daemon_that_is_killed_while_requests_wait_lose_no_req
     chance = random.Random(3)
     names = [f"r{number}" for number in range(12)]
     with lines.board("none") as board:
-        for kill in range(3):
-            for name in names[kill::3]:
+        for kill in range(2):  # a third would suspend the client
+            for name in names[kill::2]:
                 frame = encode(request(name, max_tokens=300))
                 board.write(frame[: chance.randrange(1, len(frame) - 1)] + b"\n" + frame)
                 assert board.receive("ack")["id"] == name
@@ -187,5 +187,6 @@ def test_half_frames_and_a_daemon_that_is_killed_while_requests_wait_lose_no_req
                 assert answers.setdefault(answer["id"], answer) == answer, "two different answers"
         assert "cut" not in answers
     failed = [answer for answer in answers.values() if answer["type"] == "error"]
-    assert all(answer["code"] == "internal" and "ended" in answer["message"] for answer in failed)
+    assert [answer for answer in failed if "2 times" not in answer["message"]] == []  # in work at both kills
+    assert len(failed) <= 1
     lines.neighbour_is_answered()
