@@ -137,4 +137,4 @@ def one_answer_each(what: str, load: MqttLoad, others: list[Answer]) -> None:
     print(f"{what}: {dict(kinds)}; {load.copies} copies were ignored")
     assert set(kinds) <= {"final", "internal", "unavailable"}
     for answer in answers:  # work on it was killed twice, or work on three of its client
-        assert isinstance(answer, Final) or re.search("ended [23] times", getattr(answer, "message", ""))
+        assert isinstance(answer, Final) or re.search("crashed [23] times", getattr(answer, "message", ""))
