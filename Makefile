@@ -13,7 +13,7 @@ WORKERS ?= $(shell expr $$(nproc) + 1)
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install system lint test test-all test-pythons test-arm64 test-system fuzz soak deb demo bench bench-e2b bench-check adapter adapter-score clean
+.PHONY: help install system lint test test-all coverage test-pythons test-arm64 test-system fuzz soak deb demo bench bench-e2b bench-check adapter adapter-score clean
 
 help: ## show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -37,8 +37,11 @@ lint: $(STAMP) ## format and lint checks, strict types
 test: $(STAMP) system lint ## lint, types and the fast tests
 	$(PYTEST)
 
-test-all: $(STAMP) system lint ## the slow tests too
-	$(PYTEST) -m ''
+test-all: $(STAMP) system lint ## the slow tests too, and more examples of each property
+	$(PYTEST) -m '' --hypothesis-profile=thorough
+
+coverage: $(STAMP) system ## the fast tests with branch coverage of edge/ and converters/, child processes included
+	$(PYTEST) --cov --cov-report=term:skip-covered
 
 PYTHONS := 3.11 3.12 3.13
 

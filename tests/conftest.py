@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -22,9 +23,11 @@ def pytest_configure() -> None:
     scratch.share()
 
 
-# On a busy machine a slow example is not a failure.
-settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("busy")
+# On a busy machine a slow example is not a failure. `make test-all` takes the thorough profile.
+BUSY: Any = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("fast", max_examples=40, **BUSY)
+settings.register_profile("thorough", max_examples=300, **BUSY)
+settings.load_profile("fast")
 
 
 @pytest.fixture

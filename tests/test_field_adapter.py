@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import adapters.field_270m
@@ -137,7 +137,6 @@ def judged(report: Understood, asked: Collection[str]) -> dict[str, str]:
     return {"fault": fault, "trend": "unknown", "status": "unknown"}
 
 
-@settings(max_examples=150, deadline=None)
 @given(worlds, st.integers(0, 2**32))
 def test_the_answer_is_what_the_text_alone_calls_for(world: World, seed: int) -> None:
     for scenario in some(world, seed, 14):

@@ -35,7 +35,7 @@ def test_a_file_is_read_up_to_its_limit_and_refused_above_it(tmp_path: Path) -> 
         read_regular(path, 4)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(content=st.text(), damaged=st.binary())
 def test_a_stamp_matches_only_what_was_written(
     tmp_path_factory: pytest.TempPathFactory, content: str, damaged: bytes

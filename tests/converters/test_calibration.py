@@ -55,7 +55,7 @@ def objective_of(x: Floats, damping: float = 0.01) -> Objective:
     rows=st.integers(32, 64),
     blocks=st.integers(1, 3),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_codes_for_an_objective_lose_no_more_than_nearest_codes(
     seed: int, format: Format, rows: int, blocks: int
 ) -> None:

@@ -21,7 +21,7 @@ def positive_definite(seed: int, size: int) -> Floats:
 
 
 @given(seed=st.integers(0, 99), size=st.sampled_from([1, 63, 64, 65, 200]))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_the_factor_is_numpy_s_and_its_upper_triangle_is_zero(seed: int, size: int) -> None:
     matrix = positive_definite(seed, size)
     lower_only = np.tril(matrix)
@@ -37,7 +37,7 @@ def test_a_matrix_that_is_not_positive_definite_is_refused() -> None:
 
 
 @given(seed=st.integers(0, 99), rows=st.integers(1, 5), size=st.sampled_from([1, 64, 65, 200]))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_a_solution_multiplied_by_the_matrix_is_the_right_side(seed: int, rows: int, size: int) -> None:
     matrix, right = positive_definite(seed, size), random(seed + 1, rows, size)
     factor = cholesky(matrix)

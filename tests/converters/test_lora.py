@@ -81,7 +81,7 @@ def test_a_bundle_with_an_adapter_computes_what_peft_and_transformers_compute(
         assert np.abs(file["logits"][: len(ids)] - expected).max() > 5
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     rank=st.integers(1, 9),
     alpha=st.floats(0.125, 64),

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from converters.calibration.mixed_precision import FormatOption, choose_formats, formats_of, sensitivities
@@ -56,7 +56,6 @@ def divergence(chosen: dict[str, FormatOption]) -> float:
 
 
 @given(choices=MATRICES, budget=st.integers(0, 30_000))
-@settings(deadline=None)
 def test_the_choice_is_within_the_budget_and_no_better_option_fits(
     choices: dict[str, list[FormatOption]], budget: int
 ) -> None:

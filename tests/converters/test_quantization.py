@@ -35,7 +35,7 @@ weights = arrays(
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 @given(values=weights)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_finite_weights_give_codes_in_range_and_positive_normal_scales(
     format: Format, values: NDArray[np.float32]
 ) -> None:
@@ -51,7 +51,7 @@ def test_any_finite_weights_give_codes_in_range_and_positive_normal_scales(
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 @given(values=weights)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_codes_are_the_nearest_to_the_weights_under_the_stored_scale(
     format: Format, values: NDArray[np.float32]
 ) -> None:

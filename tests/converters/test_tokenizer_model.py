@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
@@ -174,7 +174,6 @@ def small(name: str, edit: Callable[[dict[str, Any]], object], folder: Path) -> 
     return folder / name
 
 
-@settings(max_examples=200, deadline=None)
 @given(
     text=st.text(st.characters(exclude_categories=["Cs"]))
     | st.lists(st.sampled_from([" ", "\n", "\t", "the", "sensor", " is", "<eos>", "é"])).map("".join)
@@ -280,7 +279,6 @@ def test_a_tokenizer_model_that_encodes_otherwise_is_refused(options: dict[str, 
         from_sentencepiece(tmp_path / "tokenizer.model", 330)
 
 
-@settings(max_examples=100, deadline=None)
 @given(cut=st.integers(0, 9600), junk=st.binary(max_size=20))
 def test_a_damaged_tokenizer_model_is_refused(
     cut: int, junk: bytes, tmp_path_factory: pytest.TempPathFactory

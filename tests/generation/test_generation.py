@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -287,7 +287,7 @@ schemas = st.recursive(
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25)
 @given(schema=schemas, prompt=words)
 def test_forced_tokens_and_gathered_rows_change_no_greedy_answer(schema: dict[str, Any], prompt: str) -> None:
     request = Request("1", prompt=prompt, max_tokens=90, response_format=schema_format(schema))

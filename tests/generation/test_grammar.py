@@ -239,7 +239,6 @@ ENDLESS_LIST = {  # once cut off: what it forces was taken in other tokens than 
 }
 
 
-@settings(max_examples=150, deadline=None)
 @given(schema=objects(schemas), seed=st.integers(0, 2**32), extra=st.integers(0, 30))
 def test_json_is_valid_and_complete_within_the_shortest_budget_and_any_larger(
     schema: dict[str, Any], seed: int, extra: int
@@ -307,7 +306,6 @@ def test_a_repetition_in_a_pattern_hides_no_end(pattern: str, extra: int) -> Non
     assert parser.tool_calls
 
 
-@settings(max_examples=150, deadline=None)
 @given(schema=objects(schemas), seed=st.integers(0, 2**32), extra=st.integers(0, 30))
 @example(schema=ENDLESS_LIST, seed=0, extra=0)
 def test_tool_calls_are_valid_and_complete_within_the_budget(
@@ -324,7 +322,7 @@ def test_tool_calls_are_valid_and_complete_within_the_budget(
     assert all(valid(call.arguments, schema) for call in parser.tool_calls), parser.tool_calls
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(schema=objects(schemas), seed=st.integers(0, 2**32))
 def test_the_mask_the_list_and_the_check_agree_at_every_step(schema: dict[str, Any], seed: int) -> None:
     constraint = constrain(for_schema(schema), 400)  # so many that forced tokens need not be spared

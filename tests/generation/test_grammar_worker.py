@@ -100,7 +100,7 @@ def answer_of(constraint: Constraint, sampling: Sampling, seed: int, most: int) 
     return tokens
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     schema=local.objects(local.schemas),
     seed=st.integers(0, 2**32),

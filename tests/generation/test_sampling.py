@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -34,7 +34,6 @@ def plain_distribution(logits: Logits, sampling: Sampling, softcap: float | None
     return {token: weight / sum(kept.values()) for token, weight in kept.items()}
 
 
-@settings(max_examples=200, deadline=None)
 @given(
     count=st.integers(1, 3000),
     seed=st.integers(0, 2**32),

@@ -306,7 +306,7 @@ asking = st.tuples(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(asking, max_size=20))
 def test_every_accepted_request_gets_exactly_one_last_answer(
     actions: list[tuple[str, int, str, int | None]],

@@ -160,7 +160,7 @@ def test_what_comes_after_the_close_is_an_error_and_no_damage(path: Path) -> Non
     reopened.close()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_any_damage_to_the_files_still_gives_a_working_journal(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -184,7 +184,7 @@ def test_any_damage_to_the_files_still_gives_a_working_journal(data: st.DataObje
         reopened.close()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_a_power_cut_loses_nothing_that_waited_for_the_disk(data: st.DataObject) -> None:
     """The write-ahead log may be torn anywhere after its last fsync; all before that must be there."""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from edge.cli.daemon import daemon
@@ -784,7 +784,6 @@ def test_filters_that_do_not_overlap_stay_as_they_are() -> None:
     assert disjoint(["s/+/t", "s/+/u", "s", "$SYS/#"]) == ("s/+/t", "s/+/u", "s", "$SYS/#")
 
 
-@settings(max_examples=300)
 @given(
     st.lists(
         st.tuples(

@@ -76,7 +76,7 @@ class TestLogitsAgreeWithTransformers:
             logits = next(logits_after(d, ids, length))
             np.testing.assert_allclose(logits, expected[length], atol=FLOAT_TOLERANCE)
 
-    @settings(max_examples=15, deadline=None)
+    @settings(max_examples=15)
     @given(data=st.data())
     def test_in_any_mix_of_chunks(self, name: str, data: st.DataObject) -> None:
         ids, expected, _ = reference(name)

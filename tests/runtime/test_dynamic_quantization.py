@@ -6,7 +6,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -31,7 +31,6 @@ def head() -> tuple[NDArray[np.float64], CompiledModel, NDArray[np.float32], NDA
     return rows.astype(np.float64), model, signature.bind_new("hidden"), signature.bind_new("logits")
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.lists(NUMBERS, min_size=1, max_size=8))
 def test_a_row_is_rounded_as_xnnpack_rounds_it(numbers: list[float]) -> None:
     weights, model, hidden, logits = head()

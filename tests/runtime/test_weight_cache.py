@@ -45,7 +45,7 @@ def test_intact_weights_pass_the_check_of_every_block(packed: Path) -> None:
     assert whole_check(weights)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(at=st.integers(0, BLOCKS * BLOCK_BYTES + 16))
 def test_a_flipped_bit_is_found_at_the_start_or_while_idle(packed: Path, at: int) -> None:
     flip(packed, at)
@@ -81,7 +81,7 @@ def test_a_bit_that_flips_after_the_start_is_found_by_the_check_of_the_next_day(
         flip(packed, 3 * BLOCK_BYTES)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_a_stamp_that_was_changed_in_any_way_means_not_intact(packed: Path, data: st.DataObject) -> None:
     stamp = packed.with_suffix(".stamp")

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from edge.errors import BundleError, RequestError
@@ -219,7 +219,6 @@ def without_control_names(text: str) -> bool:
     return not any(name in text for name in ("<bos>", *real_vocabulary.GEMMA4_NAMES.values()))
 
 
-@settings(max_examples=150, deadline=None)
 @given(texts=st.lists(plain_text.filter(without_control_names), min_size=1, max_size=4))
 def test_cutting_at_control_tokens_gives_the_whole_texts_tokens(texts: list[str]) -> None:
     roles = ["user", "assistant"] * 4
@@ -349,7 +348,6 @@ values = st.recursive(
 )  # fmt: skip
 
 
-@settings(max_examples=200, deadline=None)
 @given(name=keys, arguments=st.dictionaries(keys, values, max_size=4))
 def test_a_call_that_is_written_is_read_back_the_same(name: str, arguments: dict[str, Any]) -> None:
     tokenizer = real_vocabulary.tokenizer("gemma4")
@@ -362,7 +360,6 @@ def test_a_call_that_is_written_is_read_back_the_same(name: str, arguments: dict
     assert json.dumps(found.arguments, sort_keys=True) == json.dumps(arguments, sort_keys=True)
 
 
-@settings(max_examples=300)
 @given(parts=st.lists(st.text("{}[],:ab1-.e ", max_size=8), max_size=5), wrap=st.booleans())
 def test_any_notation_is_read_or_refused(parts: list[str], wrap: bool) -> None:
     if wrap:

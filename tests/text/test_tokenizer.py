@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 
@@ -52,7 +52,6 @@ def test_gemma4_specials_are_where_published_and_recognised_only_by_number() -> 
     assert plain.control_id('<|"|>') == 52
 
 
-@settings(max_examples=300, deadline=None)
 @given(text=any_text | tricky_text)
 def test_any_text_comes_back_and_holds_no_control_token(text: str) -> None:
     gemma3 = real_vocabulary.tokenizer("gemma3")
@@ -93,7 +92,6 @@ def published(family: str) -> SentencePieceProcessor:
 
 
 @pytest.mark.parametrize("family", ["gemma3", "gemma4"])
-@settings(max_examples=400, deadline=None)
 @given(text=any_text | tricky_text | pieces_of_text)
 def test_encodes_and_decodes_as_sentencepiece_does(family: str, text: str) -> None:
     text = text.replace("\u2581", "").encode(errors="ignore").decode()
@@ -189,7 +187,6 @@ def streamed(tokens: list[int], stop: tuple[str, ...] = ()) -> tuple[list[str], 
     return [*(stream.push(token) for token in tokens), stream.finish()], stream
 
 
-@settings(max_examples=200, deadline=None)
 @given(tokens=st.lists(st.integers(0, 262143) | st.integers(238, 493)))
 def test_a_stream_of_any_tokens_is_their_text_in_whole_characters(tokens: list[int]) -> None:
     pieces, stream = streamed(tokens)
@@ -206,7 +203,6 @@ def first_stop(text: str, stops: tuple[str, ...]) -> int | None:
     return None
 
 
-@settings(max_examples=300, deadline=None)
 @given(
     text=st.text("ab\né") | st.text("ab", min_size=8),
     stops=st.lists(st.text("ab\né", min_size=1, max_size=4), max_size=3).map(tuple),
