@@ -1,4 +1,4 @@
-"""Prompt lookup: what it guesses, and when it keeps quiet."""
+"""Prompt lookup: which tokens it drafts, and when it drafts nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from edge.generation.drafting import DraftGate, PromptLookup
 few_tokens = st.lists(st.integers(0, 4), max_size=60)
 
 
-def test_what_followed_the_last_tokens_before_is_guessed() -> None:
+def test_the_draft_is_what_followed_the_last_tokens_earlier() -> None:
     lookup = PromptLookup([[1, 2, 3, 4, 5, 6, 9, 2, 3]])
     assert lookup.guess(3) == [4, 5, 6]
     lookup.extend([4, 5])
@@ -21,12 +21,12 @@ def test_what_followed_the_last_tokens_before_is_guessed() -> None:
     assert lookup.guess(2) == []
 
 
-def test_the_longest_match_wins_and_then_the_latest() -> None:
+def test_the_longest_match_wins_and_among_equals_the_latest() -> None:
     assert PromptLookup([[8, 1, 2, 3, 30, 7, 2, 3, 40, 8, 1, 2, 3]]).guess(1) == [30]
     assert PromptLookup([[9, 1, 2, 50, 9, 1, 2, 60, 9, 1, 2]]).guess(1) == [60]
 
 
-def test_earlier_answers_are_looked_up_but_never_run_over_their_end() -> None:
+def test_a_draft_from_an_earlier_answer_never_runs_past_its_end() -> None:
     answer = [10, 11, 12, 13]
     assert PromptLookup([answer, [5, 10, 11]]).guess(8) == [12, 13]
     assert PromptLookup([answer, [5, 12, 13]]).guess(8) == []
@@ -35,7 +35,7 @@ def test_earlier_answers_are_looked_up_but_never_run_over_their_end() -> None:
 
 
 @given(history=st.lists(few_tokens, max_size=4), grown=few_tokens, count=st.integers(1, 8))
-def test_a_guess_is_a_continuation_that_was_there(
+def test_every_draft_occurs_in_the_earlier_tokens(
     history: list[list[int]], grown: list[int], count: int
 ) -> None:
     lookup = PromptLookup(history)
@@ -49,7 +49,7 @@ def test_a_guess_is_a_continuation_that_was_there(
 
 
 def drafted_share(gate: DraftGate, accepted: list[int]) -> float:
-    """Of so many opportunities, how many were used."""
+    """The share of opportunities at which tokens were drafted."""
     used = 0
     for count in accepted:
         if gate.allows():
@@ -58,11 +58,11 @@ def drafted_share(gate: DraftGate, accepted: list[int]) -> float:
     return used / len(accepted)
 
 
-def test_drafting_that_is_accepted_goes_on() -> None:
+def test_drafting_continues_while_drafts_are_accepted() -> None:
     assert drafted_share(DraftGate(cost=2.0), [3] * 200) == 1
 
 
-def test_drafting_that_is_never_accepted_stops_but_is_tried_again() -> None:
+def test_drafting_stops_when_nothing_is_accepted_and_is_retried_later() -> None:
     gate = DraftGate(cost=2.0)
     assert 0 < drafted_share(gate, [0] * 2000) < 0.02
     assert not gate.pays
@@ -70,7 +70,7 @@ def test_drafting_that_is_never_accepted_stops_but_is_tried_again() -> None:
     assert gate.pays
 
 
-def test_drafting_at_a_loss_costs_little_and_at_a_gain_is_used() -> None:
+def test_drafting_is_used_when_it_pays_and_costs_little_when_it_does_not() -> None:
     chance = random.Random(1)
     loss = [chance.choice([0, 0, 0, 0, 2]) for _ in range(3000)]
     gain = [chance.choice([0, 2, 4, 7]) for _ in range(3000)]

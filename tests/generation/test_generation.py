@@ -64,7 +64,7 @@ def test_partials_add_up_to_the_text() -> None:
     assert completion.timings.first_token_ms >= completion.timings.prefill_ms > 0
 
 
-def test_the_same_seed_gives_the_same_answer_and_another_one_another() -> None:
+def test_equal_seeds_give_equal_answers_and_different_seeds_different_ones() -> None:
     def answer(seed: int) -> str:
         return run(generator(), Request("1", prompt="x", max_tokens=20, temperature=2.0, seed=seed))[1].text
 
@@ -72,7 +72,7 @@ def test_the_same_seed_gives_the_same_answer_and_another_one_another() -> None:
     assert len({answer(seed) for seed in range(5)}) > 1
 
 
-def test_a_stop_string_ends_the_answer_and_is_not_shown() -> None:
+def test_a_stop_string_ends_the_answer_and_is_not_part_of_it() -> None:
     whole = run(generator(), Request("1", prompt="abc", max_tokens=30))[1].text
     stop = whole[5:8]
     deltas, completion = run(generator(), Request("1", prompt="abc", max_tokens=30, stop=(stop,)))
@@ -87,7 +87,7 @@ def test_a_prompt_that_leaves_no_room_is_too_long() -> None:
     assert caught.value.code == "too_long"
 
 
-def test_a_context_larger_than_the_bundle_s_is_reported_and_the_bundle_s_used(
+def test_a_context_beyond_the_bundles_limit_is_reported_and_reduced_to_it(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     larger = Generator.open(bundles.small_bundle(bundles.SMALL[0]), bundles.cache_directory(), 1, 4096)
@@ -96,7 +96,7 @@ def test_a_context_larger_than_the_bundle_s_is_reported_and_the_bundle_s_used(
     larger.close()
 
 
-def test_the_context_ends_an_answer_with_length() -> None:
+def test_an_answer_that_fills_the_context_ends_with_length() -> None:
     _, completion = run(generator(), Request("1", prompt="word " * 30, max_tokens=4000))
     assert completion.finish_reason == "length"
     assert completion.usage.prompt + completion.usage.generated == 128
@@ -115,7 +115,7 @@ def test_an_interruption_takes_effect_within_one_step(polls: int) -> None:
     assert completion.usage.generated <= polls * generator().decoder.verify_width
 
 
-def test_a_repeated_beginning_is_not_computed_again() -> None:
+def test_a_repeated_prompt_prefix_is_not_computed_again() -> None:
     g = generator("gemma3-two-kv-heads")
     first = run(g, Request("1", prompt="same text. one", max_tokens=1))[1].usage
     again = run(g, Request("2", prompt="same text. two", max_tokens=1))[1].usage
@@ -123,7 +123,7 @@ def test_a_repeated_beginning_is_not_computed_again() -> None:
     assert 0 < again.cached < again.prompt
 
 
-def test_a_client_is_told_only_of_cached_tokens_that_it_has_sent_or_received_itself() -> None:
+def test_usage_reports_only_cached_tokens_that_the_client_itself_sent_or_received() -> None:
     g = generator("gemma3-one-kv-head")
 
     def cached(client: str | None, text: str) -> int:
@@ -138,7 +138,7 @@ def test_a_client_is_told_only_of_cached_tokens_that_it_has_sent_or_received_its
     assert cached(None, "same text. four") > 0
 
 
-def test_an_answer_can_be_looked_up_later_though_nobody_asked_for_more_than_its_completion() -> None:
+def test_an_answer_is_stored_for_lookup_when_its_caller_stops_at_the_completion() -> None:
     g = Generator.open(bundles.small_bundle("gemma3-one-kv-head"), bundles.cache_directory(), 2, None)
     answer = g.generate(Request("1", prompt="pump", max_tokens=5), lambda: None)
     completion = next(item for item in answer if isinstance(item, Completion))
@@ -161,7 +161,7 @@ def test_a_system_prompt_is_remembered_behind_a_wrapped_ring() -> None:
     assert third.text == second.text
 
 
-def test_behind_a_snapshot_quantised_logits_are_the_very_same(tmp_path: Path) -> None:
+def test_quantised_logits_after_a_snapshot_are_bit_identical(tmp_path: Path) -> None:
     system = Message("system", "You watch pumps and freezers in a long cold valley of machines. " * 2)
 
     def logits(cache: Path) -> tuple[int, NDArray[np.float32]]:
@@ -174,7 +174,7 @@ def test_behind_a_snapshot_quantised_logits_are_the_very_same(tmp_path: Path) ->
     np.testing.assert_array_equal(restored, computed)
 
 
-def test_a_word_that_two_questions_begin_with_is_no_snapshot_of_its_own(tmp_path: Path) -> None:
+def test_a_short_common_prefix_of_two_prompts_gets_no_snapshot(tmp_path: Path) -> None:
     g = Generator.open(bundles.small_bundle("gemma3-two-kv-heads"), tmp_path, 2, None)
     system = Message("system", "You watch pumps and freezers in a long cold valley of machines. " * 2)
     for text in ("pump one", "pump two"):
@@ -202,13 +202,13 @@ def test_answers_follow_their_schema(name: str, temperature: float) -> None:
         assert completion.usage.forced > 0
 
 
-def test_an_answer_that_cannot_end_in_time_says_length() -> None:
+def test_an_answer_that_cannot_be_completed_ends_with_length() -> None:
     request = Request("1", prompt="state", max_tokens=4, response_format=schema_format(SCHEMA))
     assert run(generator(), request)[1].finish_reason == "length"
 
 
 class _Plain:
-    """The same generator without shortcuts: every allowed token by mask, one step at a time, whole head."""
+    """A generator without shortcuts: full logits, a mask for every step, one token at a time."""
 
     def __init__(self, g: Generator) -> None:
         self.g = g
@@ -241,7 +241,7 @@ class _Plain:
 @pytest.mark.parametrize("name", bundles.SMALL)
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 @pytest.mark.parametrize("schema", [None, SCHEMA])
-def test_drafting_changes_no_answer(
+def test_drafting_does_not_change_answers(
     name: str, temperature: float, schema: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     g = generator(name)
@@ -289,7 +289,9 @@ schemas = st.recursive(
 
 @settings(max_examples=25)
 @given(schema=schemas, prompt=words)
-def test_forced_tokens_and_gathered_rows_change_no_greedy_answer(schema: dict[str, Any], prompt: str) -> None:
+def test_forced_tokens_and_gathered_head_rows_do_not_change_greedy_answers(
+    schema: dict[str, Any], prompt: str
+) -> None:
     request = Request("1", prompt=prompt, max_tokens=90, response_format=schema_format(schema))
     g = generator()
     fast = run(g, request)[1]

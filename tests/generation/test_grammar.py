@@ -1,6 +1,6 @@
-"""Grammars: sampled answers are valid, answers end complete, what can't be followed is refused.
+"""Grammars: sampled answers are valid and complete; unsupported formats are refused.
 
-Logits are random, so answers go where no trained model would: what holds for them holds for any model.
+Logits are random, so the answers reach states that a trained model would not reach.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def drawn(
     ids: list[int] | None = None,
     follow: bool = False,
 ) -> Step:
-    """Take what the decoder's loop would take, with the logits of `ids` or all logits."""
+    """Choose tokens as the decoder's loop does, from the logits of `ids` or from all logits."""
     if ids is not None:
         return take(constraint, sampler.sample(logits[ids], np.asarray(ids, np.int32)), follow)
     forced = constraint.forced()
@@ -121,7 +121,7 @@ def noise(random: np.random.Generator) -> NDArray[np.float32]:
 
 
 def generate(constraint: GrammarConstraint, seed: int, start: tuple[int, ...] = ()) -> list[int]:
-    """As the decoder does it, with noise for logits; forced and listed tokens are used at random or not."""
+    """Generate as the decoder does, from random logits; forced and listed tokens are used at random."""
     random, sampler = np.random.default_rng(seed), Sampler(Sampling(1.0, 64, 1.0, seed))
     tokens = list(start)
     follow(constraint, tokens)
@@ -280,7 +280,7 @@ REPETITIONS = (
 
 @pytest.mark.parametrize("pattern", REPETITIONS)
 @pytest.mark.parametrize("extra", [0, 9, 60])
-def test_a_repetition_in_a_pattern_hides_no_end(pattern: str, extra: int) -> None:
+def test_patterns_with_repetitions_complete_within_the_budget(pattern: str, extra: int) -> None:
     schema = {
         "type": "object",
         "properties": {"v": {"type": "string", "pattern": pattern}, "w": {"type": "string"}},
@@ -324,7 +324,7 @@ def test_tool_calls_are_valid_and_complete_within_the_budget(
 
 @settings(max_examples=60)
 @given(schema=objects(schemas), seed=st.integers(0, 2**32))
-def test_the_mask_the_list_and_the_check_agree_at_every_step(schema: dict[str, Any], seed: int) -> None:
+def test_mask_token_list_and_check_agree_at_every_step(schema: dict[str, Any], seed: int) -> None:
     constraint = constrain(for_schema(schema), 400)  # so many that forced tokens need not be spared
     for token in generate(constrain(for_schema(schema), 40), seed):
         logits = masked(constraint, np.zeros(small_tokenizer().vocabulary_size, np.float32))
@@ -339,7 +339,7 @@ def test_the_mask_the_list_and_the_check_agree_at_every_step(schema: dict[str, A
         constraint.accept([token])
 
 
-def test_where_a_control_token_is_due_only_that_one_is_listed() -> None:
+def test_a_required_control_token_is_the_only_one_listed() -> None:
     constraint = follow(constrain(for_tool({"properties": {"s": {"type": ["string", "null"]}}})), [CALL])
     follow(constraint, small_tokenizer().encode("call:f{s:"))
     listed = constraint.allowed()
@@ -349,7 +349,9 @@ def test_where_a_control_token_is_due_only_that_one_is_listed() -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("top_k", [1, 5, 64, 512])
-def test_choosing_draws_what_masking_everything_first_draws(temperature: float, top_k: int) -> None:
+def test_sampling_draws_the_same_tokens_as_sampling_from_masked_logits(
+    temperature: float, top_k: int
+) -> None:
     sampling = Sampling(temperature, top_k, 0.9, seed=3)
     random = np.random.default_rng(8)
     prefix = small_tokenizer().encode('{"status":"ok","reason":"the')
@@ -391,7 +393,7 @@ def test_the_completion_of_a_sensor_answer_is_the_shortest_text() -> None:
     assert len(completion) == len(real_vocabulary.tokenizer("gemma4").encode(shortest))
 
 
-def test_too_small_a_budget_gives_a_valid_beginning_and_says_so() -> None:
+def test_a_budget_that_is_too_small_gives_a_valid_prefix_and_reports_it() -> None:
     constraint = constrain(for_schema(SENSOR), 8)
     assert constraint.completion() is None
     answer = text_of(constraint, 1)
@@ -412,7 +414,7 @@ def test_json_object_regex_and_choice(seed: int) -> None:
     assert text_of(constrain(choice, 12), seed) in choices
 
 
-def test_where_an_answer_may_end_or_go_on_the_model_decides() -> None:
+def test_the_model_decides_where_an_answer_can_end_or_continue() -> None:
     constraint = constrain(asked(response_format={"type": "choice", "choice": ["yes", "yes please"]}))
     follow(constraint, small_tokenizer().encode("yes"))
     assert (constraint.accepting, constraint.complete) == (True, False)
@@ -421,7 +423,7 @@ def test_where_an_answer_may_end_or_go_on_the_model_decides() -> None:
     assert (constraint.accepting, constraint.complete) == (True, True)
 
 
-def test_a_token_that_is_not_allowed_is_not_accepted() -> None:
+def test_a_forbidden_token_is_not_accepted() -> None:
     constraint = constrain(for_schema(SENSOR))
     with pytest.raises(ValueError, match=f"token {CALL} is not allowed"):
         constraint.accept([CALL])
@@ -431,7 +433,7 @@ def test_a_token_that_is_not_allowed_is_not_accepted() -> None:
 TOOL = {"properties": {"s": {"type": "string"}, "n": {"type": "integer"}}, "required": ["n", "s"]}
 
 
-def test_with_tools_the_model_answers_or_calls_as_it_likes() -> None:
+def test_with_tools_the_model_chooses_between_text_and_a_call() -> None:
     constraint = constrain(for_tool(TOOL))
     assert constraint.accepting
     assert constraint.allowed() is None
@@ -442,7 +444,7 @@ def test_with_tools_the_model_answers_or_calls_as_it_likes() -> None:
     assert small_tokenizer().decode(constraint.forced()) == "call:f{n:"
 
 
-def test_a_call_is_not_begun_when_it_could_not_be_finished() -> None:
+def test_a_call_is_not_started_when_the_budget_cannot_finish_it() -> None:
     logits = np.zeros(small_tokenizer().vocabulary_size, np.float32)
     logits[CALL] = 9
     greedy = Sampler(Sampling())
@@ -458,7 +460,7 @@ def test_a_tool_without_parameters_is_called_without_arguments() -> None:
     assert parser.tool_calls == (ToolCall("ping", {}, "call_0"),)
 
 
-def test_thinking_comes_before_the_format_and_only_if_asked_for() -> None:
+def test_thinking_precedes_the_format_and_only_if_requested() -> None:
     schema = {"type": "json_object"}
     assert constrain(asked(response_format=schema)).validate([THOUGHT]) == 0
     constraint = follow(constrain(asked(response_format=schema, reasoning=True), 30), [THOUGHT])
@@ -470,7 +472,7 @@ def test_thinking_comes_before_the_format_and_only_if_asked_for() -> None:
     assert isinstance(json.loads(parser.text), dict)
 
 
-def test_a_prompt_that_ends_in_a_thought_is_gone_on_with() -> None:
+def test_a_prompt_that_ends_in_a_thought_is_continued() -> None:
     use = {"id": "c", "function": {"name": "f", "arguments": {"s": "", "n": 1}}}
     messages = [
         {"role": "user", "content": "x"},
@@ -486,7 +488,7 @@ def test_a_prompt_that_ends_in_a_thought_is_gone_on_with() -> None:
     assert small_tokenizer().decode(follow(constraint, [THOUGHT_END]).forced()) == "{"
 
 
-def test_a_closed_object_stays_open_where_closing_it_would_forbid_valid_answers() -> None:
+def test_additional_properties_are_allowed_where_forbidding_them_excludes_valid_answers() -> None:
     base = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
     more = {"type": "object", "properties": {"b": {"type": "integer"}}, "required": ["b"]}
     answer = small_tokenizer().encode('{"a":1,"b":2}')
@@ -527,7 +529,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_can_not_be_followed_is_refused_by_name(case: str) -> None:
+def test_an_unsupported_keyword_is_refused_by_name(case: str) -> None:
     request, message = REFUSED[case]
     with pytest.raises(RequestError, match=message) as caught:
         small().compile(format_of(request))
@@ -539,14 +541,14 @@ def test_what_can_not_be_followed_is_refused_by_name(case: str) -> None:
     "weird",
     [5, [], {"type": 5}, {"properties": [1]}, {"enum": 5}, {"anyOf": 5}, {"items": 5, "type": "array"}],
 )
-def test_schemas_of_the_wrong_shape_are_refused_not_crashed_on(weird: Any) -> None:
+def test_malformed_schemas_are_refused_without_a_crash(weird: Any) -> None:
     for request in (for_schema({"properties": {"x": weird}}), for_tool({"properties": {"x": weird}})):
         with pytest.raises(RequestError):
             small().compile(format_of(request))
 
 
 def chain(count: int, *wrapped: str) -> dict[str, Any]:
-    """A schema of references, one behind the other, each in `wrapped` (a key, its kind, more members)."""
+    """A schema with a chain of references, each inside `wrapped` (a key, its type, more members)."""
     definitions: dict[str, Any] = {f"a{count}": {"type": "string"}}
     for number in range(count):
         reference: Any = {"$ref": f"#/$defs/a{number + 1}"}
@@ -576,7 +578,7 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("case", BOMBS)
-def test_a_schema_that_would_take_all_memory_time_or_stack_is_refused(case: str) -> None:
+def test_a_schema_that_would_exhaust_memory_time_or_stack_is_refused(case: str) -> None:
     with pytest.raises(
         RequestError, match=r"more than 1024 objects|common multiple|chained too deep"
     ) as caught:
@@ -606,14 +608,14 @@ assert done == shapes
 """
 
 
-def test_the_largest_schemas_that_are_taken_leave_half_of_the_stack() -> None:
-    """In a process of its own, because it would end with the stack."""
+def test_the_largest_accepted_schemas_use_at_most_half_of_the_stack() -> None:
+    """Runs in its own process, because a stack overflow would end it."""
     ended = subprocess.run([sys.executable, "-c", LARGEST], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
 
 
 @pytest.mark.parametrize("multiple", [0.01, 0.25, 5, 15, 360, 1000, 86_400, 10**6, 1e-9])
-def test_multiples_that_people_use_are_followed(multiple: float) -> None:
+def test_common_values_of_multiple_of_are_supported(multiple: float) -> None:
     assert constrain(for_schema({"type": "number", "multipleOf": multiple})).allowed() is not None
 
 
@@ -632,7 +634,7 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("request_", HOSTILE)
-def test_hostile_formats_give_a_beginning_or_a_typed_error(request_: Request) -> None:
+def test_hostile_formats_give_a_valid_prefix_or_a_typed_error(request_: Request) -> None:
     logits = np.random.default_rng(1).normal(size=262144).astype(np.float32)
     try:
         constraint = constrain(request_, 30, real())
@@ -648,7 +650,7 @@ def test_requests_without_a_format_need_no_grammar() -> None:
     assert AnswerFormat.of(asked()) is None
 
 
-def test_a_compiled_grammar_serves_many_answers_until_it_is_forgotten() -> None:
+def test_a_compiled_grammar_is_reused_until_it_is_evicted() -> None:
     compiler = GrammarCompiler(small_tokenizer(), STOPS)
 
     def choice(number: int) -> AnswerFormat:

@@ -1,4 +1,4 @@
-"""Grammars in a worker: the same answers as in this process, and no format harms any other request."""
+"""Grammars in a worker: the answers equal those in this process; no format affects another request."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def child_of(worker: GrammarWorker) -> int:
 
 
 class Noise:
-    """Logits as a decoder gives them, from a seed: the n-th call gives the same to everybody."""
+    """Random logits from a seed: the n-th call returns the same values for equal seeds."""
 
     def __init__(self, seed: int) -> None:
         self._random = np.random.default_rng(seed)
@@ -82,7 +82,7 @@ class Noise:
 
 
 def answer_of(constraint: Constraint, sampling: Sampling, seed: int, most: int) -> list[int]:
-    """Generate as the decoder's loop does, with some steps that check guesses as after a verify pass."""
+    """Generate as the decoder's loop does; some steps check drafts as after a verify pass."""
     decoder: Any = Noise(seed)
     chooser = TokenChooser(Sampler(sampling), constraint, local.STOPS, formatted=True)
     tokens = chooser.forced_here()
@@ -108,7 +108,7 @@ def answer_of(constraint: Constraint, sampling: Sampling, seed: int, most: int) 
     top_k=st.sampled_from([1, 5, 64, 2000]),
     tool=st.booleans(),
 )
-def test_answers_are_those_of_a_constraint_in_this_process(
+def test_answers_equal_those_of_a_constraint_in_this_process(
     worker: GrammarWorker, schema: dict[str, Any], seed: int, temperature: float, top_k: int, tool: bool
 ) -> None:
     sampling = Sampling(temperature, top_k, 0.95, seed)
@@ -139,7 +139,7 @@ COMPLEX_LATER = {
 
 
 @pytest.mark.parametrize("case", TOO_COMPLEX)
-def test_what_is_too_complex_is_refused_and_the_next_request_is_served(
+def test_a_format_that_is_too_complex_is_refused_and_the_next_request_is_served(
     worker: GrammarWorker, case: str
 ) -> None:
     constraint = begun(worker, TOO_COMPLEX[case])
@@ -154,7 +154,7 @@ def test_what_is_too_complex_is_refused_and_the_next_request_is_served(
 
 @pytest.mark.parametrize("case", COMPLEX_LATER)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_what_becomes_too_complex_while_it_is_followed_is_refused_then(
+def test_a_format_that_becomes_too_complex_during_generation_is_refused(
     worker: GrammarWorker, case: str, temperature: float
 ) -> None:
     constraint = begun(worker, COMPLEX_LATER[case], 400)
@@ -164,7 +164,7 @@ def test_what_becomes_too_complex_while_it_is_followed_is_refused_then(
 
 
 @pytest.mark.parametrize("killed", ["child", "worker"])
-def test_an_answer_continues_after_its_process_was_killed(worker: GrammarWorker, killed: str) -> None:
+def test_an_answer_continues_after_the_worker_is_killed(worker: GrammarWorker, killed: str) -> None:
     answer_format = of_schema(local.SENSOR)
     tokens = local.small_tokenizer().encode('{"status":"ok","reason":"the pump')
     constraint = begun(worker, answer_format)
@@ -178,7 +178,7 @@ def test_an_answer_continues_after_its_process_was_killed(worker: GrammarWorker,
     assert constraint.allowed() is None
 
 
-def test_two_answers_can_take_turns(worker: GrammarWorker) -> None:
+def test_two_answers_can_be_generated_alternately(worker: GrammarWorker) -> None:
     first, second = begun(worker, YES_OR_NO), begun(worker, of_schema({"type": "boolean"}))
     assert first.follow().forced == second.follow().forced == []
     for constraint, text in ((first, "no"), (second, "true")):
@@ -195,7 +195,7 @@ def test_an_interruption_takes_effect_while_a_format_is_compiled(worker: Grammar
     assert answers(worker)
 
 
-def test_the_worker_ignores_what_asks_the_daemon_to_stop(worker: GrammarWorker) -> None:
+def test_the_worker_ignores_the_signals_that_stop_the_daemon(worker: GrammarWorker) -> None:
     assert answers(worker)
     before = child_of(worker)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -234,7 +234,7 @@ def _runs(stat: Path) -> bool:
         return False
 
 
-def test_compiled_grammars_are_kept_within_a_bound_of_bytes(worker: GrammarWorker) -> None:
+def test_the_grammar_cache_is_bounded_in_bytes(worker: GrammarWorker) -> None:
     assert answers(worker)
     before = _anonymous(child_of(worker))
     for number in range(40):
@@ -253,18 +253,18 @@ def _anonymous(process: int) -> int:
     return int(line.split()[1]) * 1024
 
 
-def test_a_request_may_take_what_the_messages_say() -> None:
+def test_the_memory_limit_of_a_request_is_the_one_in_the_messages() -> None:
     assert MEMORY_BYTES + STACK_BYTES == 64 * 1024 * 1024
 
 
-def test_a_worker_that_can_not_start_is_an_error_that_names_it(tmp_path: Path) -> None:
+def test_a_worker_that_cannot_start_is_reported_by_name(tmp_path: Path) -> None:
     worker = GrammarWorker(tmp_path / "missing", DIGEST, tmp_path, local.STOPS)
     with pytest.raises(EdgeError, match="the grammar worker ended"):
         answers(worker)
     worker.close()
 
 
-def test_a_format_is_the_same_after_a_trip(worker: GrammarWorker) -> None:
+def test_a_format_survives_serialisation_unchanged(worker: GrammarWorker) -> None:
     for answer_format in TOO_COMPLEX.values():
         assert AnswerFormat.from_json(answer_format.to_json()).to_json() == answer_format.to_json()
     assert json.loads(YES_OR_NO.to_json())[0]["type"] == "choice"

@@ -43,7 +43,7 @@ def plain_distribution(logits: Logits, sampling: Sampling, softcap: float | None
     softcap=st.none() | st.floats(5, 50),
     steps=st.sampled_from([None, 2, 0.5]),
 )
-def test_the_distribution_is_the_definition(
+def test_the_distribution_matches_the_definition(
     count: int,
     seed: int,
     top_k: int,
@@ -76,13 +76,13 @@ def test_draws_follow_the_distribution() -> None:
     assert chi_square < freedom + 5 * np.sqrt(2 * freedom)  # mean and standard deviation of chi-square
 
 
-def test_softcap_flattens_what_temperature_one_draws() -> None:
+def test_softcap_flattens_the_distribution_at_temperature_one() -> None:
     logits = np.array([60, 30], np.float32)
     _, capped = Sampler(Sampling(1.0, 2, 1.0), softcap=30.0).distribution(logits)
     assert capped[0] / capped[1] == pytest.approx(np.exp(30 * (np.tanh(2) - np.tanh(1))))
 
 
-def test_one_seed_gives_one_sequence_and_another_gives_another() -> None:
+def test_equal_seeds_give_equal_sequences_and_different_seeds_different_ones() -> None:
     def sequence(seed: int | None) -> list[int]:
         sampler = Sampler(Sampling(1.0, 64, 0.95, seed))
         return [sampler.sample(noise(1000, step)) for step in range(40)]
@@ -92,7 +92,7 @@ def test_one_seed_gives_one_sequence_and_another_gives_another() -> None:
     assert sequence(None) != sequence(None)
 
 
-def test_checking_drafts_by_sampling_draws_the_very_same_tokens() -> None:
+def test_sampling_with_drafts_draws_exactly_the_same_tokens() -> None:
     steps = [noise(300, step) for step in range(30)]
     alone = Sampler(Sampling(1.0, 64, 0.95, 9))
     plain = [alone.sample(logits) for logits in steps]
@@ -110,7 +110,7 @@ def test_checking_drafts_by_sampling_draws_the_very_same_tokens() -> None:
 @pytest.mark.parametrize(
     "sampling", [Sampling(), Sampling(1.0, 1), Sampling(1.0, 64, 1e-6), Sampling(1e-300, 64, 1)]
 )
-def test_greedy_and_its_limits_take_the_best_token(sampling: Sampling) -> None:
+def test_greedy_and_its_limiting_cases_choose_the_best_token(sampling: Sampling) -> None:
     logits = noise(2000)
     assert {Sampler(sampling).sample(logits) for _ in range(5)} == {int(logits.argmax())}
     tokens, probabilities = Sampler(sampling).distribution(logits)
@@ -119,7 +119,7 @@ def test_greedy_and_its_limits_take_the_best_token(sampling: Sampling) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_of_equal_logits_the_lower_id_comes_first(temperature: float) -> None:
+def test_equal_logits_are_ordered_by_token_id(temperature: float) -> None:
     logits = np.zeros(4096, np.float32)
     logits[[7, 3000, 4000]] = 5
     sampler = Sampler(Sampling(temperature, top_k=2, top_p=1.0))
@@ -129,7 +129,7 @@ def test_of_equal_logits_the_lower_id_comes_first(temperature: float) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_of_a_few_tokens_choose_as_the_masked_whole_does(temperature: float) -> None:
+def test_logits_of_a_few_tokens_give_the_same_choice_as_masked_full_logits(temperature: float) -> None:
     logits = noise(3000)
     ids = np.array([3, 77, 78, 1500, 2999], np.int32)
     masked = np.full_like(logits, -np.inf)
@@ -140,7 +140,7 @@ def test_logits_of_a_few_tokens_choose_as_the_masked_whole_does(temperature: flo
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("bad", [[1.0, np.nan, 2.0], [-np.inf, -np.inf], [1.0, np.inf]])
-def test_logits_that_are_not_finite_are_a_typed_failure(temperature: float, bad: list[float]) -> None:
+def test_non_finite_logits_raise_a_typed_error(temperature: float, bad: list[float]) -> None:
     sampler = Sampler(Sampling(temperature))
     with pytest.raises(RuntimeFailure, match="the largest logit is"):
         sampler.sample(np.array(bad, np.float32))

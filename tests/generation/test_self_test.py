@@ -1,4 +1,4 @@
-"""The self-test: a bundle passes where it does what was recorded, and what is wrong is said."""
+"""The self-test: a bundle passes if it reproduces its recording; a failure is reported."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def generator(bundle: Path) -> Iterator[Generator]:
 
 
 def with_golden(generator: Generator, change: Callable[[Golden], Golden]) -> Generator:
-    """Let another recording be in the manifest."""
+    """Replace the recording in the manifest."""
     golden = generator.bundle.manifest.golden
     assert golden is not None
     manifest = replace(generator.bundle.manifest, golden=change(golden))
@@ -46,7 +46,7 @@ def with_golden(generator: Generator, change: Callable[[Golden], Golden]) -> Gen
     return generator
 
 
-def test_a_bundle_passes_its_own_test_and_answers_as_before(generator: Generator) -> None:
+def test_a_bundle_passes_its_self_test_and_its_answers_do_not_change(generator: Generator) -> None:
     assert generator.bundle.manifest.golden is not None
     self_test(generator)
     assert generator.decoder.tokens != []
@@ -60,14 +60,12 @@ def test_a_loss_within_the_tolerance_passes_and_one_beyond_it_does_not(generator
         self_test(with_golden(generator, lambda golden: replace(golden, loss=golden.loss - near - far)))
 
 
-def test_a_tokenizer_that_cuts_the_text_in_another_way_is_noticed(generator: Generator) -> None:
+def test_a_tokenizer_that_splits_the_text_differently_is_detected(generator: Generator) -> None:
     with pytest.raises(BundleError, match="the self-test's text has other token ids"):
         self_test(with_golden(generator, lambda golden: replace(golden, text="Another text, " + golden.text)))
 
 
-def test_weights_that_compute_something_else_are_noticed(
-    generator: Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_changed_weights_are_detected(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     real = generator.decoder.verify
     monkeypatch.setattr(generator.decoder, "verify", lambda tokens: 2 * real(tokens))
     with pytest.raises(BundleError, match="the self-test failed"):
@@ -77,7 +75,7 @@ def test_weights_that_compute_something_else_are_noticed(
         self_test(generator)
 
 
-def test_a_bundle_without_a_recording_has_to_answer_only(generator: Generator) -> None:
+def test_a_bundle_without_a_recording_passes_if_it_answers(generator: Generator) -> None:
     manifest = replace(generator.bundle.manifest, golden=None)
     generator.bundle = replace(generator.bundle, manifest=manifest)
     self_test(generator)

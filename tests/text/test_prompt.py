@@ -130,18 +130,18 @@ GEMMA4 = {
 
 
 @pytest.mark.parametrize("case", GEMMA3)
-def test_gemma3_prompts_are_the_templates_tokens(case: str) -> None:
+def test_gemma3_prompts_have_the_tokens_of_the_published_template(case: str) -> None:
     asked, text = GEMMA3[case]
     assert rendered("gemma3", asked) == ids_of("gemma3", text)
 
 
 @pytest.mark.parametrize("case", GEMMA4)
-def test_gemma4_prompts_are_the_templates_tokens(case: str) -> None:
+def test_gemma4_prompts_have_the_tokens_of_the_published_template(case: str) -> None:
     asked, text = GEMMA4[case]
     assert rendered("gemma4", asked) == ids_of("gemma4", "<bos>" + text)
 
 
-def test_the_published_ids_of_the_plain_example() -> None:
+def test_the_plain_example_has_the_published_ids() -> None:
     expected = [2, 105, 2364, 107, 10979, 106, 107, 105, 4368, 107]
     assert rendered("gemma3", request(USER)) == expected
     assert rendered("gemma4", request(USER)) == expected
@@ -215,12 +215,12 @@ plain_text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters
 
 
 def without_control_names(text: str) -> bool:
-    """Whether a tokenizer that takes control tokens from text finds none in it."""
+    """Return whether a tokenizer that recognises control tokens in text finds none."""
     return not any(name in text for name in ("<bos>", *real_vocabulary.GEMMA4_NAMES.values()))
 
 
 @given(texts=st.lists(plain_text.filter(without_control_names), min_size=1, max_size=4))
-def test_cutting_at_control_tokens_gives_the_whole_texts_tokens(texts: list[str]) -> None:
+def test_splitting_at_control_tokens_gives_the_tokens_of_the_whole_text(texts: list[str]) -> None:
     roles = ["user", "assistant"] * 4
     turns = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
     if len(turns) % 2 == 0:
@@ -265,7 +265,9 @@ REFUSED = {
     ("family", "asked", "message"),
     [(f, asked, text) for f, cases in REFUSED.items() for asked, text in cases],
 )
-def test_what_a_format_can_not_say_is_refused_by_name(family: str, asked: Request, message: str) -> None:
+def test_a_message_that_a_template_cannot_express_is_refused_by_name(
+    family: str, asked: Request, message: str
+) -> None:
     tokenizer = real_vocabulary.tokenizer("gemma4" if family == "gemma4" else "gemma3")
     with pytest.raises(RequestError, match=message) as caught:
         render(asked, family, tokenizer, bos_id=2)
@@ -273,7 +275,7 @@ def test_what_a_format_can_not_say_is_refused_by_name(family: str, asked: Reques
 
 
 def parsed(text: str, stop: tuple[str, ...] = (), prompt: str = "<bos>") -> OutputParser:
-    """Feed a model's output; the increments must add up to what the parser says in the end."""
+    """Feed a model's output; the increments must add up to the parser's final result."""
     parser = OutputParser("gemma4", real_vocabulary.tokenizer("gemma4"), ids_of("gemma4", prompt), stop)
     increments = [parser.push(token) for token in ids_of("gemma4", text)]
     increments.append(parser.finish())
@@ -282,19 +284,19 @@ def parsed(text: str, stop: tuple[str, ...] = (), prompt: str = "<bos>") -> Outp
     return parser
 
 
-def test_thoughts_are_kept_apart_from_the_answer() -> None:
+def test_thoughts_are_separated_from_the_answer() -> None:
     parser = parsed("<|channel>thought\nFirst,\nthen.\n<channel|>Done.<turn|>")
     assert (parser.reasoning, parser.text, parser.tool_calls) == ("First,\nthen.", "Done.", ())
 
 
-def test_thoughts_that_the_prompt_began_are_thoughts() -> None:
+def test_a_thought_that_starts_in_the_prompt_is_recognised() -> None:
     prompt = "<bos><|turn>user\nHi<turn|>\n<|turn>model\n<|channel>thought\n"
     assert parsed("plan\n<channel|>Yes", prompt=prompt).reasoning == "plan"
     closed = parsed("Yes", prompt=prompt + "old<channel|>")
     assert (closed.reasoning, closed.text) == ("", "Yes")
 
 
-def test_two_thoughts_are_set_apart_and_an_empty_one_is_nothing() -> None:
+def test_thoughts_are_separated_from_each_other_and_empty_ones_dropped() -> None:
     parser = parsed("<|channel>thought\none\n<channel|>a<|channel>thought\n<channel|>b<|channel>thought\ntwo")
     assert (parser.reasoning, parser.text) == ("one\ntwo", "ab")
 
@@ -321,7 +323,7 @@ def test_calls_become_json_and_leave_no_text() -> None:
         "<|tool_call><tool_call|>",
     ],
 )
-def test_a_call_that_can_not_be_read_stays_in_the_answer(text: str) -> None:
+def test_a_call_that_cannot_be_parsed_stays_in_the_answer(text: str) -> None:
     parser = parsed(f"So: {text}")
     assert (parser.text, parser.tool_calls) == (f"So: {text}", ())
 
@@ -333,7 +335,7 @@ def test_stop_strings_end_the_answer_but_not_a_thought_or_a_call() -> None:
     assert parser.tool_calls == (ToolCall("f", {"x": "STOP"}, "call_0"),)
 
 
-def test_other_formats_have_only_text() -> None:
+def test_prompt_formats_without_thoughts_and_calls_give_only_text() -> None:
     tokenizer = real_vocabulary.tokenizer("gemma3")
     parser = OutputParser("gemma3", tokenizer, [2])
     assert [parser.push(token) for token in (100, *tokenizer.encode("Hi"))][-1] == Increment("Hi")
@@ -349,7 +351,7 @@ values = st.recursive(
 
 
 @given(name=keys, arguments=st.dictionaries(keys, values, max_size=4))
-def test_a_call_that_is_written_is_read_back_the_same(name: str, arguments: dict[str, Any]) -> None:
+def test_a_call_round_trips(name: str, arguments: dict[str, Any]) -> None:
     tokenizer = real_vocabulary.tokenizer("gemma4")
     segments: list[Segment] = [CALL, *call(ToolCall(name, arguments)), CALL_END]
     parser = OutputParser("gemma4", tokenizer, [])
@@ -361,7 +363,7 @@ def test_a_call_that_is_written_is_read_back_the_same(name: str, arguments: dict
 
 
 @given(parts=st.lists(st.text("{}[],:ab1-.e ", max_size=8), max_size=5), wrap=st.booleans())
-def test_any_notation_is_read_or_refused(parts: list[str], wrap: bool) -> None:
+def test_any_call_text_is_parsed_or_refused(parts: list[str], wrap: bool) -> None:
     if wrap:
         parts = ["call:f{" + (parts[0] if parts else ""), *parts[1:-1], (parts[-1] if parts else "") + "}"]
     with contextlib.suppress(ToolCallError):
@@ -375,12 +377,12 @@ def test_deep_nesting_and_huge_numbers_are_refused() -> None:
             parse_call([f"call:f{{x:{value}}}"])
 
 
-def test_a_small_vocabulary_without_the_pieces_is_named() -> None:
+def test_a_vocabulary_that_lacks_control_pieces_is_refused_by_name() -> None:
     with pytest.raises(BundleError, match=r"no control piece <\|turn>"):
         render(request(USER), "gemma4", real_vocabulary.tokenizer("gemma3"), bos_id=2)
 
 
-def test_messages_of_code_are_checked_too() -> None:
+def test_messages_built_in_code_are_validated_too() -> None:
     tokenizer: Tokenizer = real_vocabulary.tokenizer("gemma4")
     asked = Request("t", messages=(Message("user", "half \ud83d"),))
     with pytest.raises(RequestError, match="lone surrogate"):

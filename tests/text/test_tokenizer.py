@@ -41,7 +41,7 @@ def test_encodes_as_published(gemma3: Tokenizer, text: str) -> None:
     assert gemma3.encode(text) == VECTORS[text]
 
 
-def test_gemma4_specials_are_where_published_and_recognised_only_by_number() -> None:
+def test_gemma4_control_tokens_have_the_published_ids_and_are_never_matched_in_text() -> None:
     text = "<|channel>thought\nplan<channel|><|tool_call>call:f{}<tool_call|>"
     with_specials = real_vocabulary.tokenizer("gemma4", specials_as_text=True)
     assert with_specials.encode(text) == [100, 45518, 107, 15081, 101, 48, 6639, 236787, 236760, 16454, 49]
@@ -53,7 +53,7 @@ def test_gemma4_specials_are_where_published_and_recognised_only_by_number() -> 
 
 
 @given(text=any_text | tricky_text)
-def test_any_text_comes_back_and_holds_no_control_token(text: str) -> None:
+def test_any_text_round_trips_without_control_tokens(text: str) -> None:
     gemma3 = real_vocabulary.tokenizer("gemma3")
     ids = gemma3.encode(text)
     assert gemma3.decode(ids) == text
@@ -105,7 +105,7 @@ def test_long_texts_are_encoded_as_sentencepiece_does() -> None:
         assert real_vocabulary.tokenizer("gemma3").encode(text) == published("gemma3").encode(text)
 
 
-def test_a_word_takes_few_bytes_in_the_cache_and_a_long_one_none() -> None:
+def test_a_cached_word_takes_few_bytes_and_a_long_word_is_not_cached() -> None:
     tokenizer = real_vocabulary.tokenizer("gemma3")
     worst = [" " + chr(0x10000 + number) * 15 for number in range(200)]  # four byte pieces a character
     tracemalloc.start()
@@ -118,7 +118,7 @@ def test_a_word_takes_few_bytes_in_the_cache_and_a_long_one_none() -> None:
     assert grown < 1000 * len(worst)
 
 
-def test_every_piece_is_found_by_its_text_and_spelled_as_sentencepiece_spells_it() -> None:
+def test_every_piece_is_found_by_its_text_and_decodes_as_in_sentencepiece() -> None:
     model = real_vocabulary.model("gemma3")
     vocabulary, pieces = Vocabulary(flatten(model)), published("gemma3")
     assert vocabulary.size == pieces.vocab_size()
@@ -128,7 +128,7 @@ def test_every_piece_is_found_by_its_text_and_spelled_as_sentencepiece_spells_it
     assert vocabulary.find(b"no such piece") == -1
 
 
-def test_a_vocabulary_is_laid_out_once_and_mapped_from_then_on(tmp_path: Path) -> None:
+def test_a_vocabulary_is_compiled_once_and_then_mapped(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(real_vocabulary.model("gemma3"))
     first = Tokenizer.open(tmp_path / "tokenizer.model", "d1" * 32, tmp_path)
     [kept] = tmp_path.glob("*.vocabulary")
@@ -141,7 +141,7 @@ def test_a_vocabulary_is_laid_out_once_and_mapped_from_then_on(tmp_path: Path) -
     assert repaired.encode("pump 7: 3 bar") == first.encode("pump 7: 3 bar")
 
 
-def test_without_a_place_to_keep_it_a_vocabulary_works_all_the_same(tmp_path: Path) -> None:
+def test_a_vocabulary_works_without_a_cache_directory(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(real_vocabulary.model("gemma3"))
     (tmp_path / "file").touch()
     tokenizer = Tokenizer.open(tmp_path / "tokenizer.model", "d1" * 32, tmp_path / "file")
@@ -159,7 +159,7 @@ def test_every_piece_has_bytes_or_is_a_control_token(gemma3: Tokenizer) -> None:
         gemma3.piece_bytes(gemma3.vocabulary_size)
 
 
-def test_the_space_mark_is_not_taken_for_a_space(gemma3: Tokenizer) -> None:
+def test_a_literal_space_marker_is_not_decoded_as_a_space(gemma3: Tokenizer) -> None:
     assert gemma3.encode("\u2581") == [238 + byte for byte in "\u2581".encode()]
     assert gemma3.encode("a\u2581b") != gemma3.encode("a b")
 
@@ -171,13 +171,13 @@ def test_a_lone_surrogate_is_refused_by_position(gemma3: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("model", [b"", b"\x00\x01not a model", b"\x0a\xff"])
-def test_bytes_that_are_no_model_are_refused(model: bytes) -> None:
+def test_bytes_that_are_not_a_model_are_refused(model: bytes) -> None:
     with pytest.raises(BundleError, match="not a SentencePiece model"):
         Tokenizer(model)
 
 
 @pytest.mark.parametrize("piece", ["<|turn>", "the", ""])
-def test_a_piece_that_is_no_control_piece_is_refused_by_name(gemma3: Tokenizer, piece: str) -> None:
+def test_a_piece_that_is_not_a_control_piece_is_refused_by_name(gemma3: Tokenizer, piece: str) -> None:
     with pytest.raises(BundleError, match=f"no control piece {piece.replace('|', '.')}"):
         gemma3.control_id(piece)
 
@@ -188,14 +188,14 @@ def streamed(tokens: list[int], stop: tuple[str, ...] = ()) -> tuple[list[str], 
 
 
 @given(tokens=st.lists(st.integers(0, 262143) | st.integers(238, 493)))
-def test_a_stream_of_any_tokens_is_their_text_in_whole_characters(tokens: list[int]) -> None:
+def test_a_stream_of_any_tokens_gives_their_text_in_whole_characters(tokens: list[int]) -> None:
     pieces, stream = streamed(tokens)
     assert "".join(pieces) == stream.text == real_vocabulary.tokenizer("gemma3").decode(tokens)
     assert not stream.stopped
 
 
 def first_stop(text: str, stops: tuple[str, ...]) -> int | None:
-    """Where the text is cut, found by going through it one character at a time."""
+    """The position of the first stop string, found one character at a time."""
     for end in range(1, len(text) + 1):
         starts = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
         if starts:
@@ -208,7 +208,7 @@ def first_stop(text: str, stops: tuple[str, ...]) -> int | None:
     stops=st.lists(st.text("ab\né", min_size=1, max_size=4), max_size=3).map(tuple),
     bytewise=st.booleans(),
 )
-def test_stop_strings_cut_at_the_same_place_however_the_text_is_tokenised(
+def test_stop_strings_cut_at_the_same_place_for_any_tokenisation(
     text: str, stops: tuple[str, ...], bytewise: bool
 ) -> None:
     whole = real_vocabulary.tokenizer("gemma3").encode(text)
@@ -218,7 +218,7 @@ def test_stop_strings_cut_at_the_same_place_however_the_text_is_tokenised(
     assert stream.stopped == (cut is not None)
 
 
-def test_nothing_of_a_stop_string_is_shown_before_it_is_decided() -> None:
+def test_text_that_could_start_a_stop_string_is_withheld() -> None:
     tokenizer = real_vocabulary.tokenizer("gemma3")
     stream = TextStream(tokenizer, ("END!",))
     assert "".join(stream.push(token) for token in tokenizer.encode("so EN")) == "so "
