@@ -1,4 +1,4 @@
-"""A bundle is verified before it is mapped, and what is wrong is named."""
+"""A bundle is verified before it is mapped, and the error names the file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def bundle(tmp_path: Path) -> Path:
     return bundles.copy_of(bundles.small_bundle("gemma4-one-kv-head", "int8"), tmp_path / "bundle")
 
 
-def test_the_manifest_reads_back_as_it_was_written(bundle: Path) -> None:
+def test_the_manifest_round_trips(bundle: Path) -> None:
     manifest = read_manifest(bundle)
     assert Manifest.from_json(manifest.to_json()) == manifest
 
@@ -48,7 +48,7 @@ def test_a_verified_bundle_is_not_read_again(
     Bundle.open(bundle, tmp_path / "cache")
 
 
-def test_damage_after_it_was_verified_is_found(bundle: Path, tmp_path: Path) -> None:
+def test_damage_after_the_verification_is_detected(bundle: Path, tmp_path: Path) -> None:
     Bundle.open(bundle, tmp_path / "cache")
     content = bytearray((bundle / DECODER).read_bytes())
     content[-1] ^= 1
@@ -57,7 +57,7 @@ def test_damage_after_it_was_verified_is_found(bundle: Path, tmp_path: Path) -> 
         Bundle.open(bundle, tmp_path / "cache")
 
 
-def test_a_cache_that_cannot_be_written_does_not_matter(bundle: Path, tmp_path: Path) -> None:
+def test_a_bundle_is_verified_without_a_writable_cache(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     Bundle.open(bundle, tmp_path / "file" / "cache")
 

@@ -1,4 +1,4 @@
-"""A bundle is installed whole or not at all, from a directory, a tar file, a pipe; signatures; what stays."""
+"""A bundle is installed completely or not at all, from a directory, tar file or pipe; signatures; removal."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def name_of(bundle: Path) -> str:
 
 
 def packed(bundle: Path, *names: str, mode: TarMode = "w", link: tuple[str, str] | None = None) -> io.BytesIO:
-    """The bundle as a tar file, its files in the order given; `link` is a name and where it leads."""
+    """The bundle as a tar file, its files in the order given; `link` is a name and its target."""
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode=mode) as archive:
         for name in names or sorted(path.name for path in bundle.iterdir()):
@@ -71,7 +71,9 @@ def left_over(store: BundleStore) -> set[str]:
 
 
 @pytest.mark.parametrize("way", ["directory", "tar", "gzip", "manifest last", "file"])
-def test_a_bundle_comes_in_whichever_way(store: BundleStore, bundle: Path, tmp_path: Path, way: str) -> None:
+def test_a_bundle_is_installed_from_every_source(
+    store: BundleStore, bundle: Path, tmp_path: Path, way: str
+) -> None:
     (bundle / "notes.txt").write_text("not listed in the manifest")
     files = [path.name for path in bundle.iterdir() if path.name != MANIFEST]
     source: Path | io.BytesIO = bundle
@@ -93,12 +95,12 @@ def test_a_bundle_comes_in_whichever_way(store: BundleStore, bundle: Path, tmp_p
     assert {path.name: path.read_bytes() for path in there.iterdir()} == {
         path.name: path.read_bytes() for path in bundle.iterdir()
     }
-    assert stat.S_IMODE(there.stat().st_mode) == 0o755  # for the daemon, another user
+    assert stat.S_IMODE(there.stat().st_mode) == 0o755  # readable by the daemon's user
     assert {stat.S_IMODE(path.stat().st_mode) for path in there.iterdir()} == {0o644}
     assert store.current is None
 
 
-def test_what_is_there_already_is_not_written_again(store: BundleStore, bundle: Path) -> None:
+def test_an_installed_bundle_is_not_written_again(store: BundleStore, bundle: Path) -> None:
     first = install(store, bundle, None)
     before = (store.path(first.name) / DECODER).stat().st_ino
     again = install(store, packed(bundle, MANIFEST), None)  # the sender need not send the rest
@@ -106,15 +108,15 @@ def test_what_is_there_already_is_not_written_again(store: BundleStore, bundle: 
     assert (store.path(first.name) / DECODER).stat().st_ino == before
 
 
-def test_a_bundle_that_went_bad_on_the_card_is_installed_beside_it(store: BundleStore, bundle: Path) -> None:
+def test_a_bundle_damaged_on_the_card_is_installed_under_a_new_name(store: BundleStore, bundle: Path) -> None:
     bad = install(store, bundle, None).name
     store.activate(bad)
     (store.path(bad) / TOKENIZER).write_bytes(b"x")
-    mended = install(store, bundle, None)
-    assert mended.new
-    assert mended.name.startswith(bad)
-    assert mended.name != bad
-    assert store.is_intact(mended.name)
+    repaired = install(store, bundle, None)
+    assert repaired.new
+    assert repaired.name.startswith(bad)
+    assert repaired.name != bad
+    assert store.is_intact(repaired.name)
     assert store.current == bad
 
 
@@ -141,7 +143,7 @@ def test_a_damaged_bundle_is_named_and_leaves_nothing(
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.9, 0.99])
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
-def test_a_line_that_breaks_leaves_nothing(
+def test_a_truncated_archive_leaves_nothing(
     store: BundleStore, bundle: Path, share: float, mode: TarMode
 ) -> None:
     whole = packed(bundle, mode=mode).read()
@@ -150,7 +152,7 @@ def test_a_line_that_breaks_leaves_nothing(
     assert left_over(store) == set()
 
 
-def test_a_tar_file_can_not_write_elsewhere(store: BundleStore, bundle: Path, tmp_path: Path) -> None:
+def test_a_tar_file_cannot_write_outside_the_store(store: BundleStore, bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"'decoder.tflite' in the tar file is neither a file nor"):
         install(store, packed(bundle, MANIFEST, link=(DECODER, "/etc/passwd")), None)
     stream = io.BytesIO()
@@ -164,7 +166,7 @@ def test_a_tar_file_can_not_write_elsewhere(store: BundleStore, bundle: Path, tm
 
 
 @pytest.mark.parametrize("name", ["../escape", "/etc/passwd", "..", "", "manifest.json", "\x1b[2J"])
-def test_a_manifest_can_not_name_files_elsewhere(store: BundleStore, bundle: Path, name: str) -> None:
+def test_a_manifest_cannot_name_files_outside_the_bundle(store: BundleStore, bundle: Path, name: str) -> None:
     manifest = json.loads((bundle / MANIFEST).read_text())
     manifest["files"][name] = manifest["files"][DECODER]
     (bundle / MANIFEST).write_text(json.dumps(manifest))
@@ -173,7 +175,7 @@ def test_a_manifest_can_not_name_files_elsewhere(store: BundleStore, bundle: Pat
     assert left_over(store) == set()
 
 
-def test_no_room_is_said_before_anything_is_written(
+def test_missing_space_is_reported_before_anything_is_written(
     store: BundleStore, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -198,7 +200,7 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(store: BundleStore,
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
-def test_an_installation_that_is_ended_early_leaves_nothing_for_long(
+def test_leftovers_of_an_interrupted_installation_are_removed(
     store: BundleStore, bundle: Path, number: signal.Signals
 ) -> None:
     line = edge_command("daemon", "bundle", "install", "-", "--config", str(configured(store)))
@@ -219,7 +221,7 @@ def test_an_installation_that_is_ended_early_leaves_nothing_for_long(
     assert left_over(store) == {done.name}
 
 
-def test_old_bundles_go_and_those_that_wait_for_their_time_stay(
+def test_old_bundles_are_removed_and_bundles_not_yet_active_stay(
     store: BundleStore, bundle: Path, tmp_path: Path
 ) -> None:
     names = []
@@ -250,7 +252,7 @@ def run(store: BundleStore, *arguments: str) -> Result:
     )
 
 
-def test_commands_print_names_for_scripts_and_find_bundles_by_their_beginning(
+def test_commands_print_names_for_scripts_and_accept_name_prefixes(
     store: BundleStore, bundle: Path, other: Path
 ) -> None:
     configured(store)
@@ -277,7 +279,7 @@ def test_commands_print_names_for_scripts_and_find_bundles_by_their_beginning(
     assert all(line.endswith("; verified") for line in lines)
 
 
-def test_a_list_says_what_was_not_installed_or_is_no_bundle(store: BundleStore, bundle: Path) -> None:
+def test_the_list_marks_directories_that_are_not_installed_bundles(store: BundleStore, bundle: Path) -> None:
     configured(store)
     store.create()
     shutil.copytree(bundle, store.path("by-hand"))
@@ -291,7 +293,9 @@ def test_a_list_says_what_was_not_installed_or_is_no_bundle(store: BundleStore, 
     assert store.current == "by-hand"
 
 
-def test_a_configuration_whose_bundle_is_no_link_says_what_to_do(store: BundleStore, bundle: Path) -> None:
+def test_a_configured_bundle_that_is_not_a_link_is_an_error_with_a_fix(
+    store: BundleStore, bundle: Path
+) -> None:
     configured(store)
     shutil.copytree(bundle, store.link)
     result = run(store, "list")
@@ -304,7 +308,7 @@ def test_a_configuration_whose_bundle_is_no_link_says_what_to_do(store: BundleSt
 
 @pytest.fixture
 def key(tmp_path: Path) -> Callable[[str], Path]:
-    """Make keys as the documentation says; returns the private key's file, the public one is beside it."""
+    """Make keys as documented; returns the private key's file, with the public key next to it."""
 
     def make(name: str) -> Path:
         private = tmp_path / f"{name}.key"
@@ -325,7 +329,7 @@ def sign(bundle: Path, private: Path) -> None:
 
 
 @needs_openssl
-def test_a_signed_bundle_is_taken_and_the_key_is_named(
+def test_a_signed_bundle_is_accepted_and_its_key_named(
     store: BundleStore, bundle: Path, other: Path, key: Callable[[str], Path], tmp_path: Path
 ) -> None:
     old, new = key("old"), key("new")
@@ -346,7 +350,7 @@ def test_a_signed_bundle_is_taken_and_the_key_is_named(
 
 @needs_openssl
 @pytest.mark.parametrize("fault", ["unsigned", "another key", "another manifest", "short"])
-def test_what_is_not_signed_by_a_known_key_is_refused(
+def test_a_bundle_without_a_signature_of_a_known_key_is_refused(
     store: BundleStore, bundle: Path, key: Callable[[str], Path], fault: str
 ) -> None:
     good = key("good")
@@ -368,12 +372,12 @@ def test_what_is_not_signed_by_a_known_key_is_refused(
     assert run(store, "activate", installed).exit_code == 3
     assert store.current is None
     sign(bundle, good)
-    if fault == "unsigned":  # the same manifest, so the same digest: the signed one stands beside it
+    if fault == "unsigned":  # equal manifests, so equal digests: the signed one is next to it
         assert install(store, bundle, keys).name.startswith(installed)
 
 
 class Endless(io.RawIOBase):
-    """A header that announces a file of `size` bytes, and zeros for as long as somebody reads them."""
+    """A header that announces a file of `size` bytes, followed by endless zeros."""
 
     def __init__(self, before: bytes, name: str, size: int) -> None:
         header = tarfile.TarInfo(name)
@@ -437,7 +441,7 @@ def test_an_archive_of_many_members_or_a_huge_header_is_refused(store: BundleSto
 
 
 @pytest.mark.parametrize("type_", [tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.FIFOTYPE])
-def test_escape_sequences_in_an_archive_reach_no_terminal(store: BundleStore, type_: bytes) -> None:
+def test_escape_sequences_in_an_archive_do_not_reach_a_terminal(store: BundleStore, type_: bytes) -> None:
     member = tarfile.TarInfo("\x1b]0;owned\x07")
     member.type = type_
     stream = io.BytesIO(member.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
@@ -446,7 +450,9 @@ def test_escape_sequences_in_an_archive_reach_no_terminal(store: BundleStore, ty
     assert str(caught.value).isprintable()
 
 
-def test_what_an_unsigned_manifest_says_reaches_no_terminal(store: BundleStore, bundle: Path) -> None:
+def test_the_content_of_an_unsigned_manifest_does_not_reach_a_terminal(
+    store: BundleStore, bundle: Path
+) -> None:
     manifest = json.loads((bundle / MANIFEST).read_text())
     manifest["recipe"] = "\x1b[2Jint8"
     (bundle / MANIFEST).write_text(json.dumps(manifest))
@@ -455,7 +461,7 @@ def test_what_an_unsigned_manifest_says_reaches_no_terminal(store: BundleStore, 
 
 
 @pytest.mark.parametrize("what", ["fifo", "/dev/zero"])
-def test_a_manifest_that_is_no_regular_file_is_refused_at_once(
+def test_a_manifest_that_is_not_a_regular_file_is_refused_at_once(
     store: BundleStore, bundle: Path, tmp_path: Path, what: str
 ) -> None:
     name = install(store, bundle, None).name
@@ -468,7 +474,7 @@ def test_a_manifest_that_is_no_regular_file_is_refused_at_once(
 
 @needs_openssl
 @pytest.mark.parametrize("fault", ["unsigned", "another key"])
-def test_nothing_is_removed_to_make_room_for_what_is_not_signed(
+def test_nothing_is_removed_to_make_room_for_an_unsigned_bundle(
     store: BundleStore,
     bundle: Path,
     other: Path,
@@ -500,7 +506,7 @@ def test_nothing_is_removed_to_make_room_for_what_is_not_signed(
         ("-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----", "a key in it is not Ed25519"),
     ],
 )
-def test_a_key_file_that_is_none_is_named(tmp_path: Path, content: str | None, said: str) -> None:
+def test_a_file_that_is_not_a_key_is_named(tmp_path: Path, content: str | None, said: str) -> None:
     path = tmp_path / "release.pub"
     if content is not None:
         path.write_text(content)

@@ -1,4 +1,4 @@
-"""Power is cut at every step of a bundle swap: there is always a valid bundle, and the next try succeeds."""
+"""Power cuts at every step of a bundle switch: a valid bundle remains, and the next attempt succeeds."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FILES = {"decoder.tflite": 5000, "tokenizer.model": 700}
 
 @pytest.fixture
 def tmp_path(tmp_path: Path) -> Iterator[Path]:
-    """A directory in memory, if there is one: no real disk is meant, and there are many small files."""
+    """A directory in memory, if available: the tests write many small files and need no real disk."""
     memory = Path("/dev/shm")
     if not os.access(memory, os.W_OK):
         yield tmp_path
@@ -43,7 +43,7 @@ def template() -> Manifest:
 
 @pytest.fixture
 def make(tmp_path: Path, template: Manifest) -> Callable[[str], Path]:
-    """Make bundles that are whole, but no models: a swap never looks into the files."""
+    """Make bundles that are complete but contain no model: a switch does not read the files' content."""
 
     def make_one(name: str) -> Path:
         directory = tmp_path / "made" / name
@@ -69,12 +69,12 @@ def store(tmp_path: Path, make: Callable[[str], Path], monkeypatch: pytest.Monke
     with mock.patch.object(os, "fsync"), mock.patch.object(os, "posix_fadvise"):  # for speed
         for name in ("first", "second"):
             update(store, make(name))
-    (store.directory / ".installing").unlink()  # made anew by Python's own open, which is not recorded
+    (store.directory / ".installing").unlink()  # Python's own open, which is not recorded, creates it again
     return store
 
 
 def survived(disk: Disk, tmp_path: Path, valid: set[str | None], then: Callable[[BundleStore], None]) -> int:
-    """Look at every state: `current` names one of `valid`, whole, and `then` works. How many there were."""
+    """Check every state: `current` is complete and in `valid`, and `then` works. Returns their number."""
     for number, tree in enumerate(disk.states.values()):
         place = tmp_path / "states" / str(number)
         write_tree(tree, place)
@@ -89,7 +89,7 @@ def survived(disk: Disk, tmp_path: Path, valid: set[str | None], then: Callable[
 
 
 def swapped(source: Path) -> Callable[[BundleStore], None]:
-    """Do the update again, after the power is back; nothing is left of the first try."""
+    """Repeat the update after the power cut; nothing is left of the first attempt."""
 
     def again(store: BundleStore) -> None:
         with mock.patch.object(os, "fsync"), mock.patch.object(os, "posix_fadvise"):
@@ -139,10 +139,10 @@ def test_an_update_from_a_pipe_with_the_manifest_last(
     report("update from a pipe", disk, survived(disk, tmp_path, {old, new}, swapped(source)))
 
 
-def test_an_update_for_which_room_must_be_made(
+def test_an_update_that_must_make_room(
     store: BundleStore, make: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There is room for two bundles, so the previous one goes before the new one comes."""
+    """There is room for two bundles, so the previous one is removed before the new one is written."""
     source, old = make("third"), store.current
 
     def disk_usage(_path: Path) -> object:
@@ -193,7 +193,7 @@ def test_the_first_installation(make: Callable[[str], Path], tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("forgotten", ["files", "scratch directory", "store"])
-def test_a_sync_that_is_forgotten_would_be_noticed(
+def test_a_missing_sync_is_detected(
     store: BundleStore,
     make: Callable[[str], Path],
     tmp_path: Path,

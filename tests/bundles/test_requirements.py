@@ -1,4 +1,4 @@
-"""What a bundle needs of a board, and that it is refused where the board has less."""
+"""The memory that a bundle needs; a bundle is refused on a board that has less."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NEEDED = Requirements(program=100 * MB, kv_cache=30 * MB, weights=270 * MB, cont
 
 @pytest.fixture
 def board(tmp_path: Path) -> Callable[..., Board]:
-    """A board with so many bytes of memory, and other files of /proc and /sys as they are given."""
+    """A board with the given bytes of memory and other files of /proc and /sys."""
 
     def make(total: int | None, files: dict[str, str] | None = None) -> Board:
         memory = {} if total is None else {"proc/meminfo": f"MemTotal: {total // 1024} kB\n"}
@@ -42,13 +42,13 @@ def refusal(needed: Requirements, board: Board) -> str:
     return str(caught.value)
 
 
-def test_a_bundle_is_accepted_exactly_as_long_as_it_fits(board: Callable[..., Board]) -> None:
+def test_a_bundle_is_accepted_exactly_if_it_fits(board: Callable[..., Board]) -> None:
     enough = (NEEDED.total + SYSTEM_BYTES + 1023) // 1024 * 1024
     require_memory("pumps", NEEDED, board(enough))
     assert "the board has 400 MB" in refusal(NEEDED, board(enough - 1024))
 
 
-def test_weights_that_do_not_fit_are_said_with_all_numbers(board: Callable[..., Board]) -> None:
+def test_weights_that_do_not_fit_are_reported_with_all_numbers(board: Callable[..., Board]) -> None:
     assert refusal(NEEDED, board(470 * MB)) == (
         "pumps: needs 400 MB (100 for the program, 30 for 2,048 tokens of context, 270 of weights for each"
         " token), the board has 390 MB: weights would be read from storage again for every token;"
@@ -57,7 +57,7 @@ def test_weights_that_do_not_fit_are_said_with_all_numbers(board: Callable[..., 
     )
 
 
-def test_anonymous_memory_that_does_not_fit_is_said_to_be_fatal(board: Callable[..., Board]) -> None:
+def test_anonymous_memory_that_does_not_fit_is_reported_as_fatal(board: Callable[..., Board]) -> None:
     assert "the board has 120 MB: it would be killed; use a smaller" in refusal(NEEDED, board(200 * MB))
 
 
@@ -85,7 +85,7 @@ def test_the_limit_of_a_control_group_counts(files: dict[str, str], board: Calla
     assert "its control group has 300 MB: weights would be read" in refusal(NEEDED, board(4000 * MB, files))
 
 
-def test_where_linux_tells_nothing_everything_fits(board: Callable[..., Board]) -> None:
+def test_without_figures_from_linux_every_bundle_fits(board: Callable[..., Board]) -> None:
     empty = board(None)
     assert empty.memory("MemTotal") is None
     require_memory("pumps", replace(NEEDED, weights=1 << 60), empty)
@@ -97,7 +97,7 @@ def manifest() -> Manifest:
     return read_manifest(bundles.small_bundle("gemma4-one-kv-head", "int8"))
 
 
-def test_the_kv_cache_counts_owners_and_stops_at_the_window(manifest: Manifest) -> None:
+def test_the_kv_cache_counts_layers_that_own_kv_up_to_their_window(manifest: Manifest) -> None:
     arch = manifest.architecture
     owners = [arch.layers[i] for i in arch.owners]
     sliding = sum(layer.attention == "sliding" for layer in owners)
@@ -108,21 +108,21 @@ def test_the_kv_cache_counts_owners_and_stops_at_the_window(manifest: Manifest) 
     assert requirements(wide, 99_999).context == requirements(wide).context == 4096
 
 
-def test_the_weights_are_those_that_a_step_reads(manifest: Manifest) -> None:
+def test_the_weights_counted_are_those_that_a_step_reads(manifest: Manifest) -> None:
     needed = requirements(manifest)
     assert needed.weights == manifest.quantization["bytes_per_token"]
     assert needed.total == needed.program + needed.kv_cache + needed.weights
 
 
-def test_the_memory_of_this_machine_decides(manifest: Manifest) -> None:
+def test_the_limit_is_the_memory_of_this_machine(manifest: Manifest) -> None:
     small = replace(requirements(manifest), program=1, kv_cache=1)
     require_memory("small", small, Board())
     assert "use a smaller model" in refusal(replace(small, weights=1 << 60), Board())
 
 
 @pytest.mark.slow
-def test_the_real_model_needs_about_what_is_said() -> None:
-    """Anonymous memory of the processes that have answered with a grammar and hold 2,000 tokens."""
+def test_the_estimate_for_the_real_model_is_close_to_its_use() -> None:
+    """Anonymous memory of all processes after an answer with a grammar, with 2,000 tokens of context."""
     bundle = bundles.bundle_directory(real_model(), "int8", 2048)
     code = f"""
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The LiteRT binding: arrays in place, and a weight cache that survives damage and company."""
+"""The LiteRT binding: arrays in place; a weight cache that survives damage and concurrent processes."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_arrays_are_read_and_written_in_place(tmp_path: Path) -> None:
     np.testing.assert_allclose(logits, 2 * first, rtol=1e-5)
 
 
-def test_signatures_and_shapes_are_those_of_the_file(tmp_path: Path) -> None:
+def test_signatures_and_shapes_match_the_file(tmp_path: Path) -> None:
     model = compile_model(tmp_path)
     assert {"decode", "verify", "prefill_64", "head", "head_verify"} == set(model.signatures)
     decode = model.signatures["decode"]
@@ -67,7 +67,7 @@ def test_an_unaligned_array_is_refused(tmp_path: Path) -> None:
         head.bind("hidden", array)
 
 
-def test_packed_weights_are_kept_and_used_again(tmp_path: Path) -> None:
+def test_packed_weights_are_cached_and_reused(tmp_path: Path) -> None:
     expected = head_of(compile_model(tmp_path))
     (cache,) = tmp_path.glob("*.xnnpack")
     before = cache.stat()
@@ -100,7 +100,7 @@ def test_the_cache_is_named_after_version_cpu_and_model(monkeypatch: pytest.Monk
     assert len(names) == 4
 
 
-def test_two_processes_may_build_the_cache_at_once(tmp_path: Path) -> None:
+def test_two_processes_can_build_the_cache_at_once(tmp_path: Path) -> None:
     run = f"""
 import sys
 from pathlib import Path
@@ -116,7 +116,7 @@ CompiledModel(Path(sys.argv[1]), "digest", Path({str(tmp_path)!r}), 1)
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".stamp", ".xnnpack"]
 
 
-def test_what_a_crash_left_of_packing_takes_no_room_from_the_next_start(tmp_path: Path) -> None:
+def test_leftovers_of_interrupted_packing_are_removed_at_the_next_start(tmp_path: Path) -> None:
     packing = """
 import os, sys
 from pathlib import Path
@@ -127,7 +127,7 @@ CompiledModel(Path(sys.argv[1]), "digest", Path(sys.argv[2]), 1)
     path = str(bundles.small_bundle(NAME, "int8") / DECODER)
     assert subprocess.run([sys.executable, "-c", packing, path, str(tmp_path)], check=False).returncode == 9
     (left,) = tmp_path.glob("*/building")
-    with weight_cache._locked(left.parent):  # as long as it is being packed it stays
+    with weight_cache._locked(left.parent):  # a file that is still being packed stays
         compile_model(tmp_path)
         assert left.stat().st_size > 100_000
     next(tmp_path.glob("*.stamp")).unlink()
@@ -135,7 +135,7 @@ CompiledModel(Path(sys.argv[1]), "digest", Path(sys.argv[2]), 1)
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".stamp", ".xnnpack"]
 
 
-def test_where_no_file_can_be_kept_packed_weights_are_in_memory_and_give_the_same(
+def test_without_a_writable_cache_packed_weights_stay_in_memory_and_give_equal_results(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("")

@@ -115,7 +115,7 @@ class TestLogitsAgreeWithTransformers:
         assert error < INT8_TOLERANCE
 
 
-def test_a_rejected_verify_leaves_no_trace() -> None:
+def test_a_rejected_verify_does_not_change_later_logits() -> None:
     name = bundles.SMALL[0]
     ids, expected, _ = reference(name)
     d = decoder(name)
@@ -134,7 +134,7 @@ def test_committing_more_than_was_verified_is_refused() -> None:
         d.commit(3)
 
 
-def test_rewinding_within_the_window_keeps_the_common_beginning() -> None:
+def test_rewinding_within_the_window_keeps_the_common_prefix() -> None:
     name = bundles.SMALL[0]
     ids, expected, _ = reference(name)
     d = decoder(name)
@@ -148,7 +148,7 @@ def test_rewinding_within_the_window_keeps_the_common_beginning() -> None:
     )
 
 
-def test_rewinding_behind_a_wrapped_ring_starts_over() -> None:
+def test_rewinding_past_a_wrapped_ring_starts_over() -> None:
     name = bundles.SMALL[0]
     ids, _, _ = reference(name)
     d = decoder(name)
@@ -179,7 +179,7 @@ def test_prefill_stops_between_chunks_when_interrupted() -> None:
 
 
 def test_full_attention_caches_grow_with_the_conversation() -> None:
-    """A context beyond the first allocation: what was stored before the growth is still seen after it."""
+    """The context exceeds the first allocation; tokens stored before the growth are still attended to."""
     name = "gemma3-one-kv-head"
     ids, _, _ = reference(name)
     long = (ids * 10)[:600]
@@ -194,6 +194,6 @@ def test_full_attention_caches_grow_with_the_conversation() -> None:
     np.testing.assert_allclose(grown.logits(), whole.logits(), atol=FLOAT_TOLERANCE)
 
 
-def test_a_directory_that_is_no_bundle_is_named(tmp_path: Path) -> None:
+def test_a_directory_that_is_not_a_bundle_is_named(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=f"{tmp_path}/manifest.json: can't be read: No such file"):
         bundles.open_decoder(tmp_path)

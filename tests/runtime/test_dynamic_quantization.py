@@ -1,4 +1,4 @@
-"""The rounding of activations, against what XNNPACK itself computes."""
+"""The rounding of activations, compared with XNNPACK's own."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def head() -> tuple[NDArray[np.float64], CompiledModel, NDArray[np.float32], NDA
 
 
 @given(st.lists(NUMBERS, min_size=1, max_size=8))
-def test_a_row_is_rounded_as_xnnpack_rounds_it(numbers: list[float]) -> None:
+def test_a_row_is_rounded_as_in_xnnpack(numbers: list[float]) -> None:
     weights, model, hidden, logits = head()
     hidden.reshape(-1)[:] = np.resize(np.array(numbers, np.float32), hidden.size)
     model.signatures["head"].run()
@@ -42,7 +42,7 @@ def test_a_row_is_rounded_as_xnnpack_rounds_it(numbers: list[float]) -> None:
 
 
 @given(st.lists(st.tuples(NUMBERS, NUMBERS, NUMBERS), min_size=1, max_size=5))
-def test_rows_are_rounded_one_by_one(rows: list[tuple[float, float, float]]) -> None:
+def test_each_row_is_rounded_separately(rows: list[tuple[float, float, float]]) -> None:
     x = np.array(rows, np.float32)
     codes, inverse = dynamic_int8(x)
     for row, its_codes, its_inverse in zip(x, codes, inverse, strict=True):
@@ -51,7 +51,7 @@ def test_rows_are_rounded_one_by_one(rows: list[tuple[float, float, float]]) -> 
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-44])
-def test_a_row_of_almost_nothing_becomes_zeros(value: float) -> None:
+def test_a_row_of_negligible_values_becomes_zeros(value: float) -> None:
     codes, inverse = dynamic_int8(np.full(4, value, np.float32))
     assert not codes.any()
     assert inverse == 1

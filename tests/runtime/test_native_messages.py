@@ -1,4 +1,4 @@
-"""While a model is compiled, its library's messages are caught and nobody else's."""
+"""While a model is compiled, messages of the native library are captured, and no others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def c_stderr(text: str) -> None:
     LIBC.fputs(text.encode(), ctypes.c_void_p.in_dll(LIBC, "stderr"))
 
 
-def test_errors_are_caught_infos_dropped_and_all_else_logged_at_once(
+def test_errors_are_captured_infos_dropped_and_the_rest_logged_at_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with native_messages() as errors:
@@ -35,7 +35,7 @@ def test_errors_are_caught_infos_dropped_and_all_else_logged_at_once(
     ]
 
 
-def test_what_python_and_its_threads_write_meanwhile_is_there_at_once() -> None:
+def test_output_of_python_threads_during_capture_appears_at_once() -> None:
     program = """
 import os, sys, threading
 from edge.runtime.native_messages import native_messages
@@ -52,7 +52,7 @@ with native_messages():
     assert done.stderr.splitlines() == ["from a thread", "to the descriptor"]
 
 
-def test_standard_error_is_c_s_own_again_afterwards(capfd: pytest.CaptureFixture[str]) -> None:
+def test_standard_error_is_restored_after_the_capture(capfd: pytest.CaptureFixture[str]) -> None:
     with native_messages():
         pass
     c_stderr("again\n")
@@ -61,7 +61,7 @@ def test_standard_error_is_c_s_own_again_afterwards(capfd: pytest.CaptureFixture
     assert capfd.readouterr().err == "again\nand again\n"
 
 
-def test_a_message_without_an_end_is_bounded() -> None:
+def test_an_endless_message_is_bounded() -> None:
     with native_messages() as errors:
         for number in range(1000):
             c_stderr(f"ERROR: {number}\n")

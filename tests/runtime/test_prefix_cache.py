@@ -56,7 +56,7 @@ def restore(prefixes: PrefixCache, ids: list[int], longer_than: int = 0) -> tupl
 
 
 @pytest.mark.parametrize("length", [SHORTEST, 47, 48, 49, 130, 300])
-def test_what_was_stored_comes_back_in_a_new_process_too(tmp_path: Path, length: int) -> None:
+def test_a_snapshot_is_restored_also_in_a_new_process(tmp_path: Path, length: int) -> None:
     ids = list(range(length))
     assert PrefixCache(tmp_path, "bundle").store(ids, filled(length))
     found, cache = restore(PrefixCache(tmp_path, "bundle"), [*ids, 7, 8])
@@ -64,7 +64,7 @@ def test_what_was_stored_comes_back_in_a_new_process_too(tmp_path: Path, length:
     assert rows(cache) == rows(filled(length))
 
 
-def test_the_longest_beginning_is_taken(tmp_path: Path) -> None:
+def test_the_longest_stored_prefix_is_used(tmp_path: Path) -> None:
     prefixes = PrefixCache(tmp_path, "bundle")
     for length in (40, 80):
         prefixes.store(list(range(length)), filled(length))
@@ -74,13 +74,13 @@ def test_the_longest_beginning_is_taken(tmp_path: Path) -> None:
     assert restore(prefixes, [5, *range(100)])[0] == 0
 
 
-def test_another_bundle_takes_nothing(tmp_path: Path) -> None:
+def test_snapshots_of_another_bundle_are_not_used(tmp_path: Path) -> None:
     PrefixCache(tmp_path, "one").store(list(range(40)), filled(40))
     assert restore(PrefixCache(tmp_path, "other"), list(range(60)))[0] == 0
 
 
 @pytest.mark.parametrize("damage", ["flipped bit", "cut short", "empty", "longer"])
-def test_a_damaged_snapshot_is_a_miss_and_goes(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_snapshot_is_a_miss_and_is_removed(tmp_path: Path, damage: str) -> None:
     PrefixCache(tmp_path, "bundle").store(list(range(40)), filled(40))
     (path,) = tmp_path.iterdir()
     content = bytearray(path.read_bytes())
@@ -94,12 +94,12 @@ def test_a_damaged_snapshot_is_a_miss_and_goes(tmp_path: Path, damage: str) -> N
     assert prefixes.store(list(range(40)), filled(40))
 
 
-def test_short_prefixes_are_not_worth_a_file(tmp_path: Path) -> None:
+def test_short_prefixes_are_not_stored(tmp_path: Path) -> None:
     assert not PrefixCache(tmp_path, "bundle").store(list(range(SHORTEST - 1)), filled(SHORTEST - 1))
     assert not list(tmp_path.iterdir())
 
 
-def test_the_least_used_goes_when_the_directory_is_full(tmp_path: Path) -> None:
+def test_the_least_used_snapshot_is_evicted_when_the_directory_is_full(tmp_path: Path) -> None:
     size = 4 + sum(len(part) for part in rows(filled(40)))
     prefixes = PrefixCache(tmp_path, "bundle", capacity=2 * size)
     sets = [[start, *range(39)] for start in (101, 102, 103)]
@@ -112,7 +112,7 @@ def test_the_least_used_goes_when_the_directory_is_full(tmp_path: Path) -> None:
     assert [restore(prefixes, ids)[0] for ids in sets] == [40, 0, 40]
 
 
-def test_what_was_not_used_for_long_goes_at_the_start(tmp_path: Path) -> None:
+def test_snapshots_unused_for_long_are_removed_at_the_start(tmp_path: Path) -> None:
     PrefixCache(tmp_path, "bundle").store(list(range(40)), filled(40))
     (path,) = tmp_path.iterdir()
     old = time.time() - 31 * 24 * 3600
@@ -121,8 +121,8 @@ def test_what_was_not_used_for_long_goes_at_the_start(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_snapshots_that_can_not_be_removed_are_no_obstacle(tmp_path: Path) -> None:
-    """As on a disk that was made read-only after an error, where they grow old."""
+def test_snapshots_that_cannot_be_removed_do_not_prevent_a_start(tmp_path: Path) -> None:
+    """As on a disk that became read-only after an error, where snapshots expire but stay."""
     for length in (40, 50):
         stuck = tmp_path / f"{length}-{'0' * 32}.kv"
         (stuck / "inside").mkdir(parents=True)
@@ -133,7 +133,7 @@ def test_snapshots_that_can_not_be_removed_are_no_obstacle(tmp_path: Path) -> No
     assert not prefixes.store(list(range(40)), filled(40))
 
 
-def test_what_a_power_cut_left_half_written_goes_at_the_start(tmp_path: Path) -> None:
+def test_snapshots_half_written_at_a_power_cut_are_removed_at_the_start(tmp_path: Path) -> None:
     PrefixCache(tmp_path, "bundle").store(list(range(40)), filled(40))
     (whole,) = tmp_path.iterdir()
     whole.with_suffix(".part").write_bytes(b"half")
@@ -141,7 +141,7 @@ def test_what_a_power_cut_left_half_written_goes_at_the_start(tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == [whole]
 
 
-def test_bytes_written_a_day_are_bounded_across_restarts(tmp_path: Path) -> None:
+def test_bytes_written_per_day_are_bounded_across_restarts(tmp_path: Path) -> None:
     size = 4 + sum(len(part) for part in rows(filled(40)))
     prefixes = PrefixCache(tmp_path, "bundle", daily=2 * size)
     assert prefixes.store([1, *range(39)], filled(40))
@@ -152,14 +152,14 @@ def test_bytes_written_a_day_are_bounded_across_restarts(tmp_path: Path) -> None
     assert again.written == size
 
 
-def test_a_directory_that_cannot_be_written_holds_nothing(tmp_path: Path) -> None:
+def test_in_a_read_only_directory_nothing_is_stored(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     prefixes = PrefixCache(tmp_path / "file" / "cache", "bundle")
     assert not prefixes.store(list(range(40)), filled(40))
     assert restore(prefixes, list(range(60)))[0] == 0
 
 
-def test_a_decoder_goes_on_from_a_snapshot_bit_for_bit() -> None:
+def test_a_decoder_continues_from_a_snapshot_bit_for_bit() -> None:
     directory = bundles.small_bundle("gemma4-two-kv-heads", "int8")
     with np.load(FIXTURES / "gemma4-two-kv-heads" / "reference.npz") as file:
         ids = file["ids"].tolist()

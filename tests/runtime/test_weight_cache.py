@@ -36,7 +36,7 @@ def flip(path: Path, at: int) -> None:
 
 
 def whole_check(weights: PackedWeights) -> bool:
-    """Whether all blocks pass; checks on after a damaged one, as the next poll would."""
+    """Return whether all blocks pass; continues after a damaged block, as the next poll would."""
     return False not in {weights.check() for _ in range(BLOCKS)}
 
 
@@ -47,7 +47,7 @@ def test_intact_weights_pass_the_check_of_every_block(packed: Path) -> None:
 
 @settings(max_examples=25)
 @given(at=st.integers(0, BLOCKS * BLOCK_BYTES + 16))
-def test_a_flipped_bit_is_found_at_the_start_or_while_idle(packed: Path, at: int) -> None:
+def test_a_flipped_bit_is_detected_at_the_start_or_while_idle(packed: Path, at: int) -> None:
     flip(packed, at)
     try:
         weights = open_packed(packed)
@@ -57,7 +57,7 @@ def test_a_flipped_bit_is_found_at_the_start_or_while_idle(packed: Path, at: int
 
 
 @pytest.mark.parametrize("at", [0, BLOCKS * BLOCK_BYTES - 1, BLOCKS * BLOCK_BYTES + 16])
-def test_what_litert_parses_is_checked_at_the_start(packed: Path, at: int) -> None:
+def test_the_part_that_litert_parses_is_checked_at_the_start(packed: Path, at: int) -> None:
     flip(packed, at)
     try:
         assert open_packed(packed) is None
@@ -65,7 +65,7 @@ def test_what_litert_parses_is_checked_at_the_start(packed: Path, at: int) -> No
         flip(packed, at)
 
 
-def test_a_bit_that_flips_after_the_start_is_found_by_the_check_of_the_next_day(
+def test_a_bit_that_flips_after_the_start_is_detected_by_the_daily_check(
     packed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 1000.0
@@ -83,7 +83,7 @@ def test_a_bit_that_flips_after_the_start_is_found_by_the_check_of_the_next_day(
 
 @settings(max_examples=60)
 @given(data=st.data())
-def test_a_stamp_that_was_changed_in_any_way_means_not_intact(packed: Path, data: st.DataObject) -> None:
+def test_weights_with_a_changed_stamp_are_not_intact(packed: Path, data: st.DataObject) -> None:
     stamp = packed.with_suffix(".stamp")
     content = stamp.read_bytes()
     changed = bytearray(content)
@@ -97,7 +97,7 @@ def test_a_stamp_that_was_changed_in_any_way_means_not_intact(packed: Path, data
         stamp.write_bytes(content)
 
 
-def test_a_stamp_that_is_a_fifo_or_endless_means_not_intact(packed: Path, tmp_path: Path) -> None:
+def test_weights_whose_stamp_is_a_fifo_or_endless_are_not_intact(packed: Path, tmp_path: Path) -> None:
     stamp = packed.with_suffix(".stamp")
     kept = tmp_path / "stamp"
     os.replace(stamp, kept)
@@ -113,7 +113,7 @@ def test_a_stamp_that_is_a_fifo_or_endless_means_not_intact(packed: Path, tmp_pa
     assert open_packed(packed) is not None
 
 
-def test_damaged_weights_are_removed_but_not_those_that_another_process_published(tmp_path: Path) -> None:
+def test_damaged_weights_are_removed_unless_another_process_has_replaced_them(tmp_path: Path) -> None:
     path = tmp_path / "key.xnnpack"
     with publishing(path) as building:
         building.write_bytes(b"old")
@@ -126,12 +126,12 @@ def test_damaged_weights_are_removed_but_not_those_that_another_process_publishe
     assert not list(tmp_path.iterdir())
 
 
-def test_packed_weights_can_be_read_by_their_user_only(packed: Path) -> None:
+def test_packed_weights_are_readable_by_their_owner_only(packed: Path) -> None:
     assert packed.stat().st_mode & 0o777 == 0o600
     assert packed.with_suffix(".stamp").stat().st_mode & 0o777 == 0o600
 
 
-def test_few_blocks_are_read_at_a_start_however_large_the_file_is() -> None:
+def test_a_start_reads_few_blocks_of_a_file_of_any_size() -> None:
     assert set(weight_cache._sampled(3)) == {0, 1, 2}
     sampled = set(weight_cache._sampled(2500))
     assert {0, 2498, 2499} <= sampled
