@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
@@ -92,11 +92,12 @@ def main(model: str, recipes: tuple[str, ...], threads: int) -> None:
     """Print where the time of answers goes."""
     for recipe in recipes or models.RECIPES[model]:
         with tempfile.TemporaryDirectory(prefix="edge-profile-") as cache:
-            generator = Generator.open(models.bundle(recipe, model), Path(cache), threads, CONTEXT)
-            click.echo(f"{model} {recipe}")
-            free_text(generator)
-            for kind in workload.KINDS:
-                json_answers(generator, kind)
+            opened = Generator.open(models.bundle(recipe, model), Path(cache), threads, CONTEXT)
+            with closing(opened) as generator:
+                click.echo(f"{model} {recipe}")
+                free_text(generator)
+                for kind in workload.KINDS:
+                    json_answers(generator, kind)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 from collections.abc import Collection
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,8 +177,8 @@ def test_the_schemas_grammar_leads_to_the_answer_and_leaves_a_choice_for_each_me
 
 def test_a_score_counts_each_kind_and_every_answer_is_one_that_the_schema_allows() -> None:
     directory = bundles.small_bundle(GEMMA3, context=512)
-    generator = Generator.open(directory, bundles.cache_directory(), 2, 512)
-    result = score(generator, held_out(2 * len(KINDS)))
+    with closing(Generator.open(directory, bundles.cache_directory(), 1, 512)) as generator:
+        result = score(generator, held_out(2 * len(KINDS)))
     assert result.asked == dict.fromkeys(KINDS, 2)
     assert result.right.total() + len(result.mistakes) == 2 * len(KINDS)
     for scenario, answer in result.mistakes:
@@ -198,6 +199,6 @@ def test_the_shipped_adapter_is_small_and_carries_its_licence() -> None:
 @pytest.mark.slow
 def test_with_the_shipped_adapter_held_out_reports_are_answered_rightly_in_int8(tmp_path: Path) -> None:
     convert(merge_adapter(open_checkpoint(real_model()), SHIPPED), tmp_path / "bundle", "int8", 512)
-    generator = Generator.open(tmp_path / "bundle", tmp_path / "cache", 2, 512)
-    result = score(generator, held_out(140))
+    with closing(Generator.open(tmp_path / "bundle", tmp_path / "cache", 2, 512)) as generator:
+        result = score(generator, held_out(140))
     assert result.share >= 0.94, result.mistakes

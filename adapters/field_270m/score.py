@@ -13,6 +13,7 @@ import itertools
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -94,8 +95,9 @@ def main(
         with tempfile.TemporaryDirectory(prefix="edge-gemma-score-") as scratch:
             bundle = Path(scratch, "bundle")
             convert(opened, bundle, recipe, CONTEXT, calibration=text)
-            generator = Generator.open(bundle, Path(scratch, "cache"), defaults.threads(), CONTEXT)
-            result = score(generator, held_out(count))
+            cache = Path(scratch, "cache")
+            with closing(Generator.open(bundle, cache, defaults.threads(), CONTEXT)) as generator:
+                result = score(generator, held_out(count))
         click.echo(f"{recipe}: {result.right.total()} of {count} exactly right, {result.share:.1%}")
         click.echo("  " + "  ".join(f"{kind} {share:.1%}" for kind, share in result.by_kind().items()))
         for scenario, answer in result.mistakes if mistakes else ():

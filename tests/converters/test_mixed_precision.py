@@ -101,7 +101,7 @@ def test_a_bundle_fits_its_budget_and_the_manifest_records_the_choice(name: str,
     assert len(set(choice["formats"].values())) > 1
     assert set(choice["formats"]) == set(weight_layout(checkpoint.architecture).weights)
     shown = CliRunner().invoke(main, ["inspect", str(tmp_path / "auto")]).output
-    assert "chosen for at most" in shown
+    assert "formats chosen to fit" in shown
     layers = len(checkpoint.architecture.layers)
     (qkv,) = re.findall(r"^ +qkv +(int.* in \d.*)$", shown, re.MULTILINE)
     named = [

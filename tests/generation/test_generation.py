@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from edge.errors import RequestError
+from edge.errors import Interruption, RequestError
 from edge.generation.answer_format import AnswerFormat
 from edge.generation.generator import Completion, Delta, Generator
 from edge.generation.grammar import GrammarCompiler
@@ -102,7 +102,7 @@ def test_an_answer_that_fills_the_context_ends_with_length() -> None:
     assert completion.usage.prompt + completion.usage.generated == 128
 
 
-@pytest.mark.parametrize("polls", range(0, 24, 3))
+@pytest.mark.parametrize("polls", range(3, 24, 3))
 def test_an_interruption_takes_effect_within_one_step(polls: int) -> None:
     asked = count()
 
@@ -113,6 +113,11 @@ def test_an_interruption_takes_effect_within_one_step(polls: int) -> None:
     assert completion.finish_reason == "deadline"
     assert next(asked) == polls + 1
     assert completion.usage.generated <= polls * generator().decoder.verify_width
+
+
+def test_an_interruption_before_the_answer_begins_is_raised() -> None:
+    with pytest.raises(Interruption, match="deadline"):
+        run(generator(), Request("1", prompt="pump", max_tokens=5), lambda: "deadline")
 
 
 def test_a_repeated_prompt_prefix_is_not_computed_again() -> None:

@@ -520,8 +520,11 @@ REFUSED = {
         for_tool({"properties": {"x": {"not": {}}}}),
         r"tools\[0\].*\.x: the keyword 'not'",
     ),
-    "an odd name in a tool": (for_tool({"properties": {"a:b": {}}}), "properties.a:b: a name with spaces or"),
-    "no object in a tool": (for_tool({"type": "string"}), "parameters that are not an object"),
+    "an odd name in a tool": (
+        for_tool({"properties": {"a:b": {}}}),
+        "properties.a:b: a name can't have spaces or",
+    ),
+    "no object in a tool": (for_tool({"type": "string"}), "the parameters must be an object"),
     "a lost reference in a tool": (for_tool({"properties": {"x": {"$ref": "#/y"}}}), "points to no schema"),
     "a tool's pattern": (for_tool({"properties": {"x": {"pattern": "(?=a)"}}}), "tools: look-around"),
     "an unknown required name": (for_tool({"required": ["x"]}), "required names must be in properties"),

@@ -93,7 +93,7 @@ def test_recording_changes_the_manifest_and_drops_the_signature(bundle: Path, tm
     golden = read_manifest(copy).golden
     assert golden is not None
     assert golden.text == text.read_text()
-    assert result.output == f"{copy}: a loss of {golden.loss:.2f} over {len(golden.ids)} tokens is recorded\n"
+    assert result.output == f"{copy}: recorded a loss of {golden.loss:.2f} over {len(golden.ids)} tokens\n"
     assert not (copy / SIGNATURE).exists()
     assert read_manifest(copy).files == read_manifest(bundle).files
 

@@ -22,8 +22,12 @@ def _own() -> tempfile.TemporaryDirectory[str]:
 
 
 def share() -> None:
-    """Make the directory of a run, for this process and the workers it starts; in a worker, do nothing."""
+    """Make the directory of a run, for this process and the workers it starts; in a worker, do nothing.
+
+    Programs that the tests start keep their caches there too, and not in the user's home.
+    """
     os.environ.setdefault(SHARED, _own().name)
+    os.environ["XDG_CACHE_HOME"] = str(directory() / "xdg-cache")
 
 
 def directory() -> Path:

@@ -115,7 +115,7 @@ def test_a_cached_word_takes_few_bytes_and_a_long_word_is_not_cached() -> None:
         tokenizer.encode(word * 2)
     grown = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
-    assert grown < 1000 * len(worst)
+    assert grown < 1500 * len(worst)  # the dictionary of the cache included
 
 
 def test_every_piece_is_found_by_its_text_and_decodes_as_in_sentencepiece() -> None:
@@ -172,7 +172,7 @@ def test_a_lone_surrogate_is_refused_by_position(gemma3: Tokenizer) -> None:
 
 @pytest.mark.parametrize("model", [b"", b"\x00\x01not a model", b"\x0a\xff"])
 def test_bytes_that_are_not_a_model_are_refused(model: bytes) -> None:
-    with pytest.raises(BundleError, match="not a SentencePiece model"):
+    with pytest.raises(BundleError, match="not a SentencePiece BPE model"):
         Tokenizer(model)
 
 

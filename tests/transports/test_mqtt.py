@@ -290,7 +290,10 @@ def test_another_request_under_an_unanswered_id_is_busy(node: Node, sensor: Sens
     node.speller.gate.set()
     assert sensor.final().text == "tsrif "
     sensor.ask(request("a", "second", stream=False), ResponseTopic=REPLY)
-    assert sensor.final().text == "dnoces "
+    texts = [sensor.final().text]
+    if texts == ["tsrif "]:  # the duplicate came after the answer, and got it from the journal
+        texts = [sensor.final().text]
+    assert texts == ["dnoces "]
     wait_for(lambda: node.transport.unconfirmed == 0)
     assert sensor.messages.empty()
 
