@@ -1,4 +1,4 @@
-"""Defaults: paths, and the number of threads."""
+"""Default paths and the default number of threads."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import os
 from pathlib import Path
 
 CONFIG = "/etc/edge-gemma/edge-daemon.toml"
-"""Where the package's unit reads its configuration."""
+"""The configuration file of the package's systemd unit."""
 
 DIRECTORIES = {"STATE_DIRECTORY": "/var/lib/edge-gemma", "CACHE_DIRECTORY": "/var/cache/edge-gemma"}
-"""What systemd sets in the environment of the package's unit."""
+"""The directories that systemd sets in the environment of the package's unit."""
 
 
 def cache_directory() -> str:
-    """The directory of packed weights and prefix snapshots: systemd's for the unit, else XDG's."""
+    """The directory for packed weights and prefix snapshots: from systemd in its unit, else from XDG."""
     return _directory("CACHE_DIRECTORY", "XDG_CACHE_HOME", ".cache")
 
 
 def state_directory() -> str:
-    """The directory of the journal and other state that must not be lost, found likewise."""
+    """The directory for the journal and other state that must not be lost, found in the same way."""
     return _directory("STATE_DIRECTORY", "XDG_STATE_HOME", ".local/state")
 
 
 def threads() -> int:
-    """One thread a core, up to four: decoding is bound by memory, not by cores."""
+    """One thread per core, at most four: decoding is limited by memory bandwidth, not by cores."""
     return min(os.cpu_count() or 1, 4)
 
 

@@ -1,4 +1,4 @@
-"""MQTT topic filters: what they match, and what their wildcards stand for (MQTT 5, section 4.7)."""
+"""MQTT topic filters: matching, and the values of wildcards (MQTT 5, section 4.7)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class TopicFilter:
         levels = text.split("/")
         wild_inside = any(level not in ("+", "#") and set(level) & set("+#") for level in levels)
         if not text or "\0" in text or wild_inside or "#" in levels[:-1]:
-            raise ValueError("+ stands for one whole level, # for all that follow")
+            raise ValueError("+ must be a whole level, # the whole last level")
         self.text = text
-        # a wildcard in the first place does not match the broker's own topics, $SYS and the like
+        # a wildcard in the first level does not match topics that start with $, such as $SYS
         pattern = r"(?!\$)" if levels[0] in ("+", "#") else ""
         pattern += "/".join("([^/]*)" if level == "+" else re.escape(level) for level in levels)
         if levels[-1] == "#":
@@ -25,15 +25,15 @@ class TopicFilter:
         self._pattern = re.compile(pattern, re.DOTALL)
 
     def match(self, topic: str) -> tuple[str, ...] | None:
-        """Return what each wildcard stands for in `topic`, or None if it does not match."""
+        """Return what each wildcard matches in `topic`, or None if the filter does not match."""
         found = self._pattern.fullmatch(topic)
         return None if found is None else tuple(part for part in found.groups() if part is not None)
 
 
 def disjoint(filters: Iterable[str]) -> tuple[str, ...]:
-    """Give filters that match at least the same topics, and each topic only once.
+    """Merge overlapping filters. The result matches at least the same topics, each with one filter only.
 
-    For overlapping subscriptions a broker may deliver one copy each (MQTT 5, 3.3.4), and mosquitto does.
+    A broker may deliver one copy for each overlapping subscription (MQTT 5, 3.3.4); mosquitto does.
     """
     apart: list[list[str]] = []
     for text in filters:
@@ -46,7 +46,7 @@ def disjoint(filters: Iterable[str]) -> tuple[str, ...]:
 
 
 def _overlap(a: Sequence[str], b: Sequence[str]) -> bool:
-    """Whether there is a topic that both filters match."""
+    """Return whether some topic matches both filters."""
     if a[0] != b[0] and (a[0].startswith("$") or b[0].startswith("$")):
         return False
     for one, other in zip_longest(a, b):
@@ -58,7 +58,7 @@ def _overlap(a: Sequence[str], b: Sequence[str]) -> bool:
 
 
 def _merge(a: Sequence[str], b: Sequence[str]) -> list[str]:
-    """Give one filter for all topics of two that overlap."""
+    """Return one filter that matches all topics of two overlapping ones."""
     levels: list[str] = []
     for one, other in zip_longest(a, b):
         if "#" in (one, other):

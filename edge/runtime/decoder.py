@@ -1,8 +1,8 @@
 """Token ids in, hidden states or logits out, over one KV cache.
 
-`prefill` stores K and V of tokens whose successor is already known, and computes nothing else. `advance`
-runs tokens and leaves the last one's hidden state for `logits` and `logits_for`. `verify` runs a few tokens
-at once and stores nothing until `commit` gives the number to keep, so nothing is undone for a rejected draft.
+`prefill` only stores K and V of its tokens. `advance` also computes the last token's hidden state, for
+`logits` and `logits_for`. `verify` runs a few tokens at once and stores nothing until `commit` gives the
+number to keep, so a rejected draft leaves nothing to undo.
 Not thread-safe.
 """
 
@@ -28,7 +28,7 @@ from edge.runtime.signature import Signature, aligned_array
 _ATTENTIONS: tuple[Attention, ...] = ("sliding", "full")
 
 _WORTHWHILE_SHARE = 0.5
-"""A wide prefill beats several narrow ones when at least this share of its width is used."""
+"""A wide prefill is faster than several narrow ones if at least this share of its width is used."""
 
 
 class Decoder:
@@ -42,7 +42,7 @@ class Decoder:
         context: int,
         compiled: CompiledModel | None = None,
     ) -> None:
-        """`compiled` is the bundle's graph, if it has been compiled already. Raises RuntimeFailure."""
+        """`compiled` is the bundle's compiled graph, if there is one already. Raises RuntimeFailure."""
         manifest = bundle.manifest
         self.arch, self.context = manifest.architecture, context
         self.verify_width = manifest.verify_width
@@ -63,7 +63,7 @@ class Decoder:
         self._tokens: list[int] = []
 
     def close(self) -> None:
-        """Give all memory back; the decoder can't be used after that."""
+        """Free all memory; the decoder can't be used afterwards."""
         self._model.close()
 
     def check_weights(self) -> bool:
@@ -93,10 +93,7 @@ class Decoder:
         return length
 
     def recall(self, ids: Sequence[int]) -> int:
-        """Load the longest prefix of `ids` that is available, in the KV cache or stored by `remember`.
-
-        Returns its length.
-        """
+        """Load the longest prefix of `ids` in the KV cache or stored by `remember`; return its length."""
         cached = self.rewind(ids)
         found = self._prefixes.restore(ids, self._cache, cached, self._grow)
         if found:
@@ -104,11 +101,11 @@ class Decoder:
         return found or cached
 
     def remember(self) -> None:
-        """Store the KV cache, for later conversations that start with the same tokens."""
+        """Store the KV cache for later conversations that start with the same tokens."""
         self._prefixes.store(self._tokens, self._cache)
 
     def prefill(self, ids: Sequence[int], interrupted: Callable[[], str | None]) -> str | None:
-        """Store K and V of `ids`. Asks `interrupted` before each chunk, and returns its answer if it has one.
+        """Store K and V of `ids`. Calls `interrupted` before each chunk and returns its reason, if any.
 
         Raises RequestError("too_long") if they do not fit into the context.
         """
@@ -126,9 +123,9 @@ class Decoder:
         return None
 
     def advance(self, ids: Sequence[int], interrupted: Callable[[], str | None]) -> str | None:
-        """Run `ids`, of which there is at least one; `logits` then tells what may follow.
+        """Run `ids`, at least one; `logits` then gives the logits of the next token.
 
-        Asks `interrupted` before each chunk, as `prefill` does. Raises RequestError("too_long").
+        Calls `interrupted` before each chunk, as `prefill` does. Raises RequestError("too_long").
         """
         tail = min(len(ids), self.verify_width) if self._every_layer_owns_kv else 1
         reason = self.prefill(ids[:-tail], interrupted) or interrupted()
@@ -141,7 +138,7 @@ class Decoder:
         return self._head.run().reshape(-1)
 
     def logits_for(self, ids: NDArray[np.int32]) -> Floats:
-        """Logits [len(ids)] of some tokens only, as `logits` has them, from those rows of the head alone."""
+        """Logits [len(ids)] of some tokens only, as in `logits`, from only those rows of the head."""
         return self._tables.head_rows(ids, self._decode.hidden[0, 0])
 
     def verify(self, tokens: Sequence[int]) -> Floats:
@@ -222,7 +219,7 @@ class Decoder:
 
 
 class _Tables:
-    """Embedding rows, scaled as the graph expects them."""
+    """Embedding rows, scaled for the graph, and rows of the head."""
 
     def __init__(self, bundle: Bundle) -> None:
         manifest = bundle.manifest
@@ -273,7 +270,7 @@ class _Run:
         self.new_values = {i: outputs[f"new_value_{i}"] for i in arch.owners}
 
     def bind_cache(self, cache: KVCache) -> None:
-        """Bind the cache's arrays, and masks as wide as they are."""
+        """Bind the cache's arrays, and masks of matching width."""
         for i in self._arch.owners:
             for name, array in ((f"key_{i}", cache.keys[i]), (f"value_{i}", cache.values[i])):
                 if name in self.signature.inputs:
@@ -299,7 +296,7 @@ class _Run:
 
 
 class _Head:
-    """The output head over the hidden states that another signature leaves."""
+    """The output head, applied to the hidden states of another signature."""
 
     def __init__(self, signature: Signature, hidden: Floats) -> None:
         self._signature = signature

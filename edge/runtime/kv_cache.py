@@ -1,7 +1,8 @@
-"""The KV cache: numpy arrays that the graph reads in place, and the masks that say which rows hold what.
+"""The KV cache: numpy arrays that the graph reads in place, and the masks that hide rows from queries.
 
-Position p lies in row p, on sliding-attention layers in row p % window. Caches start small and double, up to
-the window (from then on they are rings) or the context, so a short conversation does not pay for a long one.
+Position p is in row p; on sliding-attention layers, in row p % window. Caches start small and double, up to
+the context or, on sliding-attention layers, the window; those are then rings. A short conversation therefore
+needs little memory.
 Rows are float32 [1, kv_heads, rows, head_dim], aligned for LiteRT.
 """
 
@@ -18,7 +19,7 @@ from edge.runtime.signature import aligned_array
 Floats = NDArray[np.float32]
 
 HIDDEN_FROM_VIEW = np.float32(-1e9)
-"""What a mask adds to the score of a row that a query must not see."""
+"""The mask value for a row that a query must not see; it is added to the attention score."""
 
 _FIRST_ROWS = 128
 
@@ -40,14 +41,14 @@ class KVCache:
             self._allocate(i)
 
     def truncate(self, length: int) -> bool:
-        """Forget the tokens from `length` on. False, and nothing changed, if a ring lost what came before."""
+        """Drop the tokens from `length` on. False, with no change, if a ring lost earlier ones."""
         if length != self.length and self.length > self.arch.sliding_window:
             return False
         self.length = length
         return True
 
     def reserve(self, length: int) -> bool:
-        """Make room for `length` tokens in all. True if arrays were replaced by larger ones."""
+        """Make room for `length` tokens in total. True if arrays were replaced with larger ones."""
         grown = set[Attention]()
         for attention, most in self._most.items():
             while self.rows[attention] < min(length, most):
@@ -91,9 +92,9 @@ class KVCache:
             )
 
     def restore(self, length: int, content: Floats) -> bool:
-        """Hold `length` tokens whose `snapshot` is `content`, flat; room must be reserved.
+        """Load `length` tokens from `content`, a flat `snapshot`. Call `reserve` first.
 
-        False, with the cache unchanged in length, if `content` has another size.
+        False, with the cache unchanged, if the size of `content` does not match.
         """
         shapes = [self._used(i, length) for i in self.arch.owners for _ in range(2)]
         ends = np.cumsum([int(np.prod(shape)) for shape in shapes])
@@ -117,7 +118,7 @@ class KVCache:
         return 1, self.arch.kv_heads, min(length, self._most[layer.attention]), layer.head_dim
 
     def write_mask(self, attention: Attention, mask: Floats) -> None:
-        """Fill `mask` [1, 1, T, rows + T] for T new tokens at positions `length`...
+        """Fill `mask` [1, 1, T, rows + T] for T new tokens, the first at position `length`.
 
         Key j is visible to query i iff j <= i, and on sliding layers also i - j < window.
         """
@@ -132,7 +133,7 @@ class KVCache:
         mask[0, 0, :, rows:] = np.where(visible, np.float32(0), HIDDEN_FROM_VIEW)
 
     def _positions(self, attention: Attention, rows: int) -> NDArray[np.int64]:
-        """Position held by each row of a cache, -1 where there is none."""
+        """The position in each row of a cache, -1 for an unused row."""
         slots = np.arange(rows)
         if attention == "sliding" and self.length > rows:
             return self.length - 1 - (self.length - 1 - slots) % rows

@@ -13,13 +13,13 @@ from edge.runtime.compiled_model import CompiledModel
 
 
 def compile_graph(bundle: Bundle, cache_directory: Path, threads: int) -> CompiledModel:
-    """The bundle's graph, compiled. Raises RuntimeFailure."""
+    """Compile the bundle's graph. Raises RuntimeFailure."""
     digest = bundle.manifest.files[DECODER].sha256
     return CompiledModel(bundle.path(DECODER), digest, cache_directory, threads)
 
 
 class Opening:
-    """Starts to verify a bundle and compile its graph. A program that ends earlier waits for it."""
+    """Verifies a bundle and compiles its graph in a thread. The program can't exit before that ends."""
 
     def __init__(self, directory: Path, cache_directory: Path, threads: int) -> None:
         self._opened: tuple[Bundle, CompiledModel] | Exception

@@ -2,11 +2,12 @@
 
 A snapshot is one file, `<length>-<digest>.kv`: a checksum, then K and V of `length` tokens as the KV cache
 holds them (float32: a restored cache gives the very same logits). The digest is over the bundle, the layout
-and the token ids, so a snapshot is never taken for another's. It is read through the page cache, which is the
-memory that the system can take back.
+and the token ids, so a snapshot is never used for other tokens or another bundle. It is read through the page
+cache, which the system can reclaim.
 
-A damaged snapshot is removed and counts as a miss. Writes are not synced (a power cut costs a snapshot) and
-bounded: bytes a day, to spare the SD card, and bytes in total, the least recently used being removed first.
+A damaged snapshot is removed and counts as a miss. Writes are not synced; a power cut can lose a snapshot.
+The bytes written in a day are limited, to spare the SD card, and so is the total size; the least recently
+used snapshots are removed first.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from edge.files import identity, identity_of, open_regular
 from edge.runtime.kv_cache import KVCache
 
 SHORTEST = 32
-"""Tokens of the shortest prefix worth a file."""
+"""Tokens in the shortest prefix that is stored."""
 
 _LAYOUT = 1
 _CHECKSUM_BYTES = 4
@@ -39,9 +40,9 @@ _NAME = re.compile(r"(\d+)-[0-9a-f]{32}\.kv")
 class PrefixCache:
     """Snapshots in `directory` of one bundle's KV caches.
 
-    At most `capacity` bytes are kept, nothing for longer than `days` unused, and at most `daily` bytes
-    written in 24 hours. `written` counts the bytes written by this process. A directory that can't be written
-    is a cache that holds nothing.
+    The snapshots take at most `capacity` bytes, and at most `daily` bytes are written in 24 hours. A snapshot
+    unused for `days` is removed. `written` counts the bytes written by this process. If the directory can't
+    be written, nothing is stored.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class PrefixCache:
         self._writes: list[tuple[float, int]] = []
         with contextlib.suppress(OSError):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for left in directory.glob("*.part"):  # by a process that was killed while it wrote
+            for left in directory.glob("*.part"):  # left by a process that was killed while writing
                 _remove(left)
         now = time.time()
         for path, status in self._files():
@@ -86,7 +87,10 @@ class PrefixCache:
         return 0
 
     def store(self, ids: Sequence[int], cache: KVCache) -> bool:
-        """Keep `cache`, which holds exactly the tokens `ids`. False if it is too short, or a bound is met."""
+        """Store `cache`, which holds exactly the tokens `ids`. False if that was not done.
+
+        Too few tokens, a stored snapshot of the same tokens, a limit or a disk error are the reasons.
+        """
         path = self._path(ids)
         parts = [part for pair in cache.snapshot() for part in pair]
         size = _CHECKSUM_BYTES + sum(part.nbytes for part in parts)
@@ -111,7 +115,7 @@ class PrefixCache:
         return True
 
     def clear(self) -> None:
-        """Remove all snapshots, of whatever bundle."""
+        """Remove all snapshots, of every bundle."""
         for path, _ in self._files():
             with contextlib.suppress(OSError):
                 path.unlink()
@@ -144,11 +148,11 @@ class PrefixCache:
                     return None
                 self._intact[path] = found
             return np.frombuffer(body, np.float32)
-        except (OSError, ValueError):  # gone, empty, which can't be mapped, or no whole number of floats
+        except (OSError, ValueError):  # removed, empty, or not a whole number of floats
             return None
 
     def _may_write(self, size: int) -> bool:
-        """Return whether the limits allow `size` more bytes; makes room for them if they do."""
+        """Return whether the limits allow `size` more bytes; if so, make room for them."""
         now = time.time()
         self._writes = [(at, count) for at, count in self._writes if now - at < _DAY_S]
         if sum(count for _, count in self._writes) + size > self._daily or size > self._capacity:
@@ -175,7 +179,7 @@ class PrefixCache:
 
 
 def _remove(path: Path) -> bool:
-    """Remove a file; False if it stays, as on a disk that can't be written."""
+    """Remove a file; False if that fails, as on a read-only disk."""
     try:
         path.unlink(missing_ok=True)
     except OSError:

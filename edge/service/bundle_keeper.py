@@ -1,13 +1,14 @@
-"""The daemon's bundle: tested before it answers, switched between two requests, given up when it fails.
+"""The daemon's bundle: tested before use, switched between requests, replaced when it fails.
 
-If the configuration's `bundle` is a link, the keeper follows it. When the link names another bundle, that is
-verified, loaded and tested while the old one answers; requests wait only for the moment of the switch. A
-board with too little memory for both unloads the old one first, and requests wait until the new one is
-loaded. A bundle that fails the test is refused: the old one continues to answer, and the link names it again.
+If the configuration's `bundle` is a link, the keeper follows it. When the link points to another bundle, the
+keeper verifies, loads and tests that bundle while the old one answers; requests wait only during the switch.
+On a board with too little memory for both, the old one is unloaded first, and requests wait until the new one
+is loaded. A bundle that fails the test is refused: the old one continues to answer, and the link points to it
+again.
 
-After three failures of a bundle in an hour the previous one runs again. A failure is an error or a crash
-while the bundle is loaded and tested, or a request that LiteRT failed on. A crash after that is no failure of
-the bundle: it is charged to the request in work (`edge.requests.crashes`), and an idle daemon does not use
+After three failures of a bundle within an hour, the previous one runs again. A failure is an error or a crash
+while the bundle is loaded and tested, or a request on which LiteRT failed. A later crash is not a failure of
+the bundle: it counts against the request in work (`edge.requests.crashes`), and an idle daemon does not use
 its bundle.
 """
 
@@ -38,13 +39,13 @@ from edge.runtime.weight_cache import forget_packed_weights, weight_cache_name
 log = logging.getLogger(__name__)
 
 LOAD_S = 600.0
-"""A bundle that takes longer to load hangs. The first time, its weights are packed: minutes on an SD card."""
+"""Loading that takes longer counts as hung. The first load packs the weights: minutes on an SD card."""
 
 
 def keeper_of(config: Config, board: Board, force: bool) -> BundleKeeper:
-    """Make the keeper for a configuration; `force` also accepts a bundle too large for the board.
+    """Make the keeper for a configuration; with `force` it also accepts a bundle too large for the board.
 
-    Raises ConfigError for the key file, EdgeError if another daemon uses the same store.
+    Raises ConfigError if the key file is invalid, EdgeError if another daemon uses the same store.
     """
     if config.bundle.is_symlink():
         return StoreKeeper(config, board, force)
@@ -52,7 +53,7 @@ def keeper_of(config: Config, board: Board, force: bool) -> BundleKeeper:
 
 
 class BundleKeeper:
-    """Owns `generator`, that of the configured bundle: here, of a directory that does not change."""
+    """Owns `generator`, the generator of the configured bundle. This class is for a fixed directory."""
 
     generator: Generator
 
@@ -68,7 +69,7 @@ class BundleKeeper:
     def open(self, crashed_in_work: bool = False) -> Generator:
         """Load and test the bundle. Raises BundleError or RuntimeFailure.
 
-        `crashed_in_work`: the last run ended while it worked on a request, which is charged for it.
+        `crashed_in_work`: the last run crashed while it worked on a request; the crash counts against that.
         """
         self.generator = self._load(self._verified(self._config.bundle))
         return self.generator
@@ -78,9 +79,9 @@ class BundleKeeper:
         self._engine, self._switched = engine, switched
 
     def poll(self) -> None:
-        """Check the packed weights while no request runs, and load again what is damaged.
+        """Check the packed weights while no request runs; if damaged, load the bundle again.
 
-        To be called about twice a second. Raises EdgeError if loading hangs, or if no bundle can be loaded.
+        Call it about twice a second. Raises EdgeError if loading hangs, or if no bundle can be loaded.
         """
         engine = self._engine
         if engine is None or self._is_loading():
@@ -114,7 +115,7 @@ class BundleKeeper:
         return True
 
     def _pack_again(self, engine: Engine) -> None:
-        """Load the running bundle again, without what damaged packed weights may have left in the cache."""
+        """Remove the damaged packed weights and all prefix snapshots; load the bundle again."""
         old = self.generator
         name = old.bundle.directory
         log.error("%s: the packed weights in the cache are damaged; packing them again", name)
@@ -138,7 +139,7 @@ class BundleKeeper:
             self._loading_since = None
 
     def _verified(self, directory: Path) -> Bundle:
-        """Open a bundle that is signed, whole and not too large for the board. Raises BundleError."""
+        """Check signature, files and memory needs of a bundle and open it. Raises BundleError."""
         if self._keys is not None:
             self._keys.check(directory)
         manifest = read_manifest(directory)
@@ -147,11 +148,13 @@ class BundleKeeper:
         return Bundle.open(directory, self._config.cache_directory)
 
     def _load(self, bundle: Bundle) -> Generator:
-        """Load a bundle and, unless it has passed here before, test it."""
+        """Load a bundle, and test it unless it has passed the test on this machine before."""
         config = self._config
         generator = Generator(bundle, config.cache_directory, config.threads, config.context)
         stamp = config.cache_directory / f"{bundle.digest[:24]}.tested"
-        passed = weight_cache_name(bundle.manifest.files[DECODER].sha256)  # names LiteRT and the CPU too
+        passed = weight_cache_name(
+            bundle.manifest.files[DECODER].sha256
+        )  # includes the LiteRT version and the CPU
         if matches(stamp, passed):
             return generator
         try:
@@ -205,7 +208,7 @@ class StoreKeeper(BundleKeeper):
             engine.last_error = self._record.content.trouble
 
     def _follow(self, engine: Engine) -> None:
-        """Check whether the link names another bundle, and whether this one fails."""
+        """Record new failures of this bundle, and start a switch if the link points to another one."""
         while self._failures_seen < engine.decoder_failures:
             self._failures_seen += 1
             self._failed(self._running, engine.last_error or "a request failed")
@@ -217,7 +220,7 @@ class StoreKeeper(BundleKeeper):
 
     def close(self) -> None:
         """Record an orderly end of the daemon."""
-        self._record.change(begun=None)  # a stop while a bundle is loaded is no crash
+        self._record.change(begun=None)  # stopping while a bundle is loaded is not a crash
         self._record.close()
 
     def _switch(self, target: str, engine: Engine) -> None:
@@ -244,7 +247,7 @@ class StoreKeeper(BundleKeeper):
         self._switched()
 
     def _replaced(self, target: str, engine: Engine) -> Generator:
-        """Replace the running generator by that of another bundle; if this raises, the old one stays."""
+        """Replace the running generator with that of another bundle; if this raises, the old one stays."""
         old, context = self.generator, self._config.context
         bundle = self._verified(self._store.path(target))
         both = requirements(old.bundle.manifest, context), requirements(bundle.manifest, context)
@@ -275,14 +278,14 @@ class StoreKeeper(BundleKeeper):
         return self.generator
 
     def _refuse(self, target: str, why: str) -> None:
-        """Restore the links."""
+        """Refuse a bundle and restore the links."""
         self._refused = target
         self._trouble(f"bundle {target} is refused: {why}; {self._running} continues to answer")
         self._record.change(begun=None)
         self._swap_back(target, self._running, self._previous)
 
     def _failed(self, name: str, why: str) -> bool:
-        """Record a failure of a bundle; True if it was one too many and the previous one must run."""
+        """Record a failure of a bundle; True if the limit is reached and the previous bundle must run."""
         count, previous = self._record.fail(name, why), self._store.previous
         log.error("bundle %s: failure %d of %d in an hour: %s", name, count, MAX_FAILURES, why)
         if count < MAX_FAILURES or previous is None or not self._swap_back(name, previous):

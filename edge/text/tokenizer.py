@@ -1,10 +1,11 @@
 """Text to token ids and back, as SentencePiece does it (BPE with byte fallback), over a mapped vocabulary.
 
-Promises: `encode` never yields a control id, so nothing a user writes can forge a turn; any Unicode text
-survives `decode(encode(text))` unchanged, U+2581 and NUL included; `TextStream` shows only whole characters,
-and nothing that may still turn out to belong to a stop string.
+`encode` never returns a control id, so user text can't forge a turn. `decode(encode(text))` returns any
+Unicode text unchanged, including U+2581 and NUL. `TextStream` returns only whole characters, and holds back
+text that could be the start of a stop string.
 
-The vocabulary stays in a file (`edge.text.vocabulary`): loaded by SentencePiece, 262,144 pieces take 44 MB.
+The vocabulary is mapped from a file (`edge.text.vocabulary`). Loaded by SentencePiece, its 262,144 pieces
+would take 44 MB.
 """
 
 from __future__ import annotations
@@ -34,17 +35,17 @@ from edge.text.vocabulary import (
 )
 
 _CACHED_WORDS = 4096
-_MAX_CACHED_BYTES = 64  # of a word, as UTF-8: an entry of the cache takes at most about 600 bytes
+_MAX_CACHED_BYTES = 64  # of a word in UTF-8; a cache entry takes at most about 600 bytes
 _SPACE = SPACE_MARK.encode()
-_POLLED = 1024  # characters of a long word, or words, between two polls of `interrupted`: milliseconds
+_POLLED = 1024  # words, or steps within a long word, between two polls of `interrupted`: milliseconds
 _Pair = tuple[float, int, int, int, int]
 
 
 class Tokenizer:
     """A SentencePiece BPE vocabulary with byte fallback (Gemma 3 and 4: no dummy prefix, no normalisation).
 
-    `model` is a serialised SentencePiece ModelProto, or its vocabulary; raises BundleError if it is neither,
-    or has no byte pieces. Instances may be shared between threads.
+    `model` is a serialised SentencePiece ModelProto or its vocabulary. Raises BundleError if it is neither or
+    has no byte pieces. Threads can share an instance.
     """
 
     def __init__(self, model: bytes | Vocabulary) -> None:
@@ -64,7 +65,7 @@ class Tokenizer:
     def interruptible(self, interrupted: Callable[[], str | None]) -> Tokenizer:
         """Return this tokenizer with an `encode` that polls `interrupted` every few milliseconds.
 
-        It raises Interruption with the reason, if there is one: a word of 250 kB takes seconds.
+        `encode` raises Interruption when `interrupted` returns a reason. A word of 250 kB takes seconds.
         """
         other = copy.copy(self)
         other._interrupted = interrupted
@@ -72,26 +73,26 @@ class Tokenizer:
 
     @classmethod
     def open(cls, path: Path, digest: str, cache_directory: Path) -> Tokenizer:
-        """The tokenizer of the model in `path`, whose SHA-256 is `digest`.
+        """Open the tokenizer of the model in `path`, whose SHA-256 is `digest`.
 
-        Its vocabulary is laid out once, in a file of `cache_directory`, and mapped from then on.
+        The first call writes the flat vocabulary to a file in `cache_directory`; later calls map that file.
         """
         flat = cache_directory / f"{digest[:24]}.vocabulary"
         with contextlib.suppress(OSError, ValueError):
             return cls(_mapped(flat))
         with open_regular(path) as file:
             content = flatten(file.read())
-        with contextlib.suppress(OSError):  # on a full or read-only disk it stays in memory
+        with contextlib.suppress(OSError):  # on a full or read-only disk, keep it in memory
             cache_directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_atomically(flat, content)
             return cls(_mapped(flat))
         return cls(Vocabulary(content))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, with no begin or end token and never a control id.
+        """Token ids of `text`, without begin or end tokens and never with a control id.
 
-        U+2581 becomes its three byte pieces: as a piece of its own it would come back as a space.
-        Raises RequestError("bad_request") if the text holds a lone surrogate, which has no UTF-8.
+        U+2581 is encoded as three byte pieces, because a piece with U+2581 decodes to a space.
+        Raises RequestError("bad_request") for a lone surrogate, which can't be encoded in UTF-8.
         """
         try:
             text.encode()
@@ -106,28 +107,28 @@ class Tokenizer:
         return ids
 
     def piece_bytes(self, token: int) -> bytes:
-        """Return the UTF-8 bytes of `token`, maybe only part of a character; b"" for a control id.
+        """Return the UTF-8 bytes of `token`, possibly only part of a character; b"" for a control id.
 
         Raises IndexError if `token` is not in the vocabulary.
         """
         return _bytes(self._vocabulary.text(token), self._vocabulary.kind(token))
 
     def all_piece_bytes(self) -> Iterator[bytes]:
-        """Yield `piece_bytes` of every id in turn, several times as fast."""
+        """Yield what `piece_bytes` returns for every id, in order; several times faster than calling it."""
         return (_bytes(text, kind) for text, kind in self._vocabulary.texts())
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """Return the text of `tokens`; control ids vanish, bytes that are not UTF-8 become U+FFFD."""
+        """Return the text of `tokens`. Control ids are left out; invalid UTF-8 becomes U+FFFD."""
         return b"".join(map(self.piece_bytes, tokens)).decode(errors="replace")
 
     def is_control(self, token: int) -> bool:
-        """Whether `token` marks structure (turns, tools, begin, end) and has no text."""
+        """Return whether `token` marks structure (turns, tools, begin, end) and has no text."""
         return self._vocabulary.kind(token) == CONTROL
 
     def control_id(self, piece: str) -> int:
         """Find the id of the control piece spelled `piece`, e.g. "<start_of_turn>".
 
-        Raises BundleError if the vocabulary has no such piece, or takes it for text, which users could forge.
+        Raises BundleError if the vocabulary has no such piece, or has it as text, which users could forge.
         """
         token = self._vocabulary.find(piece.encode())
         if token < 0 or not self.is_control(token):
@@ -146,7 +147,7 @@ class Tokenizer:
         return token
 
     def _encoded(self, text: str) -> list[int]:
-        """Ids of a text without U+2581: user-defined pieces first, the longest that fits, then words."""
+        """Encode a text without U+2581: user-defined pieces first, longest match, then words."""
         ids: list[int] = []
         for number, part in enumerate(self._whole.split(text.replace(" ", SPACE_MARK))):
             if number % 2:
@@ -160,9 +161,9 @@ class Tokenizer:
         return ids
 
     def _merged(self, word: str) -> array[int]:
-        """Ids of a word: of its characters the neighbours that make the best piece are joined, and so on.
+        """Encode a word: merge the adjacent pair whose piece has the highest score until no pair merges.
 
-        Of equally good pairs the first one is. A character that is in no piece becomes bytes.
+        Of pairs with the same score, the first is merged. A character without a piece becomes byte pieces.
         """
         symbols = [character.encode() for character in word]
         ids: list[int] = []
@@ -204,13 +205,13 @@ class Tokenizer:
             raise Interruption(reason)
 
     def _pair(self, symbols: list[bytes], left: int, right: int) -> _Pair | None:
-        """The piece that two neighbours make, as an entry of the queue; None if they make none."""
+        """Queue entry for the piece that two adjacent symbols merge into; None if there is none."""
         text = symbols[left] + symbols[right]
         token = self._mergeable(text)
         return (-self._vocabulary.score(token), left, right, len(text), token) if token >= 0 else None
 
     def _mergeable(self, text: bytes) -> int:
-        """Id of the piece that is spelled `text` and can result from a merge, else -1."""
+        """Return the id of the piece `text` if a merge can produce it, else -1."""
         token = self._vocabulary.find(text)
         return token if token >= 0 and self._vocabulary.kind(token) in (NORMAL, USER_DEFINED) else -1
 
@@ -227,13 +228,13 @@ def _bytes(text: bytes, kind: int) -> bytes:
 
 
 class TextStream:
-    """Token ids in, text that is safe to show out.
+    """Turns token ids into text that is safe to show.
 
-    Characters that are split over several tokens wait for their last byte. Text that could be the start of a
-    stop string waits until it is decided. Of several stop strings the one that is complete first wins, of
-    those that end together the longest, so the result does not depend on how the text was cut into tokens.
+    A character that is split over several tokens is held back until its last byte arrives. Text that could
+    be the start of a stop string is held back until that is decided. The stop string that ends first wins; of
+    those that end at the same character, the longest. The result does not depend on the tokenization.
 
-    `stopped` is true once a stop string was met; the string itself is not part of the text. Stop strings must
+    `stopped` is true once a stop string was found. The stop string is not part of the text. Stop strings must
     not be empty.
     """
 
@@ -248,19 +249,19 @@ class TextStream:
 
     @property
     def text(self) -> str:
-        """Everything that `push` and `finish` have returned."""
+        """All text returned so far."""
         return "".join(self._shown)
 
     def push(self, token: int) -> str:
-        """Take one more token; return the text that can be shown now, often ""."""
+        """Add a token; return the text that can be shown now, often ""."""
         return self._advance(self._decoder.decode(self._tokenizer.piece_bytes(token)), last=False)
 
     def push_text(self, text: str) -> str:
-        """Take text that no token stands for; return what can be shown now."""
+        """Add text that does not come from a token; return the text that can be shown now."""
         return self._advance(text, last=False)
 
     def finish(self) -> str:
-        """No more tokens: return what was held back. An unfinished character becomes U+FFFD."""
+        """End the stream; return the text held back. An incomplete character becomes U+FFFD."""
         return self._advance(self._decoder.decode(b"", True), last=True)
 
     def _advance(self, text: str, last: bool) -> str:
@@ -281,7 +282,7 @@ class TextStream:
         return shown
 
     def _undecided(self, held: str) -> int:
-        """Length of the longest end of `held` that some stop string starts with."""
+        """Length of the longest suffix of `held` that is a prefix of a stop string."""
         for length in range(min(self._longest - 1, len(held)), 0, -1):
             if any(stop.startswith(held[-length:]) for stop in self._stop):
                 return length

@@ -1,12 +1,12 @@
-"""A tokenizer's vocabulary as one flat piece of memory, to be mapped from a file instead of loaded.
+"""A tokenizer's vocabulary in a flat layout that can be mapped from a file.
 
-`flatten` makes it of a SentencePiece model, which takes a second and is done once. `Vocabulary` finds pieces
-in it by id or by text. What is mapped are pages of a file; the same vocabulary loaded by SentencePiece is
-44 MB of a process's own.
+`flatten` builds it from a SentencePiece model; this takes a second and is done once. `Vocabulary` looks up
+pieces by id or by text. Mapped file pages are not anonymous memory; loaded by SentencePiece, the same
+vocabulary takes 44 MB of it.
 
-Layout, little-endian: a header with a CRC-32 of all that follows it, then arrays of `pieces` ids: where each
-text starts (and the last one ends), scores, ids ordered by the hash of their texts, where each hash's ids
-start (and the last ones end), types; then the glue (see `Vocabulary`) and all texts, one after the other.
+Layout, little-endian: a header with a CRC-32 of everything after it; the start of each piece's text and the
+end of the last; scores; ids ordered by the hash of their text; the start of each hash's ids and the end of
+the last; types; the glue (see `Vocabulary`); all texts, concatenated.
 
 Wire format of the model: https://protobuf.dev/programming-guides/encoding/; field numbers:
 sentencepiece_model.proto of https://github.com/google/sentencepiece.
@@ -28,11 +28,11 @@ from edge.errors import BundleError
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 SPACE_MARK = "\u2581"
-"""How a vocabulary spells a space. In text it is an ordinary character, which no piece can hold."""
+"""A space, as pieces spell it. No piece can represent this character itself."""
 
 _MAGIC = b"EDGEVOC2"
 _HEADER = struct.Struct("<8s5I")  # magic, CRC-32, pieces, hashes, bytes of the glue, bytes of all texts
-_CHECKED_FROM = 12  # behind the CRC-32
+_CHECKED_FROM = 12  # the first byte after the CRC-32
 _PIECE_TAIL = struct.Struct("<BfBB")  # score (field 2, float), type (field 3, varint)
 _BPE = 2
 
@@ -42,7 +42,7 @@ def flatten(model: bytes) -> bytes:
 
     Raises BundleError if it is not one.
     """
-    import numpy as np  # not needed to use a vocabulary, and a process that does not saves 8 MB
+    import numpy as np  # imported only here: a process that only reads a vocabulary saves 8 MB
 
     try:
         pieces, trainer = _read(model)
@@ -73,7 +73,7 @@ def flatten(model: bytes) -> bytes:
 
 
 def wire_fields(raw: bytes) -> Iterator[tuple[int, Any]]:
-    """Number and value (int for a varint, else bytes) of each field of a message; ValueError if cut short."""
+    """Yield number and value (int for a varint, else bytes) of each field. ValueError if truncated."""
     at = 0
     while at < len(raw):
         key, at = _varint(raw, at)
@@ -94,7 +94,7 @@ def wire_fields(raw: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def _varint(raw: bytes, at: int) -> tuple[int, int]:
-    """The varint at `at` and the place behind it; IndexError if it is cut short."""
+    """The varint at `at` and the offset after it. IndexError if it is truncated."""
     value = shift = 0
     while raw[at] & 0x80:
         value |= (raw[at] & 0x7F) << shift
@@ -103,7 +103,7 @@ def _varint(raw: bytes, at: int) -> tuple[int, int]:
 
 
 def _read(model: bytes) -> tuple[list[tuple[bytes, float, int]], dict[int, Any]]:
-    """Text, score and type of every piece, and the fields of the trainer's part."""
+    """Text, score and type of every piece, and the fields of the trainer spec."""
     pieces: list[tuple[bytes, float, int]] = []
     trainer: dict[int, Any] = {}
     for number, value in wire_fields(model):
@@ -116,7 +116,7 @@ def _read(model: bytes) -> tuple[list[tuple[bytes, float, int]], dict[int, Any]]
 
 def _piece(raw: bytes) -> tuple[bytes, float, int]:
     end = 2 + raw[1]
-    if raw[0] == 0x0A and end == len(raw) - _PIECE_TAIL.size < 0x80:  # as it is nearly always written
+    if raw[0] == 0x0A and end == len(raw) - _PIECE_TAIL.size < 0x80:  # the usual encoding
         score_key, score, type_key, kind = _PIECE_TAIL.unpack_from(raw, end)
         if (score_key, type_key) == (0x15, 0x18):
             return raw[2:end], score, kind
@@ -125,7 +125,7 @@ def _piece(raw: bytes) -> tuple[bytes, float, int]:
 
 
 def _glue(texts: tuple[bytes, ...]) -> bytes:
-    """The characters after which some piece continues with a space, as UTF-8."""
+    """The characters that come before a space inside some piece, as UTF-8."""
     mark = SPACE_MARK.encode()
     inside = (text.decode() for text in texts if text.rfind(mark) > 0)
     return "".join(
@@ -134,14 +134,14 @@ def _glue(texts: tuple[bytes, ...]) -> bytes:
 
 
 class Vocabulary:
-    """Pieces by id and by text. `flat` is what `flatten` returned, or a mapped file of it.
+    """Pieces by id and by text. `flat` is the result of `flatten`, or a file of it, mapped.
 
-    `size` is their number. `glue` has the characters after which a piece can continue with a space; anywhere
-    else a text can be cut before a space, and its parts encoded separately.
+    `size` is the number of pieces. `glue` has the characters that come before a space inside some piece.
+    After any other character, a text can be split before a space and its parts encoded separately.
     """
 
     def __init__(self, flat: bytes | mmap.mmap) -> None:
-        """Raises ValueError if it is something else, cut short or damaged in any byte."""
+        """Raises ValueError if `flat` is not a vocabulary, is truncated or has a damaged byte."""
         if len(flat) < _HEADER.size or sys.byteorder != "little":
             raise ValueError("not a vocabulary")
         self.size: int
@@ -159,7 +159,7 @@ class Vocabulary:
         self.glue = bytes(parts[5]).decode()
 
     def text(self, token: int) -> bytes:
-        """The piece `token` as the vocabulary spells it. Raises IndexError if there is no such."""
+        """The text of piece `token`, as the vocabulary spells it. Raises IndexError for an unknown id."""
         if token < 0:
             raise IndexError(token)
         at = self._texts_at
@@ -170,11 +170,11 @@ class Vocabulary:
         return self._types[token]
 
     def score(self, token: int) -> float:
-        """Of two pieces that could be put together the one with the higher score is."""
+        """Score of a piece: the merge whose piece has the highest score is done first."""
         return self._scores[token]
 
     def find(self, text: bytes) -> int:
-        """Id of the piece that is spelled `text`, of whatever type; -1 if there is none."""
+        """Return the id of the piece `text`, of any type; -1 if there is none."""
         bucket = zlib.crc32(text) & self._hash_mask
         flat, starts, at = self._flat, self._starts, self._texts_at
         for place in range(self._buckets[bucket], self._buckets[bucket + 1]):
@@ -188,7 +188,7 @@ class Vocabulary:
         return [found.start() for found in re.finditer(re.escape(bytes([kind])), self._types)]
 
     def texts(self) -> Iterator[tuple[bytes, int]]:
-        """Text and type of every piece in turn."""
+        """Yield text and type of every piece, in order of ids."""
         starts, blob = self._starts.tolist(), self._flat[self._texts_at :]
         for start, end, kind in zip(starts, starts[1:], self._types, strict=False):
             yield blob[start:end], kind
