@@ -81,9 +81,9 @@ def test_all_of_the_service_answers_under_300_mb(
                 wanted = request.response_format["json_schema"]["schema"]["properties"]
                 assert set(json.loads(answer.text)) == set(wanted)
     house = House(mosquitto)
-    house.say("sensors/left/temperature", "-12")
-    assert house.hear()[0] == "alarms/left"
-    topic, explained = house.heard.get(timeout=PATIENCE_S)
+    house.publish("sensors/left/temperature", "-12")
+    assert house.receive()[0] == "alarms/left"
+    topic, explained = house.received.get(timeout=PATIENCE_S)
     assert (topic, set(explained["answer"])) == ("explanations/left", {"urgent"})
     assert daemon.process.poll() is None
     assert process == daemon.process.pid

@@ -12,7 +12,7 @@ from tests.support.journal_files import REQUEST, crash
 
 
 class Board:
-    """A board whose time and boots the test decides."""
+    """A board whose clock and boot id the test sets."""
 
     def __init__(self, directory: Path) -> None:
         self.uptime, self.boot = 10.0, "first"
@@ -21,11 +21,11 @@ class Board:
         self._path = directory / "journal.sqlite"
 
     def run(self) -> Journal:
-        """Open the journal as a new run of the daemon does."""
+        """Open the journal as a new run of the daemon would."""
         return Journal(self._path, boot=self.boot, uptime=lambda: self.uptime)
 
     def crash_on(self, client: str) -> None:
-        """A run that ends while it works on a new request of a client."""
+        """Simulate a run that crashes while it works on a new request of a client."""
         journal = self.run()
         key = f"{client} {self._runs}"
         journal.accept(key, REQUEST, "")
@@ -33,7 +33,7 @@ class Board:
         self._runs += 1
         self._path = crash(self._path, self._directory / str(self._runs))
         journal.close()
-        again = self.run()  # the request that was in work is answered, so that only the crash is left of it
+        again = self.run()  # answer the request that was in work, so that only its crash is recorded
         again.unfinished()
         again.answered(key, b"internal")
         again.close()
@@ -64,21 +64,21 @@ def test_a_client_is_suspended_after_several_crashes_and_only_for_a_while(board:
     assert board.suspended_s("bad") == SUSPENDED_S
 
 
-def test_crashes_that_lie_far_apart_suspend_nobody(board: Board) -> None:
+def test_crashes_far_apart_do_not_suspend_a_client(board: Board) -> None:
     for _ in range(2 * SUSPEND_AFTER):
         board.crash_on("client")
         board.uptime += WITHIN_S / (SUSPEND_AFTER - 1)
         assert board.suspended_s("client") == 0
 
 
-def test_a_restart_of_the_board_starts_the_count_again(board: Board) -> None:
+def test_a_restart_of_the_board_resets_the_count(board: Board) -> None:
     for _ in range(SUSPEND_AFTER):
         board.crash_on("client")
     board.boot, board.uptime = "second", 5.0
     assert board.suspended_s("client") == 0
 
 
-def test_only_the_first_run_after_a_crash_is_told_that_a_request_was_in_work(tmp_path: Path) -> None:
+def test_only_the_first_run_after_a_crash_reports_a_request_in_work(tmp_path: Path) -> None:
     path = tmp_path / "journal.sqlite"
     journal = Journal(path)
     journal.accept("client a", REQUEST, "")
@@ -91,7 +91,7 @@ def test_only_the_first_run_after_a_crash_is_told_that_a_request_was_in_work(tmp
         journal.close()
 
 
-def test_a_clean_stop_with_a_request_in_work_is_no_crash(board: Board) -> None:
+def test_a_clean_stop_with_a_request_in_work_is_not_a_crash(board: Board) -> None:
     for _ in range(SUSPEND_AFTER):
         journal = board.run()
         journal.accept("client a", REQUEST, "")
@@ -100,7 +100,7 @@ def test_a_clean_stop_with_a_request_in_work_is_no_crash(board: Board) -> None:
     assert board.suspended_s("client") == 0
 
 
-def test_a_crash_is_charged_once_and_not_for_requests_that_waited(board: Board) -> None:
+def test_a_crash_is_charged_once_and_not_to_waiting_requests(board: Board) -> None:
     board.crash_on("client")
     journal = board.run()
     journal.accept("waiting a", REQUEST, "")
@@ -111,7 +111,7 @@ def test_a_crash_is_charged_once_and_not_for_requests_that_waited(board: Board) 
     assert board.suspended_s("client") == board.suspended_s("waiting") == 0
 
 
-def test_the_number_of_crashes_that_are_kept_is_bounded(board: Board) -> None:
+def test_the_number_of_recorded_crashes_is_bounded(board: Board) -> None:
     for number in range(MAX_CRASHES + 5):
         board.crash_on(f"client{number}")
     journal = board.run()

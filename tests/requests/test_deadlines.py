@@ -16,7 +16,7 @@ from tests.support import bundles
 from tests.support.counterparts import WAIT_S, wait_for
 
 DEADLINE_MS = 300
-LATE_S = 2.0  # 0.1 s on an idle machine; the tests run beside others
+LATE_S = 2.0  # 0.1 s on an idle machine; tests run in parallel
 LONG = 4000  # tokens
 
 STAGES: dict[str, dict[str, Any]] = {

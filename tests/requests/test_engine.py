@@ -1,4 +1,4 @@
-"""The engine: one answer per request whatever happens, in order, and nothing late."""
+"""The engine: exactly one answer per request, in order; deadlines and cancellation hold."""
 
 import logging
 import threading
@@ -49,7 +49,7 @@ class Inbox:
 
 @dataclass
 class Bench:
-    """An engine with a Speller, and a way to ask."""
+    """An engine with a Speller, and methods to submit requests."""
 
     speller: Speller
     engine: Engine
@@ -60,7 +60,7 @@ class Bench:
         return inbox
 
     def hold(self, name: str = "held", **fields: Any) -> Inbox:
-        """Ask something that stays at the gate."""
+        """Submit a request that waits at the closed gate."""
         self.speller.gate.clear()
         inbox = self.ask(name, **fields)
         self.speller.wait_until_held()
@@ -78,20 +78,20 @@ def bench() -> Iterator[Bench]:
     assert not engine.alive
 
 
-def test_an_answer_comes_in_parts_and_then_whole(bench: Bench) -> None:
+def test_an_answer_is_sent_as_partials_and_then_as_a_final(bench: Bench) -> None:
     inbox = bench.ask("a", "abc def")
     final = inbox.final()
     assert (final.text, final.finish_reason, final.usage.generated) == ("cba fed ", "stop", 2)
     assert inbox.answers[:-1] == [Partial("a", 0, "cba "), Partial("a", 1, "fed ")]
 
 
-def test_parts_are_not_sent_to_who_does_not_want_them(bench: Bench) -> None:
+def test_no_partials_are_sent_without_stream(bench: Bench) -> None:
     inbox = bench.ask("a", "abc def", stream=False)
     assert inbox.final().text == "cba fed "
     assert len(inbox.answers) == 1
 
 
-def test_parts_within_the_interval_are_sent_as_one() -> None:
+def test_partials_within_the_interval_are_combined() -> None:
     engine = Engine(Speller(), queue_length=1, partial_interval_s=3600)
     engine.start()
     inbox = Inbox()
@@ -101,7 +101,7 @@ def test_parts_within_the_interval_are_sent_as_one() -> None:
     engine.stop(WAIT_S)
 
 
-def test_requests_are_answered_in_the_order_they_came(bench: Bench) -> None:
+def test_requests_are_answered_in_order_of_arrival(bench: Bench) -> None:
     inboxes = [bench.hold("a"), bench.ask("b"), bench.ask("c")]
     bench.speller.gate.set()
     for inbox in inboxes:
@@ -109,7 +109,7 @@ def test_requests_are_answered_in_the_order_they_came(bench: Bench) -> None:
     assert bench.speller.asked == ["a", "b", "c"]
 
 
-def test_a_full_queue_answers_busy_at_once_and_says_when_to_come_again(bench: Bench) -> None:
+def test_a_full_queue_answers_busy_at_once_with_a_time_to_retry(bench: Bench) -> None:
     bench.hold()
     waiting = [bench.ask("b"), bench.ask("c")]
     failure = bench.ask("d").failure()
@@ -121,7 +121,7 @@ def test_a_full_queue_answers_busy_at_once_and_says_when_to_come_again(bench: Be
     assert {inbox.final().finish_reason for inbox in waiting} == {"stop"}
 
 
-def test_the_last_place_is_kept_for_a_client_that_has_none_waiting() -> None:
+def test_the_last_place_is_reserved_for_a_client_that_has_none_waiting() -> None:
     engine = Engine(Speller(), queue_length=4)  # not started: all of them wait
     answers: dict[str, list[Answer]] = {"flood": [], "other": []}
     for client, name in [*(("flood", str(number)) for number in range(9)), ("other", "x"), ("other", "y")]:
@@ -132,7 +132,7 @@ def test_the_last_place_is_kept_for_a_client_that_has_none_waiting() -> None:
     assert engine.waiting == 4
 
 
-def test_a_repeat_of_a_request_on_its_way_is_not_answered_twice(bench: Bench) -> None:
+def test_a_duplicate_of_a_pending_request_is_not_answered_twice(bench: Bench) -> None:
     first = bench.hold("a")
     waiting = bench.ask("b")
     repeats = [bench.ask("a"), bench.ask("b")]
@@ -143,7 +143,7 @@ def test_a_repeat_of_a_request_on_its_way_is_not_answered_twice(bench: Bench) ->
     assert [repeat.answers for repeat in repeats] == [[], []]
 
 
-def test_two_clients_may_use_the_same_id(bench: Bench) -> None:
+def test_two_clients_can_use_the_same_id(bench: Bench) -> None:
     held, other = bench.hold("a"), Inbox()
     bench.engine.submit("other", Request("a", "xyz"), other)
     assert bench.engine.cancel("other", "a")
@@ -152,7 +152,7 @@ def test_two_clients_may_use_the_same_id(bench: Bench) -> None:
     assert held.final().finish_reason == "stop"
 
 
-def test_cancelling_stops_a_running_request_and_keeps_its_text(bench: Bench) -> None:
+def test_cancelling_stops_a_running_request_and_returns_its_text(bench: Bench) -> None:
     inbox = bench.hold("a")
     assert bench.engine.cancel("test", "a")
     assert inbox.final().finish_reason == "cancelled"
@@ -168,7 +168,7 @@ def test_cancelling_a_waiting_request_answers_it_while_another_runs(bench: Bench
     assert "b" not in bench.speller.asked
 
 
-def test_cancelling_what_is_not_there_does_nothing(bench: Bench) -> None:
+def test_cancelling_an_unknown_request_has_no_effect(bench: Bench) -> None:
     assert not bench.engine.cancel("test", "nobody")
     assert bench.ask("a").final()
 
@@ -178,7 +178,7 @@ def test_a_deadline_stops_a_running_request(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("reason", ["deadline", "cancelled"])
-def test_a_request_that_is_stopped_before_its_answer_begins_gets_an_empty_final(
+def test_a_request_stopped_before_its_first_token_gets_an_empty_final(
     bench: Bench, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def step(_word: str) -> None:
@@ -207,7 +207,7 @@ def test_a_deadline_that_passes_in_the_queue_is_answered_while_another_runs(benc
         ("LONG", "too_long", "9 tokens, at most 8 fit"),
     ],
 )
-def test_a_failing_request_is_answered_and_the_engine_lives_on(
+def test_a_failing_request_is_answered_and_the_engine_continues(
     bench: Bench, prompt: str, code: str, said: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.CRITICAL)
@@ -251,7 +251,9 @@ def test_neither_log_nor_health_quote_a_request(
     assert said.partition(": ")[2] in caplog.text
 
 
-def test_a_sink_that_raises_harms_nobody(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_sink_that_raises_does_not_affect_other_requests(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
     def broken(answer: Answer) -> None:
         raise OSError("no")
 
@@ -260,7 +262,7 @@ def test_a_sink_that_raises_harms_nobody(bench: Bench, caplog: pytest.LogCapture
     assert "could not be handed over" in caplog.text
 
 
-def test_stopping_answers_what_waits_and_refuses_what_comes(bench: Bench) -> None:
+def test_a_stop_answers_waiting_requests_and_refuses_new_ones(bench: Bench) -> None:
     inboxes = [bench.hold("a"), bench.ask("b")]
     stopper = threading.Thread(target=bench.engine.stop, args=(WAIT_S,))
     stopper.start()
@@ -273,14 +275,14 @@ def test_stopping_answers_what_waits_and_refuses_what_comes(bench: Bench) -> Non
     assert [inbox.final().finish_reason for inbox in inboxes] == ["stop", "stop"]
 
 
-def test_stopping_does_not_wait_longer_than_it_is_told(bench: Bench) -> None:
+def test_a_stop_waits_no_longer_than_its_limit(bench: Bench) -> None:
     inboxes = [bench.hold("a"), bench.ask("b")]
     bench.engine.stop(0.05)
     assert not bench.engine.alive
     assert [inbox.failure().code for inbox in inboxes] == ["unavailable", "unavailable"]
 
 
-def test_progress_grows_with_every_step_and_stands_still_when_a_step_hangs(
+def test_progress_increases_with_every_step_and_stops_when_a_step_hangs(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = bench.engine.progress
@@ -308,7 +310,7 @@ asking = st.tuples(
 
 @settings(max_examples=50)
 @given(st.lists(asking, max_size=20))
-def test_every_accepted_request_gets_exactly_one_last_answer(
+def test_every_accepted_request_gets_exactly_one_final_answer(
     actions: list[tuple[str, int, str, int | None]],
 ) -> None:
     logging.disable(logging.CRITICAL)

@@ -1,4 +1,4 @@
-"""The journal: nothing lost, nothing answered twice, whatever happens to the process or its disk."""
+"""The journal: no request is lost or answered twice after crashes, power cuts and disk errors."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def journal(path: Path, clock: Clock) -> Iterator[Journal]:
     opened.close()
 
 
-def test_a_new_request_is_accepted_and_its_repetition_is_in_progress(journal: Journal) -> None:
+def test_a_new_request_is_accepted_and_its_duplicate_is_in_progress(journal: Journal) -> None:
     assert journal.find("a", REQUEST) is None
     assert journal.accept("a", REQUEST, "mqtt") == Accepted()
     assert journal.accept("a", REQUEST, "mqtt") == InProgress()
     assert journal.find("a", REQUEST) == InProgress()
 
 
-def test_a_repeated_request_is_answered_from_the_journal(journal: Journal) -> None:
+def test_a_duplicate_is_answered_from_the_journal(journal: Journal) -> None:
     journal.accept("a", REQUEST, "mqtt")
     journal.started("a")
     journal.answered("a", b"because")
@@ -80,20 +80,20 @@ def test_a_key_in_use_for_another_request_is_a_conflict_until_it_is_answered(jou
     assert journal.accept("a", b"other", "mqtt") == Answered(b"otherwise", published=False)
 
 
-def test_the_first_answer_stays(journal: Journal) -> None:
+def test_the_first_answer_is_not_replaced(journal: Journal) -> None:
     journal.accept("a", REQUEST, "mqtt")
     journal.answered("a", b"first")
     journal.answered("a", b"second")
     assert journal.accept("a", REQUEST, "mqtt") == Answered(b"first", published=False)
 
 
-def test_a_forgotten_request_can_be_asked_again(journal: Journal) -> None:
+def test_a_deleted_request_can_be_accepted_again(journal: Journal) -> None:
     journal.accept("a", REQUEST, "mqtt")
     journal.forget("a")
     assert journal.accept("a", REQUEST, "mqtt") == Accepted()
 
 
-def test_unfinished_requests_of_a_crashed_run_are_handed_over_once(path: Path, tmp_path: Path) -> None:
+def test_unfinished_requests_of_a_crashed_run_are_returned_once(path: Path, tmp_path: Path) -> None:
     first = Journal(path)
     first.accept("a", REQUEST, "serial:/dev/ttyACM0", deadline=12.5)
     first.accept("b", REQUEST, "mqtt")
@@ -127,7 +127,7 @@ def test_a_request_that_crashed_the_daemon_twice_is_poisoned(path: Path, tmp_pat
         journal.close()
 
 
-def test_a_power_cut_is_not_counted_as_a_crash_until_a_request_has_seen_several(
+def test_a_power_cut_counts_as_a_crash_only_after_several_during_one_request(
     path: Path, tmp_path: Path
 ) -> None:
     journals = [Journal(path, boot="0")]
@@ -143,7 +143,7 @@ def test_a_power_cut_is_not_counted_as_a_crash_until_a_request_has_seen_several(
         journal.close()
 
 
-def test_a_crash_in_the_same_boot_counts_also_after_a_power_cut(path: Path, tmp_path: Path) -> None:
+def test_a_crash_without_a_reboot_counts_also_after_a_power_cut(path: Path, tmp_path: Path) -> None:
     journals = [Journal(path, boot="first")]
     journals[0].accept("a", REQUEST, "mqtt")
     for number, boot in enumerate(["second", "second", "second"]):
@@ -155,7 +155,7 @@ def test_a_crash_in_the_same_boot_counts_also_after_a_power_cut(path: Path, tmp_
         journal.close()
 
 
-def test_a_refusal_leaves_nothing_that_the_journal_may_know(path: Path) -> None:
+def test_only_accepted_requests_are_possibly_known(path: Path) -> None:
     journal = Journal(path)
     journal.accept("a", REQUEST, "mqtt", durable=False)
     assert [journal.may_know(key) for key in "ab"] == [True, False]
@@ -165,7 +165,7 @@ def test_a_refusal_leaves_nothing_that_the_journal_may_know(path: Path) -> None:
     again.close()
 
 
-def test_several_requests_are_written_to_the_disk_at_once(journal: Journal) -> None:
+def test_several_requests_share_one_sync(journal: Journal) -> None:
     for number in range(8):
         journal.accept(str(number), REQUEST, "mqtt", durable=False)
     journal.sync()
@@ -184,7 +184,7 @@ def test_clean_stops_are_not_counted_as_crashes(path: Path) -> None:
     journal.close()
 
 
-def test_a_published_answer_is_repeated_for_its_time_only(journal: Journal, clock: Clock) -> None:
+def test_a_published_answer_is_repeated_only_within_the_replay_time(journal: Journal, clock: Clock) -> None:
     journal.accept("1", REQUEST, "serial")
     journal.answered("1", b"old")
     journal.published("1")
@@ -194,7 +194,7 @@ def test_a_published_answer_is_repeated_for_its_time_only(journal: Journal, cloc
     assert journal.accept("1", REQUEST, "serial") == Accepted()
 
 
-def test_a_clock_that_jumps_back_loses_nothing(journal: Journal, clock: Clock) -> None:
+def test_a_clock_that_jumps_back_loses_no_answer(journal: Journal, clock: Clock) -> None:
     journal.accept("1", REQUEST, "serial")
     journal.answered("1", b"kept")
     clock.now = 0.0
@@ -219,7 +219,7 @@ def test_unpublished_answers_outlive_the_replay_time_and_are_then_dropped(
     journal.close()
 
 
-def test_the_oldest_published_answers_make_room_first(path: Path) -> None:
+def test_the_oldest_published_answers_are_removed_first(path: Path) -> None:
     journal = Journal(path, Limits(entries=20))
     for number in range(20):
         journal.accept(str(number), REQUEST, "mqtt")
@@ -242,7 +242,7 @@ def test_the_file_stays_bounded_under_large_requests(path: Path) -> None:
     assert path.stat().st_size < 1_000_000
 
 
-def test_a_journal_full_of_waiting_requests_says_busy_and_keeps_them(path: Path) -> None:
+def test_a_journal_full_of_waiting_requests_answers_busy_and_loses_none(path: Path) -> None:
     journal = Journal(path, Limits(entries=3))
     for number in range(3):
         journal.accept(str(number), REQUEST, "mqtt")
@@ -254,7 +254,7 @@ def test_a_journal_full_of_waiting_requests_says_busy_and_keeps_them(path: Path)
     journal.close()
 
 
-def test_a_request_costs_four_writes_of_which_two_wait_for_the_disk(journal: Journal) -> None:
+def test_a_request_costs_four_writes_and_two_syncs(journal: Journal) -> None:
     for number in range(10):
         key = str(number)
         journal.accept(key, REQUEST, "mqtt")
@@ -266,7 +266,7 @@ def test_a_request_costs_four_writes_of_which_two_wait_for_the_disk(journal: Jou
     assert journal.writes == (40, 20)
 
 
-def test_syncing_after_every_step_costs_no_more(journal: Journal) -> None:
+def test_explicit_syncs_add_no_writes(journal: Journal) -> None:
     steps = (
         lambda key: journal.accept(key, REQUEST, "mqtt", durable=False),
         journal.started,
@@ -281,7 +281,7 @@ def test_syncing_after_every_step_costs_no_more(journal: Journal) -> None:
 
 
 class JournalMachine(RuleBasedStateMachine):
-    """Any order of calls, clean stops and crashes against a plain dictionary."""
+    """Compares the journal with a dictionary over any order of calls, clean stops and crashes."""
 
     @initialize()
     def begin(self) -> None:

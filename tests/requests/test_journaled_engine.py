@@ -1,4 +1,4 @@
-"""The engine behind a journal: what is kept, what is repeated, and what another run takes up."""
+"""The engine behind a journal: what is stored, what is repeated, and what the next run resumes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ A = Request("a", "abc def", stream=False)
 
 @dataclass
 class Run:
-    """One life of a daemon without transports; it is the Origin of all clients itself."""
+    """One run of a daemon without transports; it is itself the Origin of all clients."""
 
     path: Path | None
     limits: Limits | None = None
@@ -53,14 +53,14 @@ class Run:
 
     def sink(self, client: str, request_id: str, note: str) -> Sink:
         self.notes.append((client, request_id, note))
-        return self.hear
+        return self.collect
 
-    def hear(self, answer: Answer) -> None:
-        """Take an answer as it is on the wire."""
+    def collect(self, answer: Answer) -> None:
+        """Collect an answer in its encoded form."""
         self.answers.put(parse_answer(answer.to_json()))
 
     def ask(self, request: Request = A, redelivered: bool = False) -> Verdict:
-        return self.journaled.submit("mqtt:a b", request, self.hear, "note", redelivered)
+        return self.journaled.submit("mqtt:a b", request, self.collect, "note", redelivered)
 
     def last(self) -> Answer:
         while isinstance(answer := self.answers.get(timeout=WAIT_S), Partial):
@@ -68,7 +68,7 @@ class Run:
         return answer
 
     def crash(self) -> None:
-        """End without a word to the journal, as SIGKILL does; its file is free then."""
+        """End as after SIGKILL, without closing the journal; the lock on its file is released."""
         self.journal._store.close()
         self.journal = Journal(None)
         self.journaled._journal = self.journal
@@ -97,7 +97,7 @@ def code(answer: Answer) -> str:
     return answer.code
 
 
-def test_a_duplicate_gets_the_same_answer_without_any_work(run: Run) -> None:
+def test_a_duplicate_gets_the_same_answer_without_generation(run: Run) -> None:
     run.ask()
     first = run.last()
     run.ask(replace(A, deadline_ms=5))
@@ -105,7 +105,7 @@ def test_a_duplicate_gets_the_same_answer_without_any_work(run: Run) -> None:
     assert run.speller.asked == ["a"]
 
 
-def test_a_redelivery_waits_for_the_answer_that_is_on_its_way_and_a_repeat_gets_it_again(run: Run) -> None:
+def test_a_redelivery_is_not_answered_twice_but_a_duplicate_is(run: Run) -> None:
     assert run.ask() is Verdict.ACCEPTED
     first = run.last()
     assert run.ask(redelivered=True) is Verdict.IN_PROGRESS
@@ -116,7 +116,7 @@ def test_a_redelivery_waits_for_the_answer_that_is_on_its_way_and_a_repeat_gets_
     assert run.answers.empty()
 
 
-def test_a_redelivery_with_other_content_is_a_request_of_its_own(run: Run) -> None:
+def test_a_redelivery_with_other_content_is_a_new_request(run: Run) -> None:
     run.ask()
     run.last()
     run.journaled.delivered("mqtt:a b", "a")
@@ -126,7 +126,7 @@ def test_a_redelivery_with_other_content_is_a_request_of_its_own(run: Run) -> No
     assert answer.text == "rehto "
 
 
-def test_another_request_of_the_same_id_waits_for_the_first(run: Run) -> None:
+def test_a_conflicting_request_is_refused_until_the_first_is_answered(run: Run) -> None:
     run.speller.gate.clear()
     run.ask()
     run.speller.wait_until_held()
@@ -141,7 +141,7 @@ def test_another_request_of_the_same_id_waits_for_the_first(run: Run) -> None:
     assert answer.text == "rehto "
 
 
-def test_busy_is_not_kept_and_costs_no_write(run: Run) -> None:
+def test_busy_is_not_stored_and_costs_no_write(run: Run) -> None:
     run.speller.gate.clear()
     run.ask()
     run.speller.wait_until_held()
@@ -157,7 +157,7 @@ def test_busy_is_not_kept_and_costs_no_write(run: Run) -> None:
     assert isinstance(run.last(), Final)
 
 
-def test_a_journal_full_of_unanswered_requests_is_busy(path: Path) -> None:
+def test_a_journal_full_of_unanswered_requests_answers_busy(path: Path) -> None:
     run = Run(path, Limits(entries=1)).start()
     run.speller.gate.clear()
     run.ask()
@@ -184,7 +184,7 @@ def test_waiting_requests_are_answered_by_the_next_run(path: Path) -> None:
     second.stop()
 
 
-def test_an_answer_is_handed_out_in_each_run_until_it_is_delivered(path: Path) -> None:
+def test_an_answer_is_sent_again_in_each_run_until_it_is_delivered(path: Path) -> None:
     first = Run(path).start()
     first.ask()
     answer = first.last()
@@ -220,7 +220,7 @@ def test_a_request_that_crashes_the_daemon_is_tried_twice_and_then_refused(path:
     run.stop()
 
 
-def test_requests_interrupted_by_a_stop_are_answered_by_the_next_run_and_count_as_no_crash(
+def test_requests_interrupted_by_a_stop_are_resumed_and_not_counted_as_crashes(
     path: Path,
 ) -> None:
     for life in range(4):
@@ -243,7 +243,7 @@ def test_requests_interrupted_by_a_stop_are_answered_by_the_next_run_and_count_a
     last.stop()
 
 
-def test_without_a_disk_requests_interrupted_by_a_stop_are_refused() -> None:
+def test_without_a_journal_file_requests_interrupted_by_a_stop_are_refused() -> None:
     run = Run(None).start()
     run.speller.gate.clear()
     run.ask()
@@ -254,16 +254,16 @@ def test_without_a_disk_requests_interrupted_by_a_stop_are_refused() -> None:
 
 
 def crash_while_working_on(path: Path, name: str, client: str = "mqtt:a b") -> None:
-    """A life of the daemon that ends while it works on a new request."""
+    """Simulate a run of the daemon that crashes while it works on a new request."""
     run = Run(path)
     run.speller.gate.clear()
     run.start()
-    run.journaled.submit(client, replace(A, id=name), run.hear, "note")
+    run.journaled.submit(client, replace(A, id=name), run.collect, "note")
     run.speller.wait_until_held()
     run.crash()
 
 
-def test_a_crash_counts_only_for_the_request_that_was_worked_on(path: Path) -> None:
+def test_a_crash_counts_only_for_the_request_in_work(path: Path) -> None:
     first = Run(path)
     first.speller.gate.clear()
     first.start()
@@ -276,7 +276,7 @@ def test_a_crash_counts_only_for_the_request_that_was_worked_on(path: Path) -> N
     second.journal.close()
 
 
-def test_a_client_whose_fresh_requests_end_the_daemon_is_suspended_and_its_neighbour_answered(
+def test_a_client_whose_new_requests_crash_the_daemon_is_suspended_and_others_are_not(
     path: Path,
 ) -> None:
     for name in "abc":
@@ -289,7 +289,7 @@ def test_a_client_whose_fresh_requests_end_the_daemon_is_suspended_and_its_neigh
     refused = run.last()
     assert isinstance(refused, Failure)
     assert (refused.code, 0 < (refused.retry_after_ms or 0) <= 600_000) == ("unavailable", True)
-    run.journaled.submit("mqtt:neighbour", A, run.hear)
+    run.journaled.submit("mqtt:neighbour", A, run.collect)
     assert isinstance(run.last(), Final)
     run.stop()
 
@@ -326,13 +326,13 @@ def test_requests_from_a_removed_port_are_dropped(path: Path) -> None:
 
 
 def damage(path: Path, whole: bytes, broken: bytes) -> None:
-    """Change bytes in the file that sqlite has no checksum of, as a worn card does."""
+    """Change bytes in the file without a sqlite checksum, as a worn card does."""
     content = path.read_bytes()
     assert whole in content
     path.write_bytes(content.replace(whole, broken))
 
 
-def test_a_damaged_record_is_an_error_for_its_client_and_does_not_end_the_daemon(
+def test_a_damaged_entry_is_an_error_for_its_client_and_does_not_end_the_daemon(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     journal = Journal(path)
@@ -346,17 +346,17 @@ def test_a_damaged_record_is_an_error_for_its_client_and_does_not_end_the_daemon
     damage(path, b"abc asked", b"abc axked")
     for _ in range(2):
         run = Run(path).start()
-        heard = {answer.id: answer for answer in (run.last(), run.last())}
-        heard |= {} if len(heard) > 2 else {answer.id: answer for answer in [run.last()]}
+        answers = {answer.id: answer for answer in (run.last(), run.last())}
+        answers |= {} if len(answers) > 2 else {answer.id: answer for answer in [run.last()]}
         run.stop()
-        assert isinstance(heard["good"], Final)
-        assert {code(heard["asked"]), code(heard["told"])} == {"internal"}
+        assert isinstance(answers["good"], Final)
+        assert {code(answers["asked"]), code(answers["told"])} == {"internal"}
     assert "request asked: the request in the journal is damaged" in caplog.text
     assert "request told: the answer in the journal is damaged" in caplog.text
 
 
 @pytest.mark.parametrize("deadline", [float("-inf"), -1e308, 0.0])
-def test_a_deadline_that_the_disk_has_damaged_has_passed(path: Path, deadline: float) -> None:
+def test_a_damaged_deadline_counts_as_passed(path: Path, deadline: float) -> None:
     journal = Journal(path)
     journal.accept("mqtt:a a", A.to_json().encode(), "note", deadline)
     journal.close()
@@ -365,7 +365,7 @@ def test_a_deadline_that_the_disk_has_damaged_has_passed(path: Path, deadline: f
     run.stop()
 
 
-def test_a_note_that_no_origin_can_read_does_not_prevent_a_start(path: Path) -> None:
+def test_an_unreadable_note_does_not_prevent_a_start(path: Path) -> None:
     journal = Journal(path)
     journal.accept("mqtt:a a", A.to_json().encode(), "note")
     journal.close()
@@ -385,7 +385,7 @@ def is_idle(engine: Engine) -> bool:
     return not engine.waiting and not engine.working
 
 
-def test_after_any_damage_to_the_file_the_daemon_resumes_what_is_left(tmp_path: Path) -> None:
+def test_after_any_damage_to_the_file_the_daemon_resumes_the_readable_entries(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "whole")
     final = Final("b", "abc", "stop", Usage(1, 1, 1, 0), Timings(1, 1, 1, 1)).to_json().encode()
     for name in "abcd":

@@ -1,4 +1,4 @@
-"""The journal's file: damage, full and read-only disks, power cuts and kills lose nothing that was said."""
+"""The journal's file: damage, full or read-only disks, power cuts and kills lose nothing confirmed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "state" / "journal.sqlite"
 
 
-def test_a_second_process_is_refused_with_a_line_that_names_the_file(path: Path) -> None:
+def test_a_second_process_is_refused_and_the_error_names_the_file(path: Path) -> None:
     journal = Journal(path)
     with pytest.raises(EdgeError, match=r"journal\.sqlite: another process has it open"):
         Journal(path)
@@ -42,7 +42,7 @@ def test_the_file_is_readable_by_its_owner_only(path: Path) -> None:
     journal.close()
 
 
-def test_a_damaged_file_is_moved_aside_and_a_new_one_begun(
+def test_a_damaged_file_is_moved_aside_and_a_new_one_created(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path.parent.mkdir()
@@ -58,7 +58,7 @@ def test_a_damaged_file_is_moved_aside_and_a_new_one_begun(
     reopened.close()
 
 
-def test_a_file_of_an_earlier_version_keeps_its_records(path: Path) -> None:
+def test_entries_of_an_earlier_version_are_preserved(path: Path) -> None:
     old = "".join(line for line in journal_module.SCHEMA.splitlines(True) if "    crashes " not in line)
     assert old != journal_module.SCHEMA
     store = sqlite_store.SqliteStore(path, {"entries": old}, lambda _: None)
@@ -81,7 +81,7 @@ def test_a_file_with_other_columns_is_moved_aside(path: Path) -> None:
     journal.close()
 
 
-def test_damage_while_running_keeps_what_can_be_read(path: Path) -> None:
+def test_damage_while_running_preserves_the_readable_entries(path: Path) -> None:
     journal = Journal(path)
     for number in range(40):
         journal.accept(str(number), REQUEST, "mqtt")
@@ -115,7 +115,7 @@ def overwrite(path: Path, at: int, content: bytes) -> None:
         file.write(content)
 
 
-def test_damage_found_at_the_start_keeps_what_can_be_read(path: Path) -> None:
+def test_damage_found_at_the_start_preserves_the_readable_entries(path: Path) -> None:
     journal = Journal(path)
     for number in range(10):
         journal.accept(str(number), REQUEST, "mqtt")
@@ -130,7 +130,9 @@ def test_damage_found_at_the_start_keeps_what_can_be_read(path: Path) -> None:
     journal.close()
 
 
-def test_damage_after_a_crash_keeps_what_is_in_the_log_beside_the_file(path: Path, tmp_path: Path) -> None:
+def test_damage_after_a_crash_preserves_the_entries_of_the_write_ahead_log(
+    path: Path, tmp_path: Path
+) -> None:
     journal = Journal(path)
     for number in range(100):
         journal.accept(f"early{number:03}", REQUEST, "mqtt")
@@ -148,7 +150,7 @@ def test_damage_after_a_crash_keeps_what_is_in_the_log_beside_the_file(path: Pat
     journal.close()
 
 
-def test_what_comes_after_the_close_is_an_error_and_no_damage(path: Path) -> None:
+def test_use_after_the_close_is_an_error_and_not_damage(path: Path) -> None:
     journal = Journal(path)
     journal.accept("a", REQUEST, "mqtt")
     journal.close()
@@ -186,8 +188,8 @@ def test_any_damage_to_the_files_still_gives_a_working_journal(data: st.DataObje
 
 @settings(max_examples=30)
 @given(data=st.data())
-def test_a_power_cut_loses_nothing_that_waited_for_the_disk(data: st.DataObject) -> None:
-    """The write-ahead log may be torn anywhere after its last fsync; all before that must be there."""
+def test_a_power_cut_loses_nothing_that_was_synced(data: st.DataObject) -> None:
+    """The write-ahead log can be torn anywhere after its last fsync; everything before must survive."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "journal.sqlite"
         wal = path.with_name(path.name + "-wal")
@@ -231,7 +233,7 @@ for number in range(first, first + 100_000):
 """
 
 
-def test_a_process_killed_at_any_moment_has_kept_all_it_said(path: Path) -> None:
+def test_a_process_killed_at_any_moment_loses_nothing_it_confirmed(path: Path) -> None:
     chance = random.Random(7)
     said: dict[str, str] = {}
     for life in range(8):
@@ -241,7 +243,7 @@ def test_a_process_killed_at_any_moment_has_kept_all_it_said(path: Path) -> None
             lines = 0
             wanted = chance.randrange(1, 400)
             for line in process.stdout:
-                if not line.endswith("\n"):  # torn by the kill: not said
+                if not line.endswith("\n"):  # truncated by the kill: not confirmed
                     break
                 what, key = line.split()
                 said[key] = what
@@ -326,7 +328,9 @@ journal.close()
 
 
 @pytest.mark.parametrize("script", [FULL_DISK, READ_ONLY_DISK], ids=["full", "read-only"])
-def test_a_failing_disk_stops_nothing_and_is_used_again_when_mended(script: str, tmp_path: Path) -> None:
+def test_a_failing_disk_does_not_stop_the_journal_and_is_used_again_when_it_recovers(
+    script: str, tmp_path: Path
+) -> None:
     command = ["unshare", "--user", "--map-root-user", "--mount", sys.executable, "-c", script, str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

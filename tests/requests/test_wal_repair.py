@@ -1,4 +1,4 @@
-"""A write-ahead log that the disk has damaged loses the damaged page and nothing after it."""
+"""After damage to the write-ahead log, only the damaged page is lost and nothing after it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def entries(journal: Journal) -> set[str]:
     return {entry.key for entry in journal.unfinished()} | {entry.key for entry in journal.unpublished()}
 
 
-def test_a_log_without_damage_or_with_a_torn_end_is_left_as_it_is(crashed: Path) -> None:
+def test_a_log_without_damage_or_with_a_torn_end_is_not_changed(crashed: Path) -> None:
     log = wal_of(crashed).read_bytes()
     assert repaired(log) == (log, 0)
     for cut in (1, FRAME - 10, FRAME, FRAME + 5, len(log) - HEADER, len(log)):
@@ -47,7 +47,7 @@ def test_a_log_without_damage_or_with_a_torn_end_is_left_as_it_is(crashed: Path)
     assert repaired(torn) == (torn, 0)
 
 
-def test_a_byte_anywhere_in_the_log_is_noticed_and_loses_no_other_entry(crashed: Path) -> None:
+def test_a_changed_byte_anywhere_in_the_log_is_detected_and_loses_no_other_entry(crashed: Path) -> None:
     log, chance = wal_of(crashed).read_bytes(), random.Random(3)
     database = crashed.read_bytes()
     everything = {f"client {number}" for number in range(ENTRIES)}
@@ -75,7 +75,7 @@ sys.stdin.read()
 """
 
 
-def test_a_log_in_use_is_not_touched(crashed: Path) -> None:
+def test_a_log_in_use_is_not_changed(crashed: Path) -> None:
     command = [sys.executable, "-c", HOLDER, str(crashed)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout

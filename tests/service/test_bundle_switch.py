@@ -1,4 +1,4 @@
-"""The daemon and its bundle store: a switch loses no request, a bad bundle is refused or given up."""
+"""The daemon and its bundle store: a switch loses no request; a bad bundle is refused or rolled back."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TEXT = "The hut stands on a shoulder of the hill, where the wind does not reach 
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two bundles with something to test them by."""
+    """Two bundles with recordings for the self-test."""
     made = {}
     for name in ("gemma4-two-kv-heads", "gemma4-one-kv-head"):
         small = bundles.small_bundle(name, "int8", context=4096)
@@ -62,7 +62,7 @@ def names(store: BundleStore, good: dict[str, Path]) -> tuple[str, str]:
 
 @pytest.fixture
 def wrong(store: BundleStore, names: tuple[str, str], good: dict[str, Path], tmp_path: Path) -> str:
-    """A third one, whose bytes are whole but whose model does not do what was recorded."""
+    """A third bundle: its files are intact, but its model does not reproduce the recording."""
     directory = bundles.copy_of(good["gemma4-one-kv-head"], tmp_path / "wrong")
     manifest = read_manifest(directory)
     assert manifest.golden is not None
@@ -137,7 +137,7 @@ def test_a_switch_under_load_answers_every_request_once(
     assert "Traceback" not in log
 
 
-def test_a_bundle_that_fails_its_self_test_is_refused_and_the_old_one_answers_on(
+def test_a_bundle_that_fails_its_self_test_is_refused_and_the_old_one_continues(
     daemon: DaemonProcess,
     mosquitto: Mosquitto,
     store: BundleStore,
@@ -167,7 +167,7 @@ def test_a_bundle_that_fails_its_self_test_is_refused_and_the_old_one_answers_on
     assert daemon.stop() == 0
 
 
-def test_a_bundle_that_can_not_start_three_times_gives_way_to_the_previous_one(
+def test_a_bundle_that_fails_to_start_three_times_is_rolled_back(
     daemon: DaemonProcess,
     mosquitto: Mosquitto,
     store: BundleStore,
@@ -199,7 +199,7 @@ def command_without_daemon(
 
 
 def kill_while_loading(daemon: DaemonProcess, store: BundleStore, failures: int) -> None:
-    """Kill a daemon that has counted `failures` and loads its bundle; try again if the kill came too late."""
+    """Kill a daemon with a count of `failures` while it loads its bundle; repeat if the kill was too late."""
 
     def loading() -> bool:
         record = read_record(store.directory)
@@ -221,7 +221,7 @@ def kill_while_loading(daemon: DaemonProcess, store: BundleStore, failures: int)
         misses += 1
 
 
-def test_a_bundle_whose_loading_is_killed_three_times_gives_way_to_the_previous_one(
+def test_a_bundle_whose_loading_is_killed_three_times_is_rolled_back(
     daemon: DaemonProcess, mosquitto: Mosquitto, store: BundleStore, names: tuple[str, str]
 ) -> None:
     first, second = names
@@ -238,18 +238,18 @@ def test_a_bundle_whose_loading_is_killed_three_times_gives_way_to_the_previous_
 
 
 @pytest.mark.parametrize(("crashed_in_work", "failures"), [(True, 0), (False, 1)])
-def test_a_crash_during_a_switch_is_not_the_bundles_if_a_request_was_in_work(
+def test_a_crash_while_a_request_is_in_work_is_not_charged_to_the_bundle(
     tmp_path: Path, store: BundleStore, names: tuple[str, str], crashed_in_work: bool, failures: int
 ) -> None:
     record = DaemonRecord(store.directory)
     record.change(begun=names[1])
     record.close()
-    kept = Kept(tmp_path, store, crashed_in_work)
+    running = RunningKeeper(tmp_path, store, crashed_in_work)
     assert len(read_record(store.directory).failures) == failures
-    kept.end()
+    running.end()
 
 
-class Kept:
+class RunningKeeper:
     """A keeper with an engine, in this process."""
 
     def __init__(self, tmp_path: Path, store: BundleStore, crashed_in_work: bool = False) -> None:
@@ -291,25 +291,25 @@ class Kept:
 
 
 @pytest.fixture
-def kept(tmp_path: Path, store: BundleStore, names: tuple[str, str]) -> Iterator[Kept]:
-    kept = Kept(tmp_path, store)
-    yield kept
-    kept.end()
+def running(tmp_path: Path, store: BundleStore, names: tuple[str, str]) -> Iterator[RunningKeeper]:
+    running = RunningKeeper(tmp_path, store)
+    yield running
+    running.end()
 
 
-def test_packed_weights_that_are_damaged_while_in_use_are_packed_again_between_two_requests(
-    kept: Kept, tmp_path: Path
+def test_packed_weights_damaged_while_in_use_are_repacked_between_requests(
+    running: RunningKeeper, tmp_path: Path
 ) -> None:
-    before = kept.text("before")
+    before = running.text("before")
     (packed,) = (tmp_path / "cache").glob("*.xnnpack")
     overwrite(packed, packed.stat().st_size // 4, os.urandom(packed.stat().st_size // 2))
-    kept.look_until(lambda: "damaged; they were packed again" in (kept.engine.last_error or ""))
-    assert kept.text("after") == before
+    running.look_until(lambda: "damaged; they were packed again" in (running.engine.last_error or ""))
+    assert running.text("after") == before
     assert PackedWeights(packed).check()
 
 
 def overwrite(path: Path, at: int, content: bytes) -> None:
-    """Change a file in place and keep its times, as a bad card does."""
+    """Change a file in place and preserve its times, as a bad card does."""
     status = path.stat()
     with path.open("r+b") as file:
         file.seek(at)
@@ -318,118 +318,118 @@ def overwrite(path: Path, at: int, content: bytes) -> None:
 
 
 @pytest.mark.parametrize("together", [True, False])
-def test_what_waits_while_the_bundle_is_switched_is_answered_by_the_new_one(
-    kept: Kept,
+def test_requests_that_wait_during_a_switch_are_answered_by_the_new_bundle(
+    running: RunningKeeper,
     store: BundleStore,
     names: tuple[str, str],
     together: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(bundle_keeper, "fit_together", lambda *_: together)
-    before = kept.text("before")
-    kept.ask("long", 500)
-    wait_for(lambda: kept.engine.working)
+    before = running.text("before")
+    running.ask("long", 500)
+    wait_for(lambda: running.engine.working)
     store.activate(names[1])
-    kept.look_until(lambda: kept.switches)
-    assert len(kept.answers) == 2
-    after = kept.text("after")
+    running.look_until(lambda: running.switches)
+    assert len(running.answers) == 2
+    after = running.text("after")
     assert after != before
     store.activate(names[0])
-    kept.look_until(lambda: kept.switches == 2)
-    assert kept.text("again") == before
+    running.look_until(lambda: running.switches == 2)
+    assert running.text("again") == before
 
 
 @pytest.mark.parametrize("together", [True, False])
 def test_a_bundle_that_is_refused_leaves_the_old_one_in_place(
-    kept: Kept, store: BundleStore, wrong: str, together: bool, monkeypatch: pytest.MonkeyPatch
+    running: RunningKeeper, store: BundleStore, wrong: str, together: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bundle_keeper, "fit_together", lambda *_: together)
-    before, old = kept.text("before"), store.current
+    before, old = running.text("before"), store.current
     store.activate(wrong)
-    kept.look_until(lambda: store.current == old)
-    kept.look_until(lambda: read_record(store.directory).begun is None)
-    assert kept.text("after") == before
-    assert kept.switches == 0
-    assert "is refused" in str(kept.engine.last_error)
+    running.look_until(lambda: store.current == old)
+    running.look_until(lambda: read_record(store.directory).begun is None)
+    assert running.text("after") == before
+    assert running.switches == 0
+    assert "is refused" in str(running.engine.last_error)
 
 
-def test_a_bundle_that_is_damaged_on_its_card_is_refused(
-    kept: Kept, store: BundleStore, names: tuple[str, str]
+def test_a_bundle_that_is_damaged_on_the_card_is_refused(
+    running: RunningKeeper, store: BundleStore, names: tuple[str, str]
 ) -> None:
     decoder = store.path(names[1]) / DECODER
     content = bytearray(decoder.read_bytes())
     content[-1] ^= 1
     decoder.write_bytes(content)
     store.activate(names[1])
-    kept.look_until(lambda: store.current == names[0])
-    assert "its SHA-256 is not the manifest's" in str(kept.engine.last_error)
+    running.look_until(lambda: store.current == names[0])
+    assert "its SHA-256 is not the manifest's" in str(running.engine.last_error)
 
 
-def test_neither_bundle_loads_and_the_daemon_is_told_to_end(
-    kept: Kept, store: BundleStore, wrong: str, monkeypatch: pytest.MonkeyPatch
+def test_the_daemon_ends_if_neither_bundle_can_be_loaded(
+    running: RunningKeeper, store: BundleStore, wrong: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bundle_keeper, "fit_together", lambda *_: False)
     assert store.current is not None
     (store.path(store.current) / DECODER).unlink()
     store.activate(wrong)
     with pytest.raises(BundleError, match=r"neither bundle .* nor .* can be loaded"):
-        kept.look_until(lambda: False)
+        running.look_until(lambda: False)
 
 
-def test_three_requests_that_litert_fails_on_bring_the_previous_bundle_back(
-    kept: Kept, store: BundleStore, names: tuple[str, str]
+def test_a_bundle_is_rolled_back_after_three_decoder_failures(
+    running: RunningKeeper, store: BundleStore, names: tuple[str, str]
 ) -> None:
     first, second = names
     store.activate(second)
-    kept.look_until(lambda: kept.switches)
-    kept.engine.decoder_failures += 2
-    kept.look_until(lambda: True)
+    running.look_until(lambda: running.switches)
+    running.engine.decoder_failures += 2
+    running.look_until(lambda: True)
     assert store.current == second
-    kept.engine.decoder_failures += 1
-    kept.look_until(lambda: kept.switches == 2)
+    running.engine.decoder_failures += 1
+    running.look_until(lambda: running.switches == 2)
     assert (store.current, store.previous) == (first, None)
-    assert f"bundle {second} has failed 3 times in an hour" in str(kept.engine.last_error)
+    assert f"bundle {second} has failed 3 times in an hour" in str(running.engine.last_error)
     assert read_record(store.directory).trouble is not None
-    store.activate(second)  # by somebody who knows better: it gets three more tries
-    kept.look_until(lambda: kept.switches == 3)
+    store.activate(second)  # activating it again allows three more attempts
+    running.look_until(lambda: running.switches == 3)
     assert read_record(store.directory).trouble is None
     assert read_record(store.directory).failures == ()
 
 
-def test_packed_weights_are_kept_for_two_bundles_only(
-    kept: Kept, store: BundleStore, names: tuple[str, str], tmp_path: Path
+def test_packed_weights_are_cached_for_two_bundles_only(
+    running: RunningKeeper, store: BundleStore, names: tuple[str, str], tmp_path: Path
 ) -> None:
     foreign = tmp_path / "cache" / "0123456789abcdef01234567.xnnpack"
     foreign.touch()
     store.activate(names[1])
-    kept.look_until(lambda: kept.switches)
-    kept_files = set(foreign.parent.glob("*.xnnpack"))
-    assert len(kept_files) == 2
-    assert foreign not in kept_files
+    running.look_until(lambda: running.switches)
+    cached_files = set(foreign.parent.glob("*.xnnpack"))
+    assert len(cached_files) == 2
+    assert foreign not in cached_files
 
 
-def test_orderly_ends_and_crashes_before_the_board_was_restarted_do_not_count(
+def test_clean_stops_and_crashes_before_a_restart_of_the_board_do_not_count(
     tmp_path: Path, store: BundleStore, names: tuple[str, str]
 ) -> None:
     store.activate(names[1])
     for _ in range(4):
-        Kept(tmp_path, store).end()
+        RunningKeeper(tmp_path, store).end()
     record = store.directory / "daemon.json"
     for _ in range(4):
-        crashed = Kept(tmp_path, store)
+        crashed = RunningKeeper(tmp_path, store)
         crashed.keeper._record.change(begun=names[1])
         left = record.read_text()
         crashed.end()
         record.write_text(left.replace(read_record(store.directory).boot, "another boot"))
-    kept = Kept(tmp_path, store)
+    running = RunningKeeper(tmp_path, store)
     assert read_record(store.directory).failures == ()
     assert store.current == names[1]
-    kept.end()
+    running.end()
 
 
-def test_only_one_daemon_uses_a_store(kept: Kept, store: BundleStore, tmp_path: Path) -> None:
+def test_only_one_daemon_can_use_a_store(running: RunningKeeper, store: BundleStore, tmp_path: Path) -> None:
     assert daemon_lives(store.directory)
     with pytest.raises(Exception, match="another daemon uses this store"):
-        Kept(tmp_path, store)
-    kept.keeper.close()
+        RunningKeeper(tmp_path, store)
+    running.keeper.close()
     assert not daemon_lives(store.directory)

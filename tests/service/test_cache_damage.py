@@ -1,4 +1,4 @@
-"""Whatever happens to a file of the cache directory, the daemon's bundle loads and answers the same."""
+"""With any damage to a file of the cache directory, the bundle loads and its answers do not change."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ DAMAGES: dict[str, Callable[[bytes, random.Random], bytes]] = {
 
 
 def damage(path: Path, source: random.Random) -> str:
-    """Damage a file in some way, its modification time kept or not; returns what was done."""
+    """Damage a file at random, preserving its modification time or not; returns a description."""
     how = source.choice([*DAMAGES, "fifo", "endless"])
     status = path.stat()
     if how in DAMAGES:
@@ -103,10 +103,10 @@ def rounds(config: Path, number: int) -> None:
         assert answers(config) == expected, done
 
 
-def test_any_damage_to_the_cache_is_found_and_repaired(tmp_path: Path) -> None:
+def test_any_damage_to_the_cache_is_detected_and_repaired(tmp_path: Path) -> None:
     rounds(config_of(tmp_path, bundles.small_bundle("gemma3-one-kv-head", "int8", context=512)), 60)
 
 
 @pytest.mark.slow
-def test_any_damage_to_the_cache_of_a_real_model_is_found_and_repaired(tmp_path: Path) -> None:
+def test_any_damage_to_the_cache_of_a_real_model_is_detected_and_repaired(tmp_path: Path) -> None:
     rounds(config_of(tmp_path, bundles.bundle_directory(real_model(), "int4", 512)), 50)

@@ -1,4 +1,4 @@
-"""The daemon as a process: what it tells systemd, how it stops, and how it says what is wrong."""
+"""The daemon as a process: its notifications to systemd, how it stops, and how it reports errors."""
 
 import contextlib
 import json
@@ -38,7 +38,7 @@ def bundle() -> Path:
 
 @pytest.fixture
 def make(tmp_path: Path, bundle: Path) -> Iterator[Make]:
-    """Prepare daemons; what is left of them ends with the test."""
+    """Prepare daemons; those still running are stopped after the test."""
     daemons: list[DaemonProcess] = []
 
     def make_one(config: str, bundle: Path = bundle, **environment: str) -> DaemonProcess:
@@ -62,7 +62,7 @@ def status(broker: Mosquitto) -> dict[str, str]:
 
 
 class Asking(threading.Thread):
-    """A question asked in the background."""
+    """A request sent in the background."""
 
     def __init__(self, broker: Mosquitto, request: Request) -> None:
         super().__init__()
@@ -89,9 +89,7 @@ class Asking(threading.Thread):
         return answer
 
 
-def test_it_tells_systemd_and_the_broker_that_it_is_ready_and_that_it_stops(
-    make: Make, mosquitto: Mosquitto
-) -> None:
+def test_systemd_and_the_broker_are_notified_of_ready_and_stopping(make: Make, mosquitto: Mosquitto) -> None:
     daemon = make(mqtt(mosquitto))
     daemon.start(wait=False)
     assert "STATUS=Answering as pump" in daemon.notice("READY=1")
@@ -104,15 +102,15 @@ def test_it_tells_systemd_and_the_broker_that_it_is_ready_and_that_it_stops(
     assert "Traceback" not in daemon.log.read_text()
 
 
-def test_a_killed_daemon_is_offline_by_its_last_will(make: Make, mosquitto: Mosquitto) -> None:
+def test_the_last_will_marks_a_killed_daemon_offline(make: Make, mosquitto: Mosquitto) -> None:
     daemon = make(mqtt(mosquitto))
     daemon.start()
     wait_for(lambda: status(mosquitto)["state"] == "online")
     daemon.close()
-    wait_for(lambda: status(mosquitto) == {"state": "offline"})  # it can't know what is answered with then
+    wait_for(lambda: status(mosquitto) == {"state": "offline"})  # the will has no other field
 
 
-def test_broker_and_ports_are_served_together(make: Make, mosquitto: Mosquitto, ptys: PtyPair) -> None:
+def test_broker_and_serial_ports_are_served_together(make: Make, mosquitto: Mosquitto, ptys: PtyPair) -> None:
     daemon = make(f'{mqtt(mosquitto)}[[serial]]\nport = "/dev/nothing"\n[[serial]]\nport = "{ptys.near}"\n')
     daemon.start()
     request = Request("a", "Pump?", max_tokens=4, stream=False)
@@ -126,7 +124,7 @@ def test_broker_and_ports_are_served_together(make: Make, mosquitto: Mosquitto, 
     assert daemon.stop() == 0
 
 
-def test_sigterm_lets_running_and_waiting_requests_finish(make: Make, mosquitto: Mosquitto) -> None:
+def test_running_and_waiting_requests_finish_after_sigterm(make: Make, mosquitto: Mosquitto) -> None:
     daemon = make(f"log_payloads = true\n{mqtt(mosquitto)}")
     daemon.start()
     running = Asking(mosquitto, LONG)
@@ -138,7 +136,7 @@ def test_sigterm_lets_running_and_waiting_requests_finish(make: Make, mosquitto:
     assert waiting.final().usage.generated == 4
 
 
-def test_systemd_is_asked_for_as_long_as_a_stop_may_take(make: Make, mosquitto: Mosquitto) -> None:
+def test_the_stop_timeout_is_extended_to_the_drain_time(make: Make, mosquitto: Mosquitto) -> None:
     daemon = make(f"drain_s = 300\n{mqtt(mosquitto)}")  # the unit's TimeoutStopSec is 45
     daemon.start()
     assert daemon.stop() == 0
@@ -146,19 +144,19 @@ def test_systemd_is_asked_for_as_long_as_a_stop_may_take(make: Make, mosquitto: 
     assert 300e6 < int(said["EXTEND_TIMEOUT_USEC"]) < 400e6
 
 
-def test_sigterm_does_not_wait_longer_than_it_is_told(make: Make, mosquitto: Mosquitto) -> None:
+def test_a_stop_waits_no_longer_than_drain_s(make: Make, mosquitto: Mosquitto) -> None:
     daemon = make(f"drain_s = 0\n{mqtt(mosquitto)}")
     daemon.start()
     running = Asking(mosquitto, LONG)
     assert running.in_work.wait(WAIT_S)
     assert daemon.stop() == 0
     assert running.answers == []
-    daemon.start()  # what it had no time for
+    daemon.start()  # answers the request that was interrupted
     assert running.final().usage.generated > 1000
     assert daemon.stop() == 0
 
 
-def test_a_second_signal_ends_it_at_once(make: Make, mosquitto: Mosquitto) -> None:
+def test_a_second_signal_ends_the_daemon_at_once(make: Make, mosquitto: Mosquitto) -> None:
     daemon = make(mqtt(mosquitto))
     daemon.start()
     asking = Asking(mosquitto, LONG)
@@ -179,7 +177,9 @@ def test_a_second_signal_ends_it_at_once(make: Make, mosquitto: Mosquitto) -> No
         ('[mqtt]\ntls = true\nca_file = "/nowhere"\n', 6, "a TLS file can't be used"),
     ],
 )
-def test_a_wrong_configuration_ends_it_with_one_line(make: Make, config: str, code: int, said: str) -> None:
+def test_a_wrong_configuration_ends_the_daemon_with_one_line(
+    make: Make, config: str, code: int, said: str
+) -> None:
     daemon = make(config)
     daemon.start(wait=False)
     assert daemon.end() == code
@@ -203,7 +203,7 @@ def test_a_bundle_that_is_missing_or_damaged_is_named(
         assert said in line
 
 
-def test_a_bundle_that_the_board_is_too_small_for_is_refused_unless_forced(
+def test_a_bundle_too_large_for_the_board_is_refused_unless_forced(
     make: Make, mosquitto: Mosquitto, bundle: Path, tmp_path: Path
 ) -> None:
     large = bundles.copy_of(bundle, tmp_path / "large")
@@ -219,7 +219,7 @@ def test_a_bundle_that_the_board_is_too_small_for_is_refused_unless_forced(
     assert daemon.stop() == 0
 
 
-def test_a_broker_that_refuses_the_password_ends_it(
+def test_a_refused_password_ends_the_daemon(
     make: Make, start_mosquitto: Callable[..., Mosquitto], tmp_path: Path
 ) -> None:
     (tmp_path / "passwords").touch(mode=0o600)
@@ -235,7 +235,7 @@ def test_a_broker_that_refuses_the_password_ends_it(
     assert "Trying again" not in log
 
 
-def test_a_watched_daemon_says_that_it_lives(make: Make, mosquitto: Mosquitto) -> None:
+def test_a_daemon_with_a_watchdog_sends_keepalives(make: Make, mosquitto: Mosquitto) -> None:
     daemon = make(mqtt(mosquitto), WATCHDOG_USEC="8000000")
     daemon.start()
     for _ in range(2):
@@ -243,7 +243,7 @@ def test_a_watched_daemon_says_that_it_lives(make: Make, mosquitto: Mosquitto) -
     assert daemon.stop() == 0
 
 
-def test_its_log_tells_how_requests_went_and_not_what_they_said(make: Make, mosquitto: Mosquitto) -> None:
+def test_the_log_reports_requests_without_their_content(make: Make, mosquitto: Mosquitto) -> None:
     daemon = make(mqtt(mosquitto))
     daemon.start()
     answered = Asking(mosquitto, Request("good", "Secret?", max_tokens=3, stream=False)).final()
@@ -260,7 +260,7 @@ def test_its_log_tells_how_requests_went_and_not_what_they_said(make: Make, mosq
     assert answered.text.strip() not in log
 
 
-def test_its_log_has_priorities_where_journald_reads_it(make: Make, mosquitto: Mosquitto) -> None:
+def test_log_lines_have_priorities_if_journald_reads_them(make: Make, mosquitto: Mosquitto) -> None:
     daemon = make(mqtt(mosquitto), JOURNAL_STREAM="1:2")
     daemon.start()
     assert daemon.stop() == 0
@@ -278,15 +278,15 @@ def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.
 
 
 def drain(systemd: socket.socket) -> bytes:
-    """All that was sent to systemd until now."""
-    heard = b""
+    """All notifications sent to systemd so far."""
+    received = b""
     with contextlib.suppress(BlockingIOError):
         while True:
-            heard += systemd.recv(100)
-    return heard
+            received += systemd.recv(100)
+    return received
 
 
-def test_a_hung_decoder_is_not_called_alive(
+def test_the_watchdog_is_not_fed_while_the_decoder_hangs(
     systemd: socket.socket, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     speller, hung = Speller(), threading.Event()
@@ -304,10 +304,10 @@ def test_a_hung_decoder_is_not_called_alive(
     with caplog.at_level(logging.WARNING):
         assert not watchdog.check()
     assert "no progress: decoder" in caplog.text
-    heard = drain(systemd)
+    received = drain(systemd)
     assert not watchdog.check()
     assert drain(systemd) == b""
-    assert heard.replace(b"WATCHDOG=1", b"") == b""
+    assert received.replace(b"WATCHDOG=1", b"") == b""
     hung.set()
     wait_for(watchdog.check)
     engine.stop(WAIT_S)
@@ -315,13 +315,13 @@ def test_a_hung_decoder_is_not_called_alive(
 
 @dataclass
 class Counted:
-    """A part whose progress the test decides."""
+    """A watched component whose progress the test sets."""
 
     progress: float = 0
     alive: bool = True
 
 
-def test_one_part_that_moves_does_not_speak_for_another(systemd: socket.socket) -> None:
+def test_the_watchdog_requires_progress_of_every_component(systemd: socket.socket) -> None:
     decoder, mqtt = Counted(), Counted()
     watchdog = Watchdog({"decoder": decoder, "mqtt": mqtt})
     assert watchdog.check()
@@ -333,7 +333,7 @@ def test_one_part_that_moves_does_not_speak_for_another(systemd: socket.socket) 
     assert watchdog.check()
 
 
-def test_systemd_that_does_not_read_holds_nobody_up(
+def test_a_full_notification_socket_does_not_block(
     systemd: socket.socket, caplog: pytest.LogCaptureFixture
 ) -> None:
     while "systemd could not be notified of WATCHDOG=1" not in caplog.text:
@@ -341,7 +341,7 @@ def test_systemd_that_does_not_read_holds_nobody_up(
     assert drain(systemd).startswith(b"WATCHDOG=1")
 
 
-def test_systemd_that_is_gone_harms_nobody(
+def test_a_missing_notification_socket_is_only_logged(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", "/nowhere/notify")
@@ -355,7 +355,7 @@ def test_systemd_that_is_gone_harms_nobody(
     ("microseconds", "owner", "seconds"),
     [("60000000", None, 60.0), ("60000000", "1", None), ("0", None, None), ("x", None, None)],
 )
-def test_the_watchdog_is_as_systemd_says(
+def test_the_watchdog_interval_comes_from_systemd(
     monkeypatch: pytest.MonkeyPatch, microseconds: str, owner: str | None, seconds: float | None
 ) -> None:
     monkeypatch.setenv("WATCHDOG_USEC", microseconds)
@@ -363,7 +363,7 @@ def test_the_watchdog_is_as_systemd_says(
     assert watchdog_s() == seconds
 
 
-def test_nothing_heavy_is_imported_before_the_configuration_is_read() -> None:
+def test_no_heavy_module_is_imported_before_the_configuration_is_read() -> None:
     code = "import sys, edge.cli.daemon, edge.config; print('numpy' in sys.modules or 'ssl' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

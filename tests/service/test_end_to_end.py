@@ -1,4 +1,4 @@
-"""200 requests in a row over each transport to a daemon with a real decoder: one last answer each."""
+"""200 successive requests over each transport to a daemon with a real decoder: one final answer each."""
 
 import json
 import os
@@ -27,29 +27,31 @@ LONGER = 1500  # tokens: seconds of work
 PROPERTIES: Any = Properties  # paho leaves its constructor untyped
 
 
-class Asker(Protocol):
+class Sensor(Protocol):
     """A sensor on one of the transports."""
 
     def ask(self, payload: bytes) -> None:
-        """Send what may be a request."""
+        """Send a request, valid or not."""
 
     def cancel(self, name: str) -> None:
         """Cancel a request."""
 
-    def hear(self, wait_s: float) -> dict[str, Any] | None:
+    def receive(self, wait_s: float) -> dict[str, Any] | None:
         """The next frame or message."""
 
     def close(self) -> None:
-        """Go away."""
+        """Disconnect."""
 
 
 class OverMqtt:
     """A sensor with paho."""
 
     def __init__(self, field: Field) -> None:
-        self._heard: queue.Queue[dict[str, Any]] = queue.Queue()
+        self._received: queue.Queue[dict[str, Any]] = queue.Queue()
         self._client = Client(CallbackAPIVersion.VERSION2, protocol=MQTTv5)
-        self._client.on_message = lambda _client, _data, message: self._heard.put(json.loads(message.payload))
+        self._client.on_message = lambda _client, _data, message: self._received.put(
+            json.loads(message.payload)
+        )
         self._client.connect("127.0.0.1", field.mosquitto.port)
         self._client.loop_start()
         self._reply: Properties = PROPERTIES(PacketTypes.PUBLISH)
@@ -62,9 +64,9 @@ class OverMqtt:
     def cancel(self, name: str) -> None:
         self._client.publish("edge/v1/pump/cancel", json.dumps({"id": name}), 1, properties=self._reply)
 
-    def hear(self, wait_s: float) -> dict[str, Any] | None:
+    def receive(self, wait_s: float) -> dict[str, Any] | None:
         try:
-            return self._heard.get(timeout=wait_s)
+            return self._received.get(timeout=wait_s)
         except queue.Empty:
             return None
 
@@ -79,7 +81,7 @@ class OverSerial:
     def __init__(self, field: Field) -> None:
         self._file = os.open(field.ptys.far, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
         self._decoder = FrameDecoder(10**6)
-        self._heard: list[dict[str, Any]] = []
+        self._received: list[dict[str, Any]] = []
 
     def ask(self, payload: bytes) -> None:
         self._write(encode(payload.decode("ascii")))
@@ -87,12 +89,12 @@ class OverSerial:
     def cancel(self, name: str) -> None:
         self.ask(json.dumps({"type": "cancel", "id": name}).encode())
 
-    def hear(self, wait_s: float) -> dict[str, Any] | None:
-        if not self._heard and select.select([self._file], [], [], wait_s)[0]:
+    def receive(self, wait_s: float) -> dict[str, Any] | None:
+        if not self._received and select.select([self._file], [], [], wait_s)[0]:
             for item in self._decoder.feed(os.read(self._file, 65536)):
                 assert isinstance(item, str), item
-                self._heard.append(json.loads(item))
-        return self._heard.pop(0) if self._heard else None
+                self._received.append(json.loads(item))
+        return self._received.pop(0) if self._received else None
 
     def close(self) -> None:
         os.close(self._file)
@@ -104,30 +106,30 @@ class OverSerial:
 
 
 @pytest.fixture(params=[OverMqtt, OverSerial])
-def asker(request: pytest.FixtureRequest, served: Field) -> Iterator[Asker]:
-    asker: Asker = request.param(served)
-    yield asker
-    asker.close()
+def sensor(request: pytest.FixtureRequest, served: Field) -> Iterator[Sensor]:
+    sensor: Sensor = request.param(served)
+    yield sensor
+    sensor.close()
 
 
 def good(name: str, **fields: Any) -> bytes:
     return Request(name, "The pump says 12 bar.", **{"max_tokens": 12, **fields}).to_json().encode()
 
 
-def last_answers(asker: Asker, count: int) -> list[dict[str, Any]]:
+def complete_answers(sensor: Sensor, count: int) -> list[dict[str, Any]]:
     """The next `count` finals and errors."""
     answers: list[dict[str, Any]] = []
     until = time.monotonic() + WAIT_S
     while len(answers) < count:
         assert time.monotonic() < until, answers
-        heard = asker.hear(0.1)
-        if heard is not None and heard["type"] in ("final", "error"):
-            answers.append(heard)
+        message = sensor.receive(0.1)
+        if message is not None and message["type"] in ("final", "error"):
+            answers.append(message)
     return answers
 
 
-def ask_one(asker: Asker, number: int) -> str:
-    """Ask the request of this number, and return how it ended."""
+def ask_one(sensor: Sensor, number: int) -> str:
+    """Send the request with this number and return its final or error."""
     name = f"r{number}"
     kind = ("good", "sampled", "malformed", "unknown", "oversized", "cancelled", "expired", "silent")[
         number % 8
@@ -142,27 +144,27 @@ def ask_one(asker: Asker, number: int) -> str:
         "expired": good(name, max_tokens=LONGER, deadline_ms=30),
         "silent": good(name, stream=False),
     }
-    asker.ask(payloads[kind])
+    sensor.ask(payloads[kind])
     if kind == "cancelled":
-        asker.cancel(name)
-    (answer,) = last_answers(asker, 1)
+        sensor.cancel(name)
+    (answer,) = complete_answers(sensor, 1)
     ended = str(answer.get("finish_reason") or answer["code"])
     assert answer["id"] in (name, None if ended == "bad_request" else name)
     return f"{kind} {ended}"
 
 
-def test_each_of_200_requests_gets_exactly_one_last_answer_and_memory_does_not_grow(
-    asker: Asker, served: Field
+def test_each_of_200_requests_gets_exactly_one_final_answer_and_memory_does_not_grow(
+    sensor: Sensor, served: Field
 ) -> None:
     ended: Counter[str] = Counter()
     for number in range(WARM_UP):
-        ended[ask_one(asker, number)] += 1
+        ended[ask_one(sensor, number)] += 1
     before = served.daemon.memory()
     for number in range(WARM_UP, COUNT):
-        ended[ask_one(asker, number)] += 1
+        ended[ask_one(sensor, number)] += 1
     grown = served.daemon.memory() - before
-    while (heard := asker.hear(0.5)) is not None:
-        assert heard["type"] not in ("final", "error"), f"a second answer: {heard}"
+    while (message := sensor.receive(0.5)) is not None:
+        assert message["type"] not in ("final", "error"), f"a second answer: {message}"
     assert ended == {
         "good length": 25,
         "sampled length": 25,
@@ -176,25 +178,25 @@ def test_each_of_200_requests_gets_exactly_one_last_answer_and_memory_does_not_g
     assert grown < MAX_GROWTH
 
 
-def test_a_burst_gets_one_last_answer_each_and_busy_beyond_the_queue(asker: Asker) -> None:
+def test_each_request_of_a_burst_gets_one_answer_and_busy_beyond_the_queue(sensor: Sensor) -> None:
     for number in range(40):
-        asker.ask(good(f"b{number}", stream=False))
-    answers = last_answers(asker, 40)
+        sensor.ask(good(f"b{number}", stream=False))
+    answers = complete_answers(sensor, 40)
     assert sorted(answer["id"] for answer in answers) == sorted(f"b{number}" for number in range(40))
     assert {answer.get("code", "final") for answer in answers} == {"final", "busy"}
     assert all(answer["retry_after_ms"] > 0 for answer in answers if answer["type"] == "error")
 
 
-def test_parts_make_up_the_final_text(asker: Asker) -> None:
-    asker.ask(good("parts", max_tokens=400))
+def test_partials_add_up_to_the_final_text(sensor: Sensor) -> None:
+    sensor.ask(good("parts", max_tokens=400))
     text = ""
     until = time.monotonic() + WAIT_S
     while time.monotonic() < until:
-        heard = asker.hear(0.1)
-        if heard is not None and heard["type"] == "partial":
-            text += heard["text"]
-        elif heard is not None and heard["type"] == "final":
-            assert heard["text"].startswith(text)
+        message = sensor.receive(0.1)
+        if message is not None and message["type"] == "partial":
+            text += message["text"]
+        elif message is not None and message["type"] == "final":
+            assert message["text"].startswith(text)
             assert text
             return
     raise AssertionError("no final came")

@@ -1,4 +1,4 @@
-"""The file for Prometheus: its own parser reads it, others may read it, and no disk stops the daemon."""
+"""The metrics file: Prometheus's parser and other users can read it; disk errors don't stop the daemon."""
 
 import os
 import stat
@@ -32,7 +32,7 @@ UNKNOWN = dict.fromkeys(("tokens_per_s", "first_token_ms", "memory_mib", "temper
 
 
 def samples(text: str) -> dict[str, float]:
-    """Values by name and, beside the node's, labels."""
+    """Values by name and by the labels other than the node's."""
     found = {}
     for family in text_string_to_metric_families(text):
         assert family.documentation
@@ -63,13 +63,13 @@ def test_health_is_written_in_base_units() -> None:
     }
 
 
-def test_what_is_not_known_is_left_out() -> None:
+def test_unknown_values_are_left_out() -> None:
     found = samples(as_text("pump", STATUS, HEALTH | UNKNOWN | {"journal": "disk full"}).decode())
     assert found["journal_on_disk"] == 0
     assert len(found) == 7
 
 
-def test_a_disk_that_fails_is_said_once_and_stops_nobody(
+def test_a_failing_disk_is_logged_once_and_does_not_stop_the_daemon(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("edge.service.metrics.EVERY_S", 0.0)
@@ -92,7 +92,7 @@ def daemon(tmp_path: Path, mosquitto: Mosquitto) -> Iterator[DaemonProcess]:
     daemon.close()
 
 
-def test_a_daemon_writes_it_while_it_runs_and_logs_payloads_if_it_is_told_to(
+def test_a_running_daemon_writes_metrics_and_logs_payloads_if_configured(
     daemon: DaemonProcess, mosquitto: Mosquitto, tmp_path: Path
 ) -> None:
     path = tmp_path / "edge.prom"

@@ -1,4 +1,4 @@
-"""Routes in a running daemon: readings over MQTT and serial become events at once and answers later."""
+"""Routes in a running daemon: readings over MQTT and serial give events at once and answers later."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ LONG = '{"id":"long","prompt":"Pump?","max_tokens":4000,"stream":false,"reply_to
 
 
 class House:
-    """Sensors on the broker, and somebody who hears what the routes say."""
+    """Sensors on the broker, and a subscriber to the topics of the routes."""
 
     def __init__(self, broker: Mosquitto) -> None:
-        self.heard: queue.Queue[tuple[str, dict[str, Any]]] = queue.Queue()
+        self.received: queue.Queue[tuple[str, dict[str, Any]]] = queue.Queue()
         self._client = Client(CallbackAPIVersion.VERSION2, protocol=MQTTv5)
         self._client.on_message = self._on_message
         ready: queue.Queue[bool] = queue.Queue()
@@ -72,14 +72,14 @@ class House:
         self._client.subscribe([("alarms/#", 1), ("explanations/#", 1)])
         assert ready.get(timeout=WAIT_S)
 
-    def say(self, topic: str, payload: str) -> None:
+    def publish(self, topic: str, payload: str) -> None:
         self._client.publish(topic, payload, 1).wait_for_publish(WAIT_S)
 
-    def hear(self) -> tuple[str, dict[str, Any]]:
-        return self.heard.get(timeout=WAIT_S)
+    def receive(self) -> tuple[str, dict[str, Any]]:
+        return self.received.get(timeout=WAIT_S)
 
     def _on_message(self, _client: Client, _data: Any, message: MQTTMessage) -> None:
-        self.heard.put((message.topic, json.loads(message.payload)))
+        self.received.put((message.topic, json.loads(message.payload)))
 
     def close(self) -> None:
         self._client.disconnect()
@@ -104,15 +104,15 @@ def house(mosquitto: Mosquitto) -> Iterator[House]:
     house.close()
 
 
-def test_a_condition_is_said_at_once_and_explained_as_the_schema_wants(
+def test_a_condition_is_published_at_once_and_explained_according_to_the_schema(
     daemon: DaemonProcess, house: House
 ) -> None:
-    house.say("sensors/left/temperature", "-18")
-    house.say("sensors/left/temperature", "-12.5")
-    topic, event = house.hear()
+    house.publish("sensors/left/temperature", "-18")
+    house.publish("sensors/left/temperature", "-12.5")
+    topic, event = house.receive()
     assert (topic, event["event"], event["statistics"]["last"]) == ("alarms/left", "condition", -12.5)
     assert event["statistics"]["count"] == 2
-    topic, said = house.hear()
+    topic, said = house.receive()
     assert (topic, said["route"], said["sensor"], said["reason"]) == (
         "explanations/left",
         "freezers",
@@ -127,14 +127,14 @@ def test_a_condition_is_said_at_once_and_explained_as_the_schema_wants(
 def test_an_alarm_does_not_wait_for_the_model(
     daemon: DaemonProcess, house: House, mosquitto: Mosquitto
 ) -> None:
-    house.say("edge/v1/pump/request", LONG)
+    house.publish("edge/v1/pump/request", LONG)
     wait_for(lambda: mosquitto.retained("edge/v1/pump/health")["working"])
-    house.say("sensors/left/temperature", "-12")
-    topic, _ = house.hear()
+    house.publish("sensors/left/temperature", "-12")
+    topic, _ = house.receive()
     working = mosquitto.retained("edge/v1/pump/health")["working"]
     assert (topic, working) == ("alarms/left", True)
-    house.say("edge/v1/pump/cancel", '{"id":"long","reply_to":"edge/v1/pump/reply/x"}')
-    assert house.hear()[0] == "explanations/left"
+    house.publish("edge/v1/pump/cancel", '{"id":"long","reply_to":"edge/v1/pump/reply/x"}')
+    assert house.receive()[0] == "explanations/left"
 
 
 @pytest.fixture
@@ -161,7 +161,7 @@ def flood(daemon: DaemonProcess, mosquitto: Mosquitto) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("flood")
-def test_a_sensor_that_repeats_itself_without_end_holds_up_no_request(
+def test_a_sensor_that_repeats_endlessly_does_not_delay_requests(
     daemon: DaemonProcess, mosquitto: Mosquitto
 ) -> None:
     memory = daemon.memory()
@@ -173,25 +173,25 @@ def test_a_sensor_that_repeats_itself_without_end_holds_up_no_request(
     assert daemon.log.read_text().count("readings arrive too fast") == 1
 
 
-def test_readings_over_a_serial_line_are_readings(daemon: DaemonProcess, house: House, ptys: PtyPair) -> None:
+def test_readings_can_arrive_over_a_serial_line(daemon: DaemonProcess, house: House, ptys: PtyPair) -> None:
     board = Board(ptys.far)
     board.port.send('{"type":"reading","topic":"sensors/cellar/temperature","payload":-3.5}')
-    assert house.hear()[0] == "alarms/cellar"
-    assert house.hear()[0] == "explanations/cellar"
+    assert house.receive()[0] == "alarms/cellar"
+    assert house.receive()[0] == "explanations/cellar"
     board.port.send('{"type":"reading","topic":"sensors/+","payload":1}')
-    assert "reading.topic is not a topic" in board.hear("error")["message"]
+    assert "reading.topic is not a topic" in board.receive("error")["message"]
     board.port.stop(WAIT_S)
 
 
-def test_without_a_broker_what_routes_say_is_written_to_the_ports(tmp_path: Path, ptys: PtyPair) -> None:
+def test_without_a_broker_routes_write_to_the_serial_ports(tmp_path: Path, ptys: PtyPair) -> None:
     bundle = bundles.small_bundle("gemma4-two-kv-heads", "int8", context=4096)
     daemon = DaemonProcess(tmp_path, bundle, f'[[serial]]\nport = "{ptys.near}"\n{ROUTE}')
     daemon.start()
     board = Board(ptys.far)
     board.port.send('{"type":"hello"}')
-    board.hear("hello")
+    board.receive("hello")
     board.port.send('{"type":"reading","topic":"sensors/cellar/temperature","payload":-3.5}')
-    event, answer = board.hear("message"), board.hear("message")
+    event, answer = board.receive("message"), board.receive("message")
     assert (event["topic"], event["payload"]["event"]) == ("alarms/cellar", "condition")
     assert (answer["topic"], set(answer["payload"]["answer"])) == ("explanations/cellar", {"urgent"})
     board.port.stop(WAIT_S)
@@ -202,23 +202,23 @@ def test_without_a_broker_what_routes_say_is_written_to_the_ports(tmp_path: Path
 def test_a_question_survives_a_killed_daemon(
     daemon: DaemonProcess, house: House, mosquitto: Mosquitto
 ) -> None:
-    house.say("edge/v1/pump/request", LONG)
+    house.publish("edge/v1/pump/request", LONG)
     wait_for(lambda: mosquitto.retained("edge/v1/pump/health")["working"])
-    house.say("sensors/left/temperature", "-12")
-    assert house.hear()[0] == "alarms/left"
+    house.publish("sensors/left/temperature", "-12")
+    assert house.receive()[0] == "alarms/left"
     wait_for(lambda: mosquitto.retained("edge/v1/pump/health")["queue"] == 1)
     assert daemon.process is not None
     daemon.process.kill()
     daemon.process.wait(WAIT_S)
     daemon.start()
-    topic, said = house.hear()
+    topic, said = house.receive()
     assert (topic, said["sensor"], set(said["answer"])) == ("explanations/left", "left", {"urgent"})
 
 
 def test_a_reading_without_a_number_is_logged_once(daemon: DaemonProcess, house: House) -> None:
     for payload in ("open", "open", "-12"):
-        house.say("sensors/left/door", payload)
-    assert house.hear()[0] == "alarms/left"
+        house.publish("sensors/left/door", payload)
+    assert house.receive()[0] == "alarms/left"
     assert daemon.log.read_text().count("a reading on 'sensors/left/door' is ignored: not a number") == 1
 
 
@@ -233,7 +233,7 @@ class Board:
         self.port.start()
         wait_for(lambda: self.port.is_open)
 
-    def hear(self, kind: str) -> dict[str, Any]:
+    def receive(self, kind: str) -> dict[str, Any]:
         while True:
             line = self._lines.get(timeout=WAIT_S)
             if isinstance(line, str) and (frame := json.loads(line))["type"] == kind:
@@ -247,7 +247,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_routes_are_tried_with_a_recording(tmp_path: Path) -> None:
+def test_routes_can_be_tried_with_a_recording(tmp_path: Path) -> None:
     config, recording = tmp_path / "edge.toml", tmp_path / "readings.txt"
     config.write_text(f'bundle = "b"\n[mqtt]\n{ROUTE}')
     recording.write_text(
@@ -270,9 +270,7 @@ def test_routes_are_tried_with_a_recording(tmp_path: Path) -> None:
     assert done.stderr.startswith(f"Error: {recording}:1: 'soon sensors/left/temperature -18' is not")
 
 
-def test_the_doctor_names_what_is_wrong_and_says_so_by_its_exit_code(
-    tmp_path: Path, mosquitto: Mosquitto
-) -> None:
+def test_the_doctor_reports_problems_and_sets_its_exit_code(tmp_path: Path, mosquitto: Mosquitto) -> None:
     config = tmp_path / "edge.toml"
     config.write_text(f'bundle = "nowhere"\nstate_directory = "s"\n[mqtt]\nport = {mosquitto.port}\n')
     done = command("doctor", "--config", str(config))
@@ -290,21 +288,21 @@ def test_the_doctor_names_what_is_wrong_and_says_so_by_its_exit_code(
     assert (done.returncode, done.stderr.startswith(f"Error: {config}:1: unknown key bundel")) == (5, True)
 
 
-def test_a_sensor_that_repeats_itself_takes_a_part_of_the_queue_only() -> None:
-    heard: list[str] = []
+def test_a_sensor_that_repeats_occupies_only_a_share_of_the_queue() -> None:
+    published: list[str] = []
     routes = parse_routes(tomllib.loads(ROUTE)["route"])
     journaled = JournaledEngine(Engine(Speller(), queue_length=1), Journal(None))
-    runner = RouteRunner(routes, True, journaled, lambda topic, _payload, _delivered: heard.append(topic))
+    runner = RouteRunner(routes, True, journaled, lambda topic, _payload, _delivered: published.append(topic))
     for _ in range(5000):
         runner.reading("sensors/wild/temperature", b"-20")
     runner.reading("sensors/left/temperature", b"-10")
     runner.start()
-    wait_for(lambda: heard)
+    wait_for(lambda: published)
     runner.stop(WAIT_S)
-    assert heard == ["alarms/left"]
+    assert published == ["alarms/left"]
 
 
-def test_a_silence_is_said_in_time_while_there_is_always_another_reading() -> None:
+def test_a_silence_is_published_in_time_while_readings_always_arrive() -> None:
     table = tomllib.loads(ROUTE)["route"][0] | {"trigger": {"when": "last > `-15`", "silence_s": 1}}
     del table["ask"], table["answer_topic"]
     values, said = itertools.cycle([b"-10", b"-20"]), queue.Queue[str]()
@@ -313,7 +311,7 @@ def test_a_silence_is_said_in_time_while_there_is_always_another_reading() -> No
     def publish(topic: str, _payload: str, _delivered: object) -> None:
         if topic == "alarms/left":
             said.put(topic)
-        elif said.empty() and time.monotonic() < ends:  # each of these says that the condition begins or ends
+        elif said.empty() and time.monotonic() < ends:  # each of these starts or ends the condition
             runner.reading("sensors/wild/temperature", next(values))
 
     journaled = JournaledEngine(Engine(Speller(), queue_length=1), Journal(None))
@@ -344,7 +342,7 @@ def silent_runner(said: queue.Queue[str], memory: Path | None = None) -> RouteRu
     return RouteRunner(routes, True, journaled, said_by, memory=memory)
 
 
-def test_a_broker_that_is_away_is_not_taken_for_a_silent_sensor(mosquitto: Mosquitto) -> None:
+def test_a_broker_outage_is_not_reported_as_a_silent_sensor(mosquitto: Mosquitto) -> None:
     said, ready = queue.Queue[str](), threading.Event()
     runner = silent_runner(said)
     connection = MqttReadings(mosquitto.broker, "r", runner, "edge/v1/", ready.set).connection
@@ -362,28 +360,28 @@ def test_a_broker_that_is_away_is_not_taken_for_a_silent_sensor(mosquitto: Mosqu
     runner.stop(WAIT_S)
 
 
-def test_a_sensor_is_missed_though_it_was_last_heard_by_an_earlier_run(
+def test_the_silence_of_a_sensor_from_an_earlier_run_is_reported(
     tmp_path: Path, mosquitto: Mosquitto, house: House
 ) -> None:
     bundle = bundles.small_bundle("gemma4-two-kv-heads", "int8", context=4096)
     daemon = DaemonProcess(tmp_path, bundle, f"[mqtt]\nport = {mosquitto.port}\n{ROUTE}{SILENT}")
     daemon.start()
     wait_for(lambda: mosquitto.retained("edge/v1/pump/status")["state"] == "online")
-    house.say("sensors/left/temperature", "-20")
-    assert house.hear()[1]["event"] == "silence"
+    house.publish("sensors/left/temperature", "-20")
+    assert house.receive()[1]["event"] == "silence"
     assert daemon.stop() == 0
     daemon.start()
-    topic, event = house.hear()
+    topic, event = house.receive()
     assert (topic, event["event"], event["statistics"]) == ("alarms/left", "silence", None)
-    house.say("sensors/left/temperature", "-20")
-    assert house.hear()[1]["event"] == "back"
+    house.publish("sensors/left/temperature", "-20")
+    assert house.receive()[1]["event"] == "back"
     assert daemon.stop() == 0
     assert "Traceback" not in daemon.log.read_text()
     daemon.close()
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"sensors":[{"route":1}]}', b"[]", b"\xff"])
-def test_a_memory_that_can_not_be_read_is_begun_anew(
+def test_unreadable_sensor_records_are_replaced(
     tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory = tmp_path / "sensors.json"
@@ -407,7 +405,7 @@ def test_a_memory_that_can_not_be_read_is_begun_anew(
     assert known["silent_since"] <= time.time()
 
 
-def test_a_memory_that_can_not_be_written_stops_nothing_and_is_written_when_it_can_be(
+def test_sensor_records_that_cannot_be_written_are_written_later(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said, memory = queue.Queue[str](), tmp_path / "nowhere" / "sensors.json"
@@ -434,9 +432,7 @@ def test_a_memory_that_can_not_be_written_stops_nothing_and_is_written_when_it_c
 
 
 @pytest.mark.parametrize("room", [1000, 0])
-def test_an_alarm_does_not_wait_for_a_disk_that_takes_no_question(
-    room: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_alarm_does_not_wait_for_a_blocked_disk(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
     said, disk = queue.Queue[str](), threading.Event()
     journaled = JournaledEngine(Engine(Speller(), queue_length=1), Journal(None))
     take = journaled.submit
@@ -461,5 +457,5 @@ def test_an_alarm_does_not_wait_for_a_disk_that_takes_no_question(
     disk.set()
     monkeypatch.undo()
     monkeypatch.setattr(journaled, "submit", submit)
-    wait_for(lambda: len(asked) == 2)  # those that there was no room for are asked later
+    wait_for(lambda: len(asked) == 2)  # questions that did not fit are submitted later
     runner.stop(WAIT_S)
