@@ -178,7 +178,7 @@ def test_a_broker_that_is_missing_or_refuses_the_login_is_named(
     assert done.returncode == 6
     assert done.stderr == (
         f"Error: broker 127.0.0.1:{port}: can't be reached: Connection refused; "
-        "is it running, and are host and port right?\n"
+        "check that it is running, and that host and port are right\n"
     )
     (tmp_path / "passwords").touch(mode=0o600)
     broker = start_mosquitto("allow_anonymous false", f"password_file {tmp_path / 'passwords'}")

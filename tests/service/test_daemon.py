@@ -230,7 +230,7 @@ def test_a_refused_password_ends_the_daemon(
     log = daemon.log.read_text()
     assert log.splitlines()[-1] == (
         f"Error: broker 127.0.0.1:{broker.port}: it refuses the connection: Not authorized; "
-        "check user name, password and its access list"
+        "check the user name, the password and the broker's access list"
     )
     assert "Trying again" not in log
 

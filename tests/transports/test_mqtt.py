@@ -606,7 +606,10 @@ def test_a_first_connection_that_is_refused_is_not_tried_again_in_the_log(
     node = Node.start(broker)
     wait_for(lambda: node.transport.connection.refused)
     why = f"broker {broker.address}: it refuses the connection: Not authorized; "
-    assert node.transport.connection.refused == f"{why}check user name, password and its access list"
+    assert (
+        node.transport.connection.refused
+        == f"{why}check the user name, the password and the broker's access list"
+    )
     assert "Trying again" not in caplog.text
     node.stop()
 

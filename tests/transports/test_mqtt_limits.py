@@ -294,7 +294,7 @@ def test_a_broker_without_room_is_tried_again(
     broker.refuses = reason
     client = begin(broker)
     wait_for(lambda: client.connection.problem)
-    assert "it may be starting, or have too many clients. Trying again." in caplog.text
+    assert "it may be starting or have too many clients. Trying again." in caplog.text
     broker.refuses = 0
     wait_for(lambda: client.listener.online)
     assert (client.connection.refused, client.connection.problem) == (None, None)
@@ -304,7 +304,7 @@ def test_a_broker_without_room_is_tried_again(
     ("reason", "limits", "said"),
     [
         (0x85, {}, "Client identifier not valid; it must accept the client identifier edge-pump"),
-        (0x87, {}, "Not authorized; check user name, password and its access list"),
+        (0x87, {}, "Not authorized; check the user name, the password and the broker's access list"),
         (0x9A, {}, "Retain not supported; it must accept retained messages and QoS 1"),
         (0x9D, {"ServerReference": "other:1883"}, "Server moved; it names another broker: 'other:1883'"),
     ],

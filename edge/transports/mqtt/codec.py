@@ -1,11 +1,11 @@
-"""MQTT packets as bytes: what a client sends, and what a broker may send to it. No I/O.
+"""Encodes the MQTT packets that a client sends, and decodes those that a broker sends. No I/O.
 
 Versions 5 (OASIS, 2019) and 3.1.1 (2014); section numbers are those of MQTT 5. Only what this project uses is
-written: no QoS 2, no topic aliases, no enhanced authentication. What a broker sends is checked for its
-structure, and anything wrong with that raises MalformedPacket and nothing else; strings that are not UTF-8
-are read with replacement characters, because not every broker checks what its clients publish.
+implemented: no QoS 2, no topic aliases, no enhanced authentication. The structure of a broker's packets is
+checked; any error in it raises MalformedPacket and nothing else. Invalid UTF-8 in strings is decoded with
+replacement characters, because not every broker checks what its clients publish.
 
-Neither library does this job (docs/architecture.md): paho reads sockets itself and ends the connection for
+No library fits (docs/architecture.md): paho reads sockets itself and ends the connection for
 valid packets; mqtt5 panics on invalid UTF-8, refuses unknown reason codes and does not speak 3.1.1.
 """
 
@@ -22,11 +22,11 @@ V5, V311 = 5, 4  # protocol levels of CONNECT (3.1.2.2)
 CONNECT, CONNACK, PUBLISH, PUBACK, SUBSCRIBE, SUBACK = 0x10, 0x20, 0x30, 0x40, 0x80, 0x90
 PINGREQ, PINGRESP, DISCONNECT = 0xC0, 0xD0, 0xE0
 
-# Properties (2.2.2.2) that are used by name.
+# Properties (2.2.2.2) that the code names.
 FORMAT_INDICATOR, EXPIRY, TYPE, RESPONSE_TOPIC, CORRELATION = 0x01, 0x02, 0x03, 0x08, 0x09
 SESSION_EXPIRY, SERVER_KEEP_ALIVE, SERVER_REFERENCE = 0x11, 0x13, 0x1C
 RECEIVE_MAXIMUM, MAXIMUM_PACKET_SIZE = 0x21, 0x27
-# How the value of each property is written: as so many bytes, as so many strings, or as a number.
+# The encoding of each property: a number of bytes, a number of strings, or a variable-length integer.
 _FIXED = {
     **dict.fromkeys((FORMAT_INDICATOR, 0x17, 0x19, 0x24, 0x25, 0x28, 0x29, 0x2A), 1),
     **dict.fromkeys((SERVER_KEEP_ALIVE, RECEIVE_MAXIMUM, 0x22, 0x23), 2),
@@ -38,18 +38,18 @@ _STRINGS = {
 }
 _NUMBERS = (0x0B,)
 
-NO_LIMIT = 2**28 - 1  # the longest packet that MQTT can write
+NO_LIMIT = 2**28 - 1  # the longest packet that MQTT allows
 
 # Return codes of a CONNACK of 3.1.1 (its 3.2.2.3) as reason codes of MQTT 5.
 _REASONS_311 = {0: 0x00, 1: 0x84, 2: 0x85, 3: 0x88, 4: 0x86, 5: 0x87}
 
 
 class MalformedPacket(ValueError):
-    """A packet does not have the structure that MQTT gives it; the message says where."""
+    """A packet does not have the structure that MQTT requires; the message names the place."""
 
 
 class Connack(NamedTuple):
-    """The broker's answer to CONNECT: 0 or why it refuses, and what it wants of us (3.2)."""
+    """The broker's reply to CONNECT: 0 or the reason for a refusal, and the broker's limits (3.2)."""
 
     session_present: bool
     reason: int
@@ -67,17 +67,17 @@ class Connack(NamedTuple):
 
 
 class Acknowledgement(NamedTuple):
-    """PUBACK or SUBACK: of which packet, and its reason codes (3.4, 3.9)."""
+    """PUBACK or SUBACK: the packet that it acknowledges, and its reason codes (3.4, 3.9)."""
 
     identifier: int
     reasons: bytes
 
 
 def split(buffer: bytearray, limit: int = NO_LIMIT) -> Iterator[tuple[int, bytes]]:
-    """Yield first byte and body of each whole packet, and then take these packets out of `buffer`.
+    """Yield first byte and body of each complete packet; then remove these packets from `buffer`.
 
-    Raises MalformedPacket if the length of one is not a number of at most four bytes (2.1.4), or the packet
-    has more than `limit` bytes, our Maximum Packet Size.
+    Raises MalformedPacket if the length of a packet is invalid (2.1.4) or more than `limit`, our Maximum
+    Packet Size.
     """
     start, size = 0, len(buffer)
     try:
@@ -100,7 +100,7 @@ def split(buffer: bytearray, limit: int = NO_LIMIT) -> Iterator[tuple[int, bytes
 
 
 def read_publish(first: int, body: bytes, version: int, generation: int) -> Received:
-    """Read a PUBLISH (3.3) that came over connection number `generation`.
+    """Read a PUBLISH (3.3) received on connection number `generation`.
 
     Raises MalformedPacket.
     """
@@ -125,13 +125,13 @@ def read_publish(first: int, body: bytes, version: int, generation: int) -> Rece
 
 
 def publish_identifier(first: int, body: bytes) -> int | None:
-    """Give the packet identifier of a PUBLISH that could not be read, so that it can be acknowledged."""
+    """Return the packet identifier of a malformed PUBLISH, so that it can be acknowledged."""
     at = 2 + int.from_bytes(body[:2], "big")
     return int.from_bytes(body[at : at + 2], "big") if first & 0x06 and at + 2 <= len(body) else None
 
 
 def read_connack(body: bytes) -> Connack:
-    """Read a CONNACK of either version: one of 3.1.1 has two bytes, also as an answer to version 5.
+    """Read a CONNACK of either version. One of 3.1.1 has two bytes, even in reply to version 5.
 
     Raises MalformedPacket.
     """
@@ -143,7 +143,7 @@ def read_connack(body: bytes) -> Connack:
 
 
 def read_puback(body: bytes) -> Acknowledgement:
-    """Read a PUBACK; without a reason code it is success. Raises MalformedPacket."""
+    """Read a PUBACK; a missing reason code means success. Raises MalformedPacket."""
     if len(body) < 2:
         raise MalformedPacket("PUBACK: no packet identifier")
     return Acknowledgement(int.from_bytes(body[:2], "big"), body[2:3] or b"\0")
@@ -158,7 +158,7 @@ def read_suback(body: bytes, version: int) -> Acknowledgement:
 
 
 def read_disconnect(body: bytes) -> int:
-    """Read the reason code of a DISCONNECT (3.14), which may be left out."""
+    """Read the reason code of a DISCONNECT (3.14); it is optional."""
     return body[0] if body else 0
 
 
@@ -172,7 +172,7 @@ def connect(
     will: Outgoing | None = None,
     limits: Mapping[int, int] | None = None,
 ) -> bytes:
-    """Write a CONNECT (3.1); with a session of 0 seconds it starts without the old one.
+    """Write a CONNECT (3.1); a session of 0 seconds is a clean start.
 
     `limits` are our Receive Maximum and Maximum Packet Size.
     """
@@ -214,7 +214,7 @@ def puback(identifier: int) -> bytes:
 def subscribe(version: int, identifier: int, filters: Sequence[tuple[str, int]], retained: bool) -> bytes:
     """Write a SUBSCRIBE (3.8) to pairs of filter and QoS.
 
-    Retained messages come only if wanted; a broker of 3.1.1 sends them always.
+    Retained messages are sent only on request; a 3.1.1 broker always sends them.
     """
     handling = 0 if retained or version == V311 else 0x20  # Retain Handling: do not send
     body = _two(identifier) + _properties_of(version, b"")
@@ -234,9 +234,9 @@ def disconnect(version: int, reason: int = 0) -> bytes:
 
 
 def _properties(body: bytes, at: int) -> tuple[dict[int, bytes], int]:
-    """Read the properties at a place in a packet, as bytes by identifier; also where they end.
+    """Read the properties at an offset: their bytes by identifier, and the offset of their end.
 
-    A user property, of which there may be several, is passed over.
+    User properties are skipped.
     """
     found: dict[int, bytes] = {}
     length, at = _number(body, at)
@@ -263,7 +263,7 @@ def _properties(body: bytes, at: int) -> tuple[dict[int, bytes], int]:
 
 
 def _number(body: bytes, at: int) -> tuple[int, int]:
-    """Read a Variable Byte Integer (1.5.5); also where it ends."""
+    """Read a Variable Byte Integer (1.5.5); return it and the offset of its end."""
     value = 0
     for shift, byte in zip((0, 7, 14, 21), body[at : at + 4], strict=False):
         value |= (byte & 0x7F) << shift
@@ -284,7 +284,7 @@ def _packet(first: int, body: bytes) -> bytes:
 
 
 def _variable(value: int) -> bytes:
-    """Write a Variable Byte Integer. Raises ValueError if it is larger than any (1.5.5)."""
+    """Write a Variable Byte Integer. Raises ValueError above the maximum (1.5.5)."""
     if value > NO_LIMIT:
         raise ValueError(f"a packet of {value} bytes; MQTT allows {NO_LIMIT}")
     written = bytearray()
@@ -296,7 +296,7 @@ def _variable(value: int) -> bytes:
 
 
 def _properties_of(version: int, content: bytes) -> bytes:
-    """Write properties with their length, where the version has any."""
+    """Write properties with their length; 3.1.1 has none."""
     return _variable(len(content)) + content if version == V5 else b""
 
 

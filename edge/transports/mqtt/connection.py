@@ -1,13 +1,13 @@
-"""A supervised MQTT connection, all of it in one thread of its own.
+"""An MQTT connection with a thread of its own that reconnects after every failure.
 
-The thread connects, reads, writes, calls the Listener and comes back with backoff from whatever happens;
-other threads only `post` work to it. Nothing in a Listener may block.
+The thread connects, reads, writes and calls the Listener. After any failure it connects again, with backoff.
+Other threads only `post` work to it. A Listener must not block.
 
-Acknowledgements are manual. A delivery's token names its connection, because a packet identifier means
-nothing on the next one (MQTT 5, 4.4): the broker delivers again what was not acknowledged.
+Acknowledgements are manual. A delivery's token names its connection, because a packet identifier is not valid
+on the next one (MQTT 5, 4.4). The broker redelivers unacknowledged messages.
 
-The broker's Receive Maximum, Maximum Packet Size and Server Keep Alive are honoured, and our own limits
-announced. MQTT 5 is spoken, and 3.1.1 with a broker that refuses version 5.
+The broker's Receive Maximum, Maximum Packet Size and Server Keep Alive are honoured, and our own limits are
+announced. The protocol is MQTT 5, or 3.1.1 if the broker refuses version 5.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from edge.transports.mqtt.stream import CHUNK_BYTES, Stream, tls_context
 
 log = logging.getLogger(__name__)
 
-TICK_S = 1.0  # the thread shows that it lives at least this often
-CONNACK_S = 10.0  # a broker that has not answered CONNECT by then is given up
-CONNECTING_S = 120.0  # the thread is not hung before that: a name that no server answers for takes a minute
+TICK_S = 1.0  # the thread reports progress at least this often
+CONNACK_S = 10.0  # time for the broker to answer CONNECT
+CONNECTING_S = 120.0  # no progress for this long is not a hang: resolving a name can take a minute
 FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.5, 10.0
-RESUBSCRIBE_S = 10.0  # after the broker has refused a subscription
-READ_S = 0.05  # messages that come without end are read for so long before answers go out
-MAX_PACKET_BYTES = 1024 * 1024  # that the broker may send us; it drops a longer request
-MAX_UNSENT_BYTES = 1024 * 1024  # waiting for the network; messages of QoS 0 are dropped beyond it
-RECEIVE_MAXIMUM = 2048  # unacknowledged messages that the broker may send us: twice the longest queue
+RESUBSCRIBE_S = 10.0  # until a refused subscription is tried again
+READ_S = 0.05  # the longest time spent reading a stream of messages before answers are sent
+MAX_PACKET_BYTES = 1024 * 1024  # our Maximum Packet Size; the broker drops longer requests
+MAX_UNSENT_BYTES = 1024 * 1024  # waiting for the network; above this, QoS 0 messages are dropped
+RECEIVE_MAXIMUM = 2048  # our Receive Maximum: twice the longest queue
 
 
 class ConnectionEnded(Exception):
@@ -53,8 +53,8 @@ class ConnectionEnded(Exception):
 class MqttConnection:
     """Keeps a connection to one broker.
 
-    `refused` is the broker's reason if it has refused the very first connection for good, as for a wrong
-    password. `problem` is what is wrong now, or None.
+    `refused` is the broker's reason if it refused the first connection permanently, e.g. for a wrong
+    password. `problem` is the present problem, or None.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class MqttConnection:
         will: Outgoing | None = None,
         problems: Problems | None = None,
     ) -> None:
-        """Prepare a connection with a persistent session of `session_expiry_s` seconds (0: a clean one).
+        """Prepare a connection with a persistent session of `session_expiry_s` seconds (0: a clean start).
 
         Connections to the same broker share `problems`. Raises TransportError if a TLS file can't be used.
         """
@@ -85,24 +85,24 @@ class MqttConnection:
         self._max_packet_bytes = codec.NO_LIMIT
         self._keepalive_s = broker.keepalive_s
         self._read_at = self._wrote_at = self._connected_at = self._stop_by = 0.0
-        self._ping_at: float | None = None  # when a PINGREQ was sent that has no answer yet
+        self._ping_at: float | None = None  # when the unanswered PINGREQ was sent
         self._subscribed = False  # over this connection
-        self._subscribe_at = float("inf")  # once more, after a refusal
+        self._subscribe_at = float("inf")  # when to subscribe again after a refusal
         self._ever_connected = self._stopping = self._warned = False
         self._backoff_s = FIRST_BACKOFF_S
         self._steps = 0
-        self._connecting: float | None = None  # since when it waits for a name, the network or TLS
+        self._connecting: float | None = None  # when the wait for DNS, TCP or TLS began
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
         self._wake_out.setblocking(False)
         self._thread = threading.Thread(target=self._run, name="mqtt", daemon=True)
 
     def start(self) -> None:
-        """Start the thread; it connects as soon as the broker is there."""
+        """Start the thread; it connects as soon as the broker is reachable."""
         self._thread.start()
 
     def stop(self, timeout_s: float) -> None:
-        """Send what waits, disconnect and end the thread; at most about `timeout_s` seconds."""
+        """Send waiting messages, disconnect and end the thread; takes at most about `timeout_s` seconds."""
         self._stop_by = time.monotonic() + timeout_s
         self._stopping = True
         self.post(lambda: None)
@@ -110,12 +110,12 @@ class MqttConnection:
 
     @property
     def problem(self) -> str | None:
-        """What is wrong with the connection, in one line; None if nothing is."""
+        """The problem of the connection, in one line; None if there is none."""
         return self._problems.of(self)
 
     @property
     def progress(self) -> float:
-        """Grows while the thread lives, also while it waits to be connected, for up to CONNECTING_S."""
+        """Grows while the thread works, and for up to CONNECTING_S while it connects."""
         since = self._connecting
         return self._steps + (0 if since is None else min(time.monotonic() - since, CONNECTING_S))
 
@@ -125,21 +125,21 @@ class MqttConnection:
         return self._thread.is_alive()
 
     def post(self, work: Callable[[], None]) -> None:
-        """Have `work` done in the connection's thread; callable from any thread, never blocks."""
+        """Run `work` in the connection's thread; callable from any thread, never blocks."""
         self._outbox.append(work)
         if threading.current_thread() is not self._thread:
             try:
                 self._wake_in.send(b"\0")
             except OSError:
-                return  # full: the thread is awake already; closed: it has ended
+                return  # full: the thread is already awake; closed: it has ended
 
     # The rest is for the connection's own thread: listeners and posted work.
 
     def publish(self, message: Outgoing, keep: bool = False, done: Done | None = None) -> bool:
-        """Publish a message. At QoS 1 it waits for the broker, and `done` is called when that is over.
+        """Publish a message. At QoS 1 it is queued, and `done` is called with the outcome.
 
-        Returns False if it is dropped: at QoS 0 while it can't be sent, at QoS 1 because too many wait
-        already; with `keep` it is not, and it is the caller who bounds them.
+        Returns False if it is dropped: at QoS 0 if it can't be sent now, at QoS 1 if too many messages wait.
+        With `keep` it is never dropped; the caller limits the number of such messages.
         """
         if message.qos:
             return self._queue.add(message, done, keep)
@@ -152,33 +152,33 @@ class MqttConnection:
         return True
 
     def packet_bytes(self, message: Outgoing) -> int:
-        """Give the size of a message's packet."""
+        """Return the size of a message's packet in bytes."""
         return len(codec.publish(message, self._version))
 
     @property
     def max_packet_bytes(self) -> int:
-        """The largest packet that the broker takes."""
+        """The largest packet that the broker accepts, in bytes."""
         return self._max_packet_bytes
 
     def subscribe(self, *topics: str, retained: bool = False, at_most_once: Sequence[str] = ()) -> None:
-        """Subscribe at QoS 1; retained messages come only if wanted (MQTT 5, 3.8.3.1; always in 3.1.1).
+        """Subscribe at QoS 1; retained messages are sent only on request (MQTT 5, 3.8.3.1; always in 3.1.1).
 
-        Topics `at_most_once` are subscribed to at QoS 0: nothing of them is kept for an absent client.
+        Topics `at_most_once` use QoS 0: the broker stores no messages on them for an absent client.
         """
         filters = [(topic, 1) for topic in topics] + [(topic, 0) for topic in at_most_once]
         self._write(codec.subscribe(self._version, self._queue.new_identifier(), filters, retained))
 
     def acknowledge(self, token: Token | None) -> None:
-        """Acknowledge a delivery, unless it came over an earlier connection."""
+        """Acknowledge a delivery, unless it arrived on an earlier connection."""
         if token is not None and self.can_acknowledge(token):
             self._write(codec.puback(token[1]))
 
     def can_acknowledge(self, token: Token | None) -> bool:
-        """Whether a delivery can be acknowledged: there is one, and it came over this connection."""
+        """Whether a delivery can be acknowledged: it arrived on this connection."""
         return token is not None and token[0] == self._generation and self.connected
 
     def shut_down(self) -> None:
-        """End the present connection as a network failure would, from any thread; a new one is made."""
+        """End the connection as a network failure would, from any thread; the thread connects again."""
         stream = self._stream
         if stream is not None:
             stream.shut_down()
@@ -210,7 +210,7 @@ class MqttConnection:
         self._wake_out.close()
 
     def _serve(self) -> None:
-        """Connect and stay until the connection ends. Raises ConnectionEnded, OSError or MalformedPacket."""
+        """Connect and serve until it ends. Raises ConnectionEnded, OSError or MalformedPacket."""
         self._connecting = time.monotonic()
         try:
             self._stream = Stream(self._broker, self._context)
@@ -244,7 +244,7 @@ class MqttConnection:
 
     @property
     def _may_stop(self) -> bool:
-        """Whether all is sent, or the time for that is over."""
+        """Whether everything is sent, or the time for it has run out."""
         unsent = self._unsent_bytes > 0 or (self.connected and self._queue.waiting)
         return not unsent or time.monotonic() > self._stop_by
 
@@ -253,7 +253,7 @@ class MqttConnection:
         return 0 if self._stream is None else len(self._stream.unsent)
 
     def _begin(self) -> None:
-        """Ask for the session."""
+        """Send CONNECT."""
         self._received.clear()
         self._ping_at, self._keepalive_s = None, self._broker.keepalive_s
         self._read_at = time.monotonic()
@@ -267,13 +267,13 @@ class MqttConnection:
         )
 
     def _write(self, packet: bytes) -> None:
-        """Hand a packet over to be sent; without a connection it is dropped."""
+        """Send a packet; without a connection it is dropped."""
         if self._stream is not None:
             self._stream.unsent += packet
             self._wrote_at = time.monotonic()
 
     def _exchange(self, stream: Stream) -> None:
-        """Wait for something to read, to write or to do, and read what has come, for a moment at most."""
+        """Wait until there is something to read, write or do; then read, for at most READ_S."""
         silence_s = max(0.0, self._silence_left()) if self.connected else TICK_S
         wait_s = 0.0 if self._outbox or stream.pending else min(TICK_S, silence_s)
         ends: tuple[Stream | socket.socket, ...] = (stream, self._wake_out)
@@ -297,12 +297,12 @@ class MqttConnection:
             more = (len(data) == CHUNK_BYTES or stream.pending) and self._read_at < until
 
     def _take(self, first: int, body: bytes) -> None:
-        """Do what a packet says. Raises MalformedPacket or ConnectionEnded."""
+        """Handle a packet. Raises MalformedPacket or ConnectionEnded."""
         kind = first & 0xF0
         if kind == codec.CONNACK and not self.connected:
             self._on_connack(codec.read_connack(body))
         elif not self.connected:
-            return  # nothing else means anything before that
+            return  # no other packet is valid before CONNACK
         elif kind == codec.PUBLISH:
             self._on_publish(first, body)
         elif kind == codec.PUBACK:
@@ -315,7 +315,7 @@ class MqttConnection:
             reason = codec.read_disconnect(body)
             raise ConnectionEnded(reasons.name(reason), reason)
         else:
-            raise MalformedPacket(f"type {first >> 4} is none that was asked for")
+            raise MalformedPacket(f"packet type {first >> 4} is unexpected")
 
     def _on_connack(self, answer: Connack) -> None:
         if reasons.is_failure(answer.reason):
@@ -337,13 +337,13 @@ class MqttConnection:
         self._listener.connected()
 
     def _on_refusal(self, answer: Connack) -> None:
-        """Close a connection that was refused; the next one may speak the older version."""
+        """Close a refused connection; the next one can use the older version."""
         if self._stream is not None:
             self._stream.close()
         self._stream = None
         reason = answer.reason
         if reason == reasons.UNSUPPORTED_VERSION and self._version == codec.V5 and not self._ever_connected:
-            log.info("broker %s: it does not speak MQTT 5; going on with 3.1.1", self._broker.address)
+            log.info("broker %s: it does not support MQTT 5; using 3.1.1", self._broker.address)
             self._version = codec.V311
             return
         what = f"it refuses the connection: {reasons.name(reason)}"
@@ -366,7 +366,7 @@ class MqttConnection:
             self.acknowledge(received.token)
 
     def _drop(self, first: int, body: bytes, error: MalformedPacket) -> None:
-        """Acknowledge a malformed message, so that it does not come again over each new connection."""
+        """Acknowledge a malformed message; otherwise it is redelivered on each new connection."""
         if not self._warned:
             log.warning("broker %s: a malformed message is dropped: %s", self._broker.address, error)
             self._warned = True
@@ -391,15 +391,15 @@ class MqttConnection:
             self._listener.subscribed()
 
     def _subscribe_again(self) -> None:
-        """Try again what the broker has refused, when it is time: its access list may have been corrected."""
+        """Repeat refused subscriptions when due: the access list can have been corrected."""
         if time.monotonic() >= self._subscribe_at:
             self._subscribe_at = float("inf")
             self._listener.connected()
 
     def _send_waiting(self) -> None:
-        """Send as many messages as the broker takes."""
+        """Send as many messages as the broker accepts now."""
         if self._queue.suspicious and not self._subscribed:
-            return  # were the connection to end now, it would be because of the subscriptions
+            return  # until the subscriptions are acknowledged, they are what the broker would reject
         while (entry := self._queue.next()) is not None:
             packet = codec.publish(entry.message, self._version, entry.identifier, entry.duplicate)
             if len(packet) > self._max_packet_bytes:
@@ -409,12 +409,12 @@ class MqttConnection:
                 self._write(packet)
 
     def _silence_left(self) -> float:
-        """How many seconds are left until a PINGREQ is due, or its answer overdue."""
+        """Seconds until a PINGREQ is due or its answer is overdue."""
         since = min(self._read_at, self._wrote_at) if self._ping_at is None else self._ping_at
         return since + self._keepalive_s - time.monotonic()
 
     def _keep_alive(self) -> None:
-        """Send a PINGREQ when either side has been silent. Raises ConnectionEnded if it has no answer."""
+        """Send a PINGREQ after silence. Raises ConnectionEnded if the last one has no answer."""
         if not self.connected or self._silence_left() > 0:
             return
         if self._ping_at is not None:
@@ -423,7 +423,7 @@ class MqttConnection:
         self._write(codec.pingreq())
 
     def _wait(self, seconds: float) -> None:
-        """Do posted work for `seconds`; what it publishes waits."""
+        """Run posted work for `seconds`; messages that it publishes are queued."""
         until = time.monotonic() + seconds
         while not self._stopping and (left := until - time.monotonic()) > 0:
             self._steps += 1
@@ -439,7 +439,7 @@ class MqttConnection:
                 log.exception("broker %s: posted work failed", self._broker.address)
 
     def _trouble(self, what: str, fix: str, trying_again: bool = True) -> None:
-        """Note what is wrong with the connection; it is logged once, unless it ends the daemon."""
+        """Record a problem of the connection; it is logged once, unless it ends the daemon."""
         problem = f"broker {self._broker.address}: {what}; {fix}"
         if trying_again:
             self._problems.report(self, problem)
@@ -447,14 +447,14 @@ class MqttConnection:
             self._problems.note(self, problem)
 
     def _ended(self, why: str, reason: int | None = None) -> None:
-        """Note that the connection has ended; `reason` is that of the broker's DISCONNECT."""
+        """Record that the connection has ended; `reason` is that of the broker's DISCONNECT."""
         if not self.connected:
             if not self._stopping:
                 self._trouble(f"the connection was lost ({why})", "look at the broker's log if it stays away")
             return
         self.connected = False
         lasted = time.monotonic() - self._connected_at > LAST_BACKOFF_S
-        if lasted:  # otherwise two nodes of one name may be taking the session from each other
+        if lasted:  # otherwise two nodes with one name could take over each other's session
             self._backoff_s = FIRST_BACKOFF_S
         blamed = reason in reasons.BLAMED
         if blamed:

@@ -1,12 +1,12 @@
-"""Messages of QoS 1 on their way to the broker, without a socket.
+"""The queue of QoS 1 messages to the broker. No I/O.
 
-A message waits, is handed out as many at a time as the broker takes without an acknowledgement (its Receive
-Maximum, 4.9), and leaves the queue with its acknowledgement. A connection that ends puts back what was not
-acknowledged, in order and with its packet identifier (4.4).
+At most Receive Maximum (4.9) messages are sent without an acknowledgement. A message leaves the queue when it
+is acknowledged. When a connection ends, unacknowledged messages return to the front of the queue, in order
+and with their packet identifiers (4.4).
 
-A message that the broker ends the connection for would do so again over each new connection. So after such an
-end the messages that were on their way are suspects, sent one at a time; the one that does it again is given
-up.
+If a broker ends the connection because of a message, it would do so on each new connection. After such an
+end, the unacknowledged messages are suspects and are sent one at a time. The one that ends the connection
+again is dropped.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from dataclasses import dataclass
 
 from edge.transports.mqtt.messages import Outgoing
 
-MAX_INFLIGHT = 20  # messages without an acknowledgement, if the broker takes so many
-MAX_QUEUED = 4096  # messages that wait: more than the requests that a broker sends at a time
+MAX_INFLIGHT = 20  # messages without an acknowledgement, if the broker allows that many
+MAX_QUEUED = 4096  # waiting messages: more than the requests that a broker sends at a time
 MAX_QUEUED_BYTES = 8 * 1024 * 1024  # of them: a refusal carries Correlation Data of its client's choice
 
 Done = Callable[[str | None], None]
-"""Called once with None when the broker has a message, or with why it never will."""
+"""Called once: with None when the broker has the message, or with the reason why it can't be delivered."""
 
 
 @dataclass(eq=False)
@@ -32,10 +32,10 @@ class Entry:
     message: Outgoing
     done: Done | None
     identifier: int = 0
-    duplicate: bool = False  # handed out before, over an earlier connection
+    duplicate: bool = False  # sent before, on an earlier connection
 
     def finish(self, refused: str | None) -> None:
-        """Report what became of the message."""
+        """Report the outcome of the message."""
         if self.done is not None:
             self.done(refused)
 
@@ -46,15 +46,15 @@ class OutgoingQueue:
     def __init__(self) -> None:
         self._waiting: deque[Entry] = deque()
         self._inflight: dict[int, Entry] = {}  # by packet identifier, oldest first
-        self._bytes = 0  # of all that wait or are on their way
-        self._suspects = 0  # the first so many of all
+        self._bytes = 0  # of all waiting and unacknowledged messages
+        self._suspects = 0  # the number of suspects, at the front of the queue
         self._window = MAX_INFLIGHT
         self._identifiers: set[int] = set()  # of messages in the queue
         self._last_identifier = 0
 
     @property
     def waiting(self) -> bool:
-        """Whether there is anything that has not been sent over this connection."""
+        """Whether any message has not been sent on this connection."""
         return bool(self._waiting)
 
     @property
@@ -73,11 +73,11 @@ class OutgoingQueue:
         return True
 
     def opened(self, receive_maximum: int) -> None:
-        """Note that a connection was made, and how many messages its broker takes at a time."""
+        """Record a new connection and its Receive Maximum."""
         self._window = min(MAX_INFLIGHT, receive_maximum)
 
     def next(self) -> Entry | None:
-        """Hand out the next message, or None if there is none or the broker takes no more now."""
+        """Hand out the next message, or None if there is none or Receive Maximum is reached."""
         if not self._waiting or len(self._inflight) >= (1 if self._suspects else self._window):
             return None
         entry = self._waiting.popleft()
@@ -88,7 +88,7 @@ class OutgoingQueue:
         return entry
 
     def acknowledged(self, identifier: int) -> Entry | None:
-        """Take out the message that was acknowledged or can't be sent; None if there is none."""
+        """Remove a message that was acknowledged or can't be sent; None if it is not in the queue."""
         entry = self._inflight.pop(identifier, None)
         if entry is not None:
             self._bytes -= entry.message.size
@@ -97,7 +97,7 @@ class OutgoingQueue:
         return entry
 
     def closed(self, blamed: bool) -> list[Entry]:
-        """Put back what was on its way over a connection that has ended; return what is given up.
+        """Put unacknowledged messages back after a connection has ended; return those to drop.
 
         `blamed` means that the broker ended it because of a message.
         """
@@ -115,13 +115,13 @@ class OutgoingQueue:
         return given_up
 
     def forget_session(self) -> None:
-        """Let all messages be sent as new ones: the broker has no session of ours."""
+        """Send all messages as new ones, because the broker has no session of ours."""
         for entry in self._waiting:
             entry.identifier, entry.duplicate = 0, False
         self._identifiers.clear()
 
     def new_identifier(self) -> int:
-        """Give a packet identifier, 1 to 65535, that no message in the queue has."""
+        """Return a packet identifier, 1 to 65535, that no message in the queue has."""
         while True:
             self._last_identifier = self._last_identifier % 0xFFFF + 1
             if self._last_identifier not in self._identifiers:

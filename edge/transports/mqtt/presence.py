@@ -1,7 +1,7 @@
-"""What a node tells about itself: retained status and health, the Last Will, and Home Assistant's view.
+"""Publishes a node's retained status and health, its Last Will, and its device for Home Assistant.
 
-`status` says `online` once requests are heard, and readings too if routes read any. The Last Will says
-`offline` for a node that can't.
+`status` is `online` once the node receives requests and, if it has routes, readings. The Last Will sets
+`offline` when the node fails.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from edge.transports.mqtt.connection import MqttConnection
 from edge.transports.mqtt.home_assistant import HomeAssistant
 from edge.transports.mqtt.messages import Outgoing, Received
 
-HEALTH_CHANGED_S, HEALTH_SAME_S = 1.0, 60.0  # health is published at most, and at least, this often
+HEALTH_CHANGED_S, HEALTH_SAME_S = 1.0, 60.0  # the shortest and longest time between two health messages
 
 Report = Callable[[], Mapping[str, Any]]
 
 
 def will(topics: NodeTopics) -> Outgoing:
-    """Make the Last Will of a node."""
+    """Return the Last Will of a node."""
     return Outgoing(topics.status, dumps({"state": "offline"}), retain=True)
 
 
@@ -58,7 +58,7 @@ class Presence:
         self.announce()
 
     def disconnected(self) -> None:
-        """Note that nothing is heard until the next connection."""
+        """Note that the subscriptions to requests are gone until the next connection."""
         self._subscribed = False
 
     def readings_heard(self) -> None:
@@ -80,16 +80,16 @@ class Presence:
 
     @property
     def births(self) -> tuple[str, ...]:
-        """The topic on which Home Assistant tells that it has started, if it is configured."""
+        """Home Assistant's birth topic, if Home Assistant is configured."""
         return () if self._home is None else (self._home.birth_topic,)
 
     def birth(self, message: Received) -> None:
-        """Describe the node to a Home Assistant that has just started."""
+        """Publish the device again after Home Assistant has started."""
         if message.payload == b"online":
             self.introduce()
 
     def introduce(self) -> None:
-        """Tell Home Assistant what there is to see."""
+        """Publish the device and its entities for Home Assistant."""
         if self._home is not None:
             self._connection.publish(self._home.device())
 
@@ -99,7 +99,7 @@ class Presence:
             self._connection.publish(message)
 
     def tick(self) -> None:
-        """Publish health when it has changed, and now and then."""
+        """Publish health when it has changed, and regularly."""
         age = time.monotonic() - self._published_at
         if age < HEALTH_CHANGED_S:
             return

@@ -1,10 +1,10 @@
-"""Readings of sensors over MQTT, on a connection of their own.
+"""Sensor readings over MQTT, on a separate connection.
 
-Messages on one connection queue at the broker and in the system's buffers. A sensor that sends without end
-would delay every request behind its readings.
+Messages on one connection queue at the broker and in the system's buffers. On a shared connection, a sensor
+that sends continuously would delay every request.
 
-Topics are subscribed to at QoS 0: the broker keeps nothing for an absent node, because readings of an hour
-ago would be taken for new ones.
+Subscriptions use QoS 0, so the broker stores no readings for an absent node. Stored readings would arrive an
+hour late and look new.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from edge.transports.routes import Routes
 class MqttReadings:
     """Gives `routes` the messages on their topics, except retained ones and those below `own`.
 
-    The routes are told when no reading can arrive, so that sensors do not count as silent while the broker is
-    away. `ready` is called in the connection's thread when the broker has accepted the subscriptions.
+    The routes are notified while no reading can arrive, so that sensors do not count as silent while the
+    broker is down. `ready` is called in the connection's thread when the broker has accepted the
+    subscriptions.
     """
 
     def __init__(
@@ -42,10 +43,10 @@ class MqttReadings:
         routes.listen(False)
         self.connection = MqttConnection(broker, client_id, self, session_expiry_s=0, problems=problems)
 
-    # The listener of the connection, in its thread.
+    # Called as the Listener, in the connection's thread.
 
     def connected(self) -> None:
-        """Subscribe to what the routes read."""
+        """Subscribe to the topics of the routes."""
         self.connection.subscribe(at_most_once=self._routes.filters)
 
     def subscribed(self) -> None:

@@ -1,4 +1,4 @@
-"""Reason codes of MQTT 5 (2.4) in words, and what to do about a broker that refuses or can't be reached."""
+"""Names of MQTT 5 reason codes (2.4), and fixes for a broker that refuses or can't be reached."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from edge.protocol.strict_json import printable
 
 UNSUPPORTED_VERSION, CLIENT_ID_INVALID, MALFORMED_PACKET, SESSION_TAKEN_OVER = 0x84, 0x85, 0x81, 0x8E
 RETAIN_UNSUPPORTED, QOS_UNSUPPORTED = 0x9A, 0x9B
-NO_ROOM = (0x88, 0x89, 0x97, 0x9F)  # unavailable, busy, over a limit: the same attempt may succeed later
-# Reasons to end the connection that lie in a message: malformed, not authorized, topic name, size, payload
-# format, retain, quality of service (3.14.2.1).
+NO_ROOM = (0x88, 0x89, 0x97, 0x9F)  # unavailable, busy, over a limit: a later attempt can succeed
+# Reasons to disconnect that a message can cause: malformed, not authorized, topic name, size, payload
+# format, retain, QoS (3.14.2.1).
 BLAMED = (MALFORMED_PACKET, 0x87, 0x90, 0x95, 0x99, RETAIN_UNSUPPORTED, QOS_UNSUPPORTED)
 
 _NAMES = {
@@ -53,34 +53,40 @@ _NAMES = {
 
 
 def name(reason: int) -> str:
-    """Name a reason code; one that is not in the standard is given as a number."""
+    """Return the name of a reason code; for one that is not in the standard, its number."""
     return _NAMES.get(reason, f"reason {reason:#04x}")
 
 
 def is_failure(reason: int) -> bool:
-    """Whether a reason code means that something was not done (2.4)."""
+    """Whether a reason code means failure (2.4)."""
     return reason >= 0x80
 
 
 def advice(reason: int, other_server: str | None, client_id: str) -> str:
-    """Give the fix for a broker that refuses `client_id`; `other_server` is its Server Reference."""
+    """Return the fix for a broker that refuses `client_id`; `other_server` is its Server Reference."""
     if other_server is not None:
         return f"it names another broker: {printable(other_server, 200)}"
     if reason in NO_ROOM:
-        return "it may be starting, or have too many clients"
+        return "it may be starting or have too many clients"
     if reason in (RETAIN_UNSUPPORTED, QOS_UNSUPPORTED):
         return "it must accept retained messages and QoS 1"
     if reason == CLIENT_ID_INVALID:
         return f"it must accept the client identifier {client_id}"
-    return "check user name, password and its access list"
+    return "check the user name, the password and the broker's access list"
 
 
 def diagnose(error: OSError) -> tuple[str, str]:
-    """Give the reason why a broker can't be reached, and the fix."""
-    import ssl  # loaded already where TLS is used; otherwise only a connection that failed pays for it
+    """Return the reason why a broker can't be reached, and the fix."""
+    import ssl  # already loaded if TLS is used; otherwise imported only after a failure
 
     if isinstance(error, ssl.SSLCertVerificationError):
-        return f"its certificate is not trusted: {error.verify_message}", "set ca_file to its authority's"
+        return (
+            f"its certificate is not trusted: {error.verify_message}",
+            "set ca_file to the certificate of its authority",
+        )
     if isinstance(error, ssl.SSLError):
-        return f"TLS failed: {error.reason}", "check that the port is the one for TLS, and the certificates"
-    return f"can't be reached: {error.strerror or error}", "is it running, and are host and port right?"
+        return f"TLS failed: {error.reason}", "check the certificates, and that the port is the TLS port"
+    return (
+        f"can't be reached: {error.strerror or error}",
+        "check that it is running, and that host and port are right",
+    )
