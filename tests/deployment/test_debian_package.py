@@ -1,4 +1,4 @@
-"""The package for Debian: built here, unpacked, and held against the rules that dpkg and Debian have."""
+"""The Debian package: built here, unpacked, and checked against the rules of dpkg and Debian policy."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def field(package: Path, name: str) -> str:
     return done.stdout.strip()
 
 
-def test_the_control_file_says_what_it_needs(package: Path) -> None:
+def test_the_control_file_declares_its_dependencies(package: Path) -> None:
     version = field(package, "Version")
     python = {"bookworm": ("3.11", "3.12"), "trixie": ("3.13", "3.14")}[version.partition("~")[2]]
     assert field(package, "Architecture") == "arm64"
@@ -62,7 +62,7 @@ def test_all_files_belong_to_root_and_none_can_be_changed_by_others(package: Pat
         assert mode[3] in "x-", path  # no setuid
 
 
-def test_nothing_lies_where_a_package_must_not_write(tree: Path) -> None:
+def test_the_package_has_no_file_where_a_package_must_not_write(tree: Path) -> None:
     assert {path.name for path in tree.iterdir()} == {"DEBIAN", "usr"}
     assert not list(tree.rglob("__pycache__"))
     assert {path.name for path in (tree / "usr").iterdir()} == {"bin", "lib", "share"}
@@ -77,13 +77,13 @@ def test_every_library_is_for_aarch64(tree: Path) -> None:
         assert int.from_bytes(head[18:20], "little") == AARCH64, library
 
 
-def test_modules_are_for_the_python_of_the_release(package: Path, tree: Path) -> None:
+def test_extension_modules_match_the_python_of_the_release(package: Path, tree: Path) -> None:
     version = "311" if "bookworm" in package.name else "313"
     tags = {match[1] for path in tree.rglob("*.so") if (match := re.search(r"\.cpython-(\d+)-", path.name))}
     assert tags == {version}
 
 
-def test_checksums_are_those_of_the_files(tree: Path) -> None:
+def test_checksums_match_the_files(tree: Path) -> None:
     lines = (tree / "DEBIAN/md5sums").read_text().splitlines()
     listed = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
     files = {str(path.relative_to(tree)) for path in (tree / "usr").rglob("*") if path.is_file()}
@@ -92,7 +92,7 @@ def test_checksums_are_those_of_the_files(tree: Path) -> None:
         assert hashlib.md5((tree / name).read_bytes()).hexdigest() == listed[name]
 
 
-def test_the_project_and_its_files_for_the_board_are_in_it(tree: Path) -> None:
+def test_the_package_contains_the_project_and_its_files_for_the_board(tree: Path) -> None:
     library = tree / "usr/lib/edge-gemma"
     for name in (
         "edge/service/daemon.py",
@@ -110,7 +110,7 @@ def test_the_project_and_its_files_for_the_board_are_in_it(tree: Path) -> None:
         assert (tree / "usr/share/doc/edge-gemma" / name).is_file(), name
 
 
-def test_whatever_the_guide_names_of_it_is_there(tree: Path) -> None:
+def test_the_package_contains_every_file_named_in_the_guide(tree: Path) -> None:
     guide = (tree / "usr/share/doc/edge-gemma/deployment.md").read_text()
     named = set(re.findall(r"/usr/(?:share|lib)/edge-gemma[\w/.-]*", guide))
     assert len(named) >= 6
@@ -119,7 +119,7 @@ def test_whatever_the_guide_names_of_it_is_there(tree: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["edge-daemon", "edge-ask"])
-def test_commands_are_run_by_the_system_s_python_alone(tree: Path, name: str) -> None:
+def test_commands_use_only_the_python_of_the_system(tree: Path, name: str) -> None:
     command = tree / "usr/bin" / name
     assert command.stat().st_mode & stat.S_IXUSR
     text = command.read_text()
@@ -136,13 +136,13 @@ def test_maintainer_scripts_parse_and_stop_at_errors(tree: Path, name: str) -> N
     assert subprocess.run(["sh", "-n", script], check=False).returncode == 0
 
 
-def test_every_vendored_package_brings_its_metadata(tree: Path) -> None:
+def test_every_vendored_package_has_its_metadata(tree: Path) -> None:
     library = tree / "usr/lib/edge-gemma"
     names = {path.name.partition("-")[0] for path in library.glob("*.dist-info")}
     assert {"numpy", "ai_edge_litert", "pyserial", "edge_gemma"} <= names
 
 
-def test_every_vendored_package_has_its_licence_with_it_or_in_the_copyright_file(tree: Path) -> None:
+def test_the_licence_of_every_vendored_package_is_included(tree: Path) -> None:
     copyright_ = (tree / "usr/share/doc/edge-gemma/copyright").read_text()
     for folder in (tree / "usr/lib/edge-gemma").glob("*.dist-info"):
         name = folder.name.partition("-")[0]

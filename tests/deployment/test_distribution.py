@@ -1,4 +1,4 @@
-"""The wheel and the source distribution: they build, pass an index's checks, and work once installed."""
+"""The wheel and the source distribution build, pass the checks of a package index, and work."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_an_index_accepts_both_distributions(distributions: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_wheel_carries_licence_types_and_what_an_administrator_copies(distributions: Path) -> None:
+def test_the_wheel_contains_licence_type_marker_and_deployment_files(distributions: Path) -> None:
     with zipfile.ZipFile(the_wheel(distributions)) as wheel:
         names = set(wheel.namelist())
         stem = f"edge_gemma-{METADATA['version']}"
@@ -64,7 +64,7 @@ def test_the_wheel_carries_licence_types_and_what_an_administrator_copies(distri
 
 
 @pytest.mark.slow
-def test_the_source_distribution_has_no_weights_and_all_that_its_documents_name(distributions: Path) -> None:
+def test_the_source_distribution_has_every_documented_file_and_no_weights(distributions: Path) -> None:
     (archive,) = distributions.glob("*.tar.gz")
     with tarfile.open(archive) as source:
         names = {name.partition("/")[2] for name in source.getnames()}
@@ -76,7 +76,7 @@ def test_the_source_distribution_has_no_weights_and_all_that_its_documents_name(
 
 
 @pytest.mark.slow
-def test_every_command_runs_from_a_fresh_environment(distributions: Path, tmp_path: Path) -> None:
+def test_every_command_runs_in_a_new_environment(distributions: Path, tmp_path: Path) -> None:
     venv.create(tmp_path / "venv", with_pip=True)
     binaries = tmp_path / "venv/bin"
     run(binaries / "pip", "install", "-q", f"{the_wheel(distributions)}[convert]", cwd=tmp_path)

@@ -1,4 +1,4 @@
-"""Programs beside the product's own, as the Makefile and the documents name them, can be started."""
+"""Auxiliary programs named in the Makefile and the documents can be started."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PROGRAMS = sorted(
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_a_program_that_is_named_starts(name: str) -> None:
+def test_every_documented_program_starts(name: str) -> None:
     if name == "fuzz.run" and importlib.util.find_spec("atheris") is None:
         pytest.skip("atheris is not installed; make fuzz does that")
     shown = subprocess.run(
@@ -36,7 +36,7 @@ def test_a_program_that_is_named_starts(name: str) -> None:
     assert shown.stdout.startswith("Usage: ")
 
 
-def test_shortcuts_are_compared_in_recipes_that_there_are_if_none_is_named() -> None:
+def test_shortcuts_are_compared_in_existing_recipes_by_default() -> None:
     context = click.Context(shortcuts.main)
     (option,) = [parameter for parameter in shortcuts.main.params if parameter.name == "recipes"]
     assert set(option.get_default(context) or ()) <= set(RECIPES)

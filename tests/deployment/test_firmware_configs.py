@@ -1,4 +1,4 @@
-"""The files for the board: each is tried by the program it is written for."""
+"""The files for the board: each is tested with the program that reads it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_unit_has_an_exposure_of_at_most_two(unit: Path) -> None:
 
 @needs_systemd
 @pytest.mark.parametrize("board", [None, *BOARDS])
-def test_the_unit_and_its_drop_ins_have_no_mistake(unit: Path, board: str | None) -> None:
+def test_systemd_accepts_the_unit_and_its_drop_ins(unit: Path, board: str | None) -> None:
     if board is not None:
         folder = unit.with_name(unit.name + ".d")
         folder.mkdir()
@@ -67,7 +67,7 @@ def test_the_unit_and_its_drop_ins_have_no_mistake(unit: Path, board: str | None
 
 
 @needs_systemd
-def test_a_mistake_in_the_unit_would_be_noticed(unit: Path) -> None:
+def test_a_mistake_in_the_unit_is_detected(unit: Path) -> None:
     unit.write_text(unit.read_text().replace("RestartSec=3", "RestartSecs=3"))
     checked = run("systemd-analyze", "verify", "--man=no", "--recursive-errors=yes", unit)
     assert checked.returncode != 0
@@ -102,7 +102,7 @@ def test_ctypes_callbacks_and_litert_work_without_writable_code() -> None:
 
 
 @pytest.mark.parametrize("board", BOARDS)
-def test_every_board_has_a_profile_that_the_daemon_reads(board: str) -> None:
+def test_every_board_has_a_profile_that_the_daemon_accepts(board: str) -> None:
     config = load(CONFIGS / "boards" / f"{board}.toml")
     assert config.bundle == Path("/var/lib/edge-gemma/bundles/current")
     assert config.threads <= 4
@@ -110,7 +110,7 @@ def test_every_board_has_a_profile_that_the_daemon_reads(board: str) -> None:
     assert config.mqtt is not None
 
 
-def test_profiles_and_drop_ins_belong_together() -> None:
+def test_profiles_and_drop_ins_are_consistent() -> None:
     names = {path.stem for path in (CONFIGS / "boards").iterdir()}
     assert names == set(BOARDS)
 
@@ -132,7 +132,7 @@ def test_udev_rules_follow_the_grammar_of_udev() -> None:
 
 
 @pytest.mark.skipif(shutil.which("udevadm") is None, reason="udevadm is not installed")
-def test_udevadm_finds_no_mistake_in_the_rules() -> None:
+def test_udevadm_accepts_the_rules() -> None:
     checked = run("udevadm", "verify", CONFIGS / "udev" / "65-edge-gemma.rules")
     if "Unknown command" in checked.stderr or "Unrecognized" in checked.stderr:
         pytest.skip("udevadm is older than systemd 254")
@@ -178,7 +178,7 @@ SYSTEMD_DEVICE_VERIFY_SYSFS=0 exec udevadm test --action=add /sys/class/tty/ttyU
 
 
 @pytest.mark.skipif(shutil.which("udevadm") is None, reason="udevadm is not installed")
-def test_udev_gives_a_usb_adapter_its_names_among_its_own_rules(tmp_path: Path) -> None:
+def test_a_usb_adapter_gets_its_names_together_with_the_rules_of_udev(tmp_path: Path) -> None:
     if run("unshare", "-rm", "true").returncode != 0:
         pytest.skip("no namespaces of one's own here")
     sys_, dev = tmp_path / "sys", tmp_path / "dev"
@@ -224,14 +224,14 @@ def test_cloud_init_installs_what_the_package_ships() -> None:
 
 
 @pytest.mark.parametrize("name", ["mosquitto/make-certificates"])
-def test_shell_scripts_parse_and_may_be_executed(name: str) -> None:
+def test_shell_scripts_parse_and_are_executable(name: str) -> None:
     assert run("sh", "-n", CONFIGS / name).returncode == 0
     assert os.access(CONFIGS / name, os.X_OK)
 
 
 @dataclass
 class Broker:
-    """A mosquitto with the shipped configuration; only paths and ports are of the test's own."""
+    """A mosquitto with the shipped configuration, except for paths and ports."""
 
     port: int
     tls_port: int
@@ -285,7 +285,7 @@ class User:
     codes: queue.Queue[Any]
 
     def hears(self, topic: str, speaker: User, said: str) -> bool:
-        """Whether what another publishes on `topic` arrives here."""
+        """Return whether a message that another user publishes on `topic` arrives."""
         self.client.subscribe(topic, qos=1)
         granted = self.codes.get(timeout=WAIT_S)
         speaker.client.publish(topic, said, qos=1).wait_for_publish(WAIT_S)
@@ -325,7 +325,7 @@ def login(broker: Broker) -> Iterator[Callable[..., User]]:
         client.loop_stop()
 
 
-def test_the_broker_lets_each_user_do_its_own_part_only(login: Callable[..., User]) -> None:
+def test_the_broker_limits_each_user_to_its_own_topics(login: Callable[..., User]) -> None:
     node, alice, probe = login("edge-node"), login("alice"), login("probe1")
     assert node.hears("edge/v1/edge-node/request/alice", alice, "question")
     assert node.hears("edge/v1/edge-node/cancel/alice", alice, "cancellation")
@@ -352,12 +352,12 @@ def test_home_assistant_sees_the_nodes_but_not_answers_to_others(login: Callable
     assert not home.hears("edge/v1/edge-node/reply/alice/1", node, "answer for another")
 
 
-def test_the_broker_refuses_strangers(login: Callable[..., User]) -> None:
+def test_the_broker_refuses_unknown_users(login: Callable[..., User]) -> None:
     with pytest.raises(PermissionError, match="Not authorized"):
         login("stranger")
 
 
-def test_clients_reach_the_broker_over_tls_and_recognise_it(
+def test_clients_connect_to_the_broker_over_tls_and_verify_it(
     login: Callable[..., User], broker: Broker, tmp_path: Path
 ) -> None:
     alice = login("alice", tls=True)
@@ -384,7 +384,7 @@ def test_the_guide_s_certificate_is_for_the_host_that_its_node_connects_to(tmp_p
 
 
 @pytest.mark.parametrize("arguments", [(), ("made",), ("made", "--client")])
-def test_certificates_for_nobody_are_not_made(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+def test_no_certificate_is_made_without_a_name(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     made = run(
         CONFIGS / "mosquitto" / "make-certificates",
         *(tmp_path / each if each == "made" else each for each in arguments),
@@ -394,7 +394,7 @@ def test_certificates_for_nobody_are_not_made(tmp_path: Path, arguments: tuple[s
     assert not list(tmp_path.iterdir())
 
 
-def test_a_node_on_the_board_can_read_the_authority_s_certificate_and_no_key(tmp_path: Path) -> None:
+def test_a_node_can_read_the_certificate_of_the_authority_but_no_key(tmp_path: Path) -> None:
     made = run(CONFIGS / "mosquitto" / "make-certificates", tmp_path / "made", "localhost", umask=0o077)
     assert made.returncode == 0, made.stderr
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "made").iterdir()}

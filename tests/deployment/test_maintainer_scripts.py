@@ -1,4 +1,4 @@
-"""What dpkg does with the package's scripts: installed, upgraded, removed, purged, on a copy of this system.
+"""The maintainer scripts run by dpkg: install, upgrade, remove and purge, on a copy of this system.
 
 The copy is an overlay over `/` in a mount namespace, so nothing of the system itself changes; the package is
 a small one with the real unit and the real scripts. No systemd runs there.
@@ -82,7 +82,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def left_after(packages: Path, folder: Path, *steps: str) -> set[str]:
-    """Which of the paths that matter are there after some steps, each of which must succeed."""
+    """Return which relevant paths exist after some steps, each of which must succeed."""
     places = ("/etc", "/usr/lib", "/var/lib", "/var/lib/private", "/var/cache", "/var/cache/private")
     paths = [f"{place}/edge-gemma" for place in places]
     paths += [
@@ -107,27 +107,27 @@ INSTALL_MODEL = f"mkdir /var/lib/edge-gemma/bundles/1; touch {MODEL}"
 
 
 @pytest.mark.parametrize("steps", [(INSTALL, UPGRADE, UPGRADE, REMOVE, UPGRADE), (INSTALL, PURGE, INSTALL)])
-def test_however_it_was_installed_the_unit_is_enabled(
+def test_every_kind_of_installation_enables_the_unit(
     packages: Path, tmp_path: Path, steps: tuple[str, ...]
 ) -> None:
     assert left_after(packages, tmp_path, *steps) == CODE
 
 
-def test_an_upgrade_leaves_a_unit_that_was_disabled_as_it_is(packages: Path, tmp_path: Path) -> None:
+def test_an_upgrade_leaves_a_disabled_unit_disabled(packages: Path, tmp_path: Path) -> None:
     assert WANTED not in left_after(packages, tmp_path, INSTALL, f"rm {WANTED}", UPGRADE)
 
 
-def test_removed_it_leaves_data_and_a_masked_unit(packages: Path, tmp_path: Path) -> None:
+def test_remove_leaves_data_and_a_masked_unit(packages: Path, tmp_path: Path) -> None:
     left = left_after(packages, tmp_path, INSTALL, RUN_ONCE, REMOVE)
     assert left == DATA | {JOURNAL, UNIT, WANTED, "/etc/edge-gemma"}
 
 
 @pytest.mark.parametrize("steps", [(PURGE,), (REMOVE, PURGE)])
-def test_purged_it_leaves_nothing(packages: Path, tmp_path: Path, steps: tuple[str, ...]) -> None:
+def test_purge_leaves_nothing(packages: Path, tmp_path: Path, steps: tuple[str, ...]) -> None:
     assert left_after(packages, tmp_path, INSTALL, RUN_ONCE, *steps) == set()
 
 
-def test_purged_it_leaves_models_and_configuration(packages: Path, tmp_path: Path) -> None:
+def test_purge_leaves_models_and_configuration(packages: Path, tmp_path: Path) -> None:
     configured = "touch /etc/edge-gemma/edge-daemon.toml"
     left = left_after(packages, tmp_path, INSTALL, RUN_ONCE, configured, INSTALL_MODEL, PURGE)
     assert left == {"/etc/edge-gemma", "/var/lib/edge-gemma", "/var/lib/private/edge-gemma", MODEL}

@@ -1,4 +1,4 @@
-"""The sensor-side clients against the daemon's own serial transport, over clean and noisy lines."""
+"""The sensor-side clients with the daemon's own serial transport, over clean and noisy lines."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def ask(request: pytest.FixtureRequest) -> Callable[..., list[str]]:
     return run
 
 
-def test_questions_are_answered_one_after_the_other(
+def test_requests_are_answered_one_after_the_other(
     line: Line, start_node: Callable[[Line], Node], ask: Callable[..., list[str]]
 ) -> None:
     node = start_node(line)
@@ -173,7 +173,7 @@ def test_questions_are_answered_one_after_the_other(
     assert first != second
 
 
-def test_text_beyond_ascii_comes_through_both_ways(
+def test_non_ascii_text_is_transferred_in_both_directions(
     line: Line, start_node: Callable[[Line], Node], ask: Callable[..., list[str]]
 ) -> None:
     start_node(line)
@@ -181,14 +181,14 @@ def test_text_beyond_ascii_comes_through_both_ways(
     assert said == ["text :mraw 12 C<b0> " + '"\\q" <1f600><4e2d> ']
 
 
-def test_a_refusal_is_told_by_its_code(
+def test_a_refusal_is_reported_by_its_code(
     line: Line, start_node: Callable[[Line], Node], ask: Callable[..., list[str]]
 ) -> None:
     start_node(line)
     assert ask(line.sensor_port, "LONG", "a") == ["error too_long", "text a "]
 
 
-def test_an_answer_that_is_too_long_for_a_client_is_said_to_be(
+def test_an_answer_too_long_for_a_client_is_reported(
     line: Line, start_node: Callable[[Line], Node], ask: Callable[..., list[str]]
 ) -> None:
     start_node(line)
@@ -196,14 +196,14 @@ def test_an_answer_that_is_too_long_for_a_client_is_said_to_be(
 
 
 @pytest.mark.slow
-def test_nobody_at_the_other_end_is_noticed(line: Line, ask: Callable[..., list[str]]) -> None:
+def test_a_missing_peer_is_detected(line: Line, ask: Callable[..., list[str]]) -> None:
     assert ask(line.sensor_port, "hello") == ["error unavailable"]
 
 
-def test_every_question_is_answered_over_a_noisy_line(
+def test_every_request_is_answered_over_a_noisy_line(
     line: Line, start_node: Callable[[Line], Node], ask: Callable[..., list[str]]
 ) -> None:
-    """At an error in every 400 bytes about every third line is spoilt, in both directions."""
+    """With an error in every 400 bytes, about every third line is corrupt, in both directions."""
     line.error_rate = 1 / 400
     start_node(line)
     prompts = [f"word{number} {'a' * 40}" for number in range(20)]
@@ -225,7 +225,7 @@ def test_a_reading_is_a_frame_with_topic_and_payload(line: Line, ask: Callable[.
     ]
 
 
-def test_a_daemon_that_restarts_gets_the_question_again(
+def test_a_restarted_daemon_gets_the_request_again(
     line: Line, start_node: Callable[[Line], Node], ask: Callable[..., list[str]]
 ) -> None:
     first = start_node(line)
@@ -243,7 +243,7 @@ def test_a_daemon_that_restarts_gets_the_question_again(
 
 
 @given(st.dictionaries(st.text(max_size=5), st.text(max_size=40), max_size=3))
-def test_frames_of_the_client_and_of_the_daemon_are_the_same(data: dict[str, str]) -> None:
+def test_client_and_daemon_encode_equal_frames(data: dict[str, str]) -> None:
     framed = edge_client.encode(data)
     (text,) = FrameDecoder(10_000).feed(framed)
     assert isinstance(text, str)
@@ -252,5 +252,5 @@ def test_frames_of_the_client_and_of_the_daemon_are_the_same(data: dict[str, str
 
 
 @given(st.binary(max_size=60))
-def test_noise_is_no_frame(noise: bytes) -> None:
+def test_noise_is_not_decoded_as_a_frame(noise: bytes) -> None:
     assert edge_client.decode(noise) is None

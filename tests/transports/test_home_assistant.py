@@ -1,4 +1,4 @@
-"""What Home Assistant is told, with keys that its MQTT integration accepts, and when it is told."""
+"""What is published for Home Assistant, with keys that its MQTT integration accepts, and when."""
 
 import json
 import re
@@ -88,7 +88,7 @@ def test_the_device_has_only_keys_that_home_assistant_accepts() -> None:
     assert len(ids) == len(set(ids))
 
 
-def test_every_figure_is_one_that_health_tells() -> None:
+def test_every_figure_is_a_field_of_health() -> None:
     told = health(Engine(Speller(), 1), Journal(None), Board())
     parts = described()["components"]
     figures = [part for part in parts.values() if part.get("state_topic") == "edge/v1/pump/health"]
@@ -114,7 +114,7 @@ def final(text: str) -> Final:
 
 
 @given(st.text(st.characters(codec="utf-8"), max_size=600))
-def test_a_state_fits_and_the_whole_answer_is_in_the_attributes(text: str) -> None:
+def test_a_state_is_shortened_and_the_attributes_have_the_complete_answer(text: str) -> None:
     content = shown(final(text))
     assert len(content["state"]) <= MAX_STATE
     attributes = content["attributes"]
@@ -163,7 +163,7 @@ def test_each_sensor_of_a_route_has_an_entity_which_is_binary_where_the_route_do
     )
 
 
-def test_a_new_sensor_is_described_before_it_is_shown() -> None:
+def test_a_new_sensor_is_described_before_its_state_is_published() -> None:
     home = HomeAssistant("homeassistant", "pump", NodeTopics("pump"), lambda: STATUS, SomeRoutes())
     display = Display("doors", "back", True, {"event": "condition"})
     first, second = home.show(display), home.show(display)
@@ -174,13 +174,13 @@ def test_a_new_sensor_is_described_before_it_is_shown() -> None:
 
 
 @given(st.lists(st.text(max_size=80), min_size=2, max_size=2, unique=True))
-def test_sensors_of_any_name_have_topics_of_their_own(sensors: list[str]) -> None:
+def test_sensors_of_any_name_have_distinct_topics(sensors: list[str]) -> None:
     topics = [HOME.show(Display("doors", sensor, False, {}))[-1].topic for sensor in sensors]
     assert len(set(topics)) == 2
     assert all(re.fullmatch(r"edge/v1/pump/routes/doors\.[A-Za-z0-9_-]*", topic) for topic in topics)
 
 
-def test_a_sensor_is_on_while_its_condition_holds_or_it_is_silent() -> None:
+def test_a_sensor_is_on_while_its_condition_is_true_or_it_is_silent() -> None:
     alarms = Alarms()
     events = ["condition", "silence", "cleared", "back", "condition", "condition", "cleared", "cleared"]
     states = [alarms.display({"route": "doors", "sensor": "x", "event": event}).state for event in events]
@@ -204,7 +204,7 @@ def engine() -> Any:
     engine.stop(1)
 
 
-def test_the_device_is_published_when_the_node_comes_and_again_when_home_assistant_starts(
+def test_the_device_is_published_when_the_node_connects_and_when_home_assistant_starts(
     mosquitto: Mosquitto, engine: Engine
 ) -> None:
     journaled = JournaledEngine(engine, Journal(None))
@@ -217,7 +217,7 @@ def test_the_device_is_published_when_the_node_comes_and_again_when_home_assista
     assert set(first["components"]) >= {"queue", "route-freezers"}
     assert mosquitto.retained(first["availability_topic"])["state"] == "online"
     simple: Any = publish.single  # paho leaves it untyped
-    simple(topic, None, qos=1, retain=True, port=mosquitto.port)  # as if it had never been there
+    simple(topic, None, qos=1, retain=True, port=mosquitto.port)  # as if it had never been published
     wait_for(lambda: node.online)
     simple("homeassistant/status", "online", qos=1, port=mosquitto.port)
     assert mosquitto.retained(topic) == first

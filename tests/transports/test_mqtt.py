@@ -1,4 +1,4 @@
-"""The MQTT transport against a real mosquitto: each request answered once, whatever the network does."""
+"""The MQTT transport with a real mosquitto: each request is answered once, despite network faults."""
 
 import json
 import queue
@@ -53,7 +53,7 @@ class Sensor:
         return message.topic, parse_answer(bytes(message.payload))
 
     def last(self) -> Answer:
-        """The next answer that is no Partial."""
+        """The next final or error."""
         while isinstance(answer := self.hear()[1], Partial):
             pass
         return answer
@@ -84,7 +84,7 @@ Connect = Callable[..., Sensor]
 
 @pytest.fixture
 def connect() -> Iterator[Connect]:
-    """Make clients of a broker that hear some topics."""
+    """Make clients of a broker that subscribe to topics."""
     clients = []
 
     def make(broker: Mosquitto, *topics: str, protocol: MQTTProtocolVersion = MQTTv5) -> Sensor:
@@ -108,7 +108,7 @@ def connect() -> Iterator[Connect]:
 
 @pytest.fixture
 def sensor(connect: Connect, mosquitto: Mosquitto) -> Sensor:
-    """A client that hears answers at REPLY."""
+    """A client that receives answers at REPLY."""
     return connect(mosquitto, REPLY)
 
 
@@ -223,7 +223,7 @@ def test_a_request_without_a_response_topic_is_dropped_and_not_redelivered(
 
 
 @pytest.mark.parametrize("name", ["\x01", "\x7f", "\x85", "\ufffe", "\ufdd0", "/" * 220])
-def test_a_topic_that_the_broker_would_end_the_connection_for_is_not_written_to(
+def test_nothing_is_published_to_a_topic_that_would_end_the_connection(
     node: Node, sensor: Sensor, name: str
 ) -> None:
     sensor.ask(request("a", reply_to=f"edge/v1/pump/reply/{name}"))
@@ -232,7 +232,7 @@ def test_a_topic_that_the_broker_would_end_the_connection_for_is_not_written_to(
     assert node.speller.asked == ["b"]
 
 
-def test_a_request_can_have_every_property_and_character_of_mqtt(
+def test_a_request_can_have_any_property_and_character_of_mqtt(
     node: Node, connect: Connect, mosquitto: Mosquitto
 ) -> None:
     topic = f"{REPLY}/\ufeff" + "/" * 90
@@ -269,7 +269,7 @@ def test_message_expiry_is_a_deadline(node: Node, sensor: Sensor) -> None:
     assert sensor.final().finish_reason == "deadline"
 
 
-def test_a_duplicate_of_an_answered_request_gets_its_answer_again(node: Node, sensor: Sensor) -> None:
+def test_a_duplicate_of_an_answered_request_gets_the_same_answer_again(node: Node, sensor: Sensor) -> None:
     for _ in range(2):
         sensor.ask(request("a", stream=False), ResponseTopic=REPLY)
         assert sensor.final().text == "cba fed "
@@ -310,7 +310,7 @@ def test_a_full_queue_answers_busy_at_once(node: Node, sensor: Sensor) -> None:
     assert [sensor.final().id for _ in range(4)] == ["held", "a", "b", "c"]
 
 
-def test_only_the_client_of_a_request_cancels_it(node: Node, sensor: Sensor) -> None:
+def test_only_the_client_of_a_request_can_cancel_it(node: Node, sensor: Sensor) -> None:
     node.speller.gate.clear()
     sensor.ask(request("a"), ResponseTopic=REPLY)
     node.speller.wait_until_held()
@@ -351,7 +351,7 @@ def test_a_users_topics_reach_only_requests_with_that_users_response_topics(
 
 def test_many_duplicates_of_a_request_do_not_delay_others(node: Node, sensor: Sensor) -> None:
     node.speller.gate.clear()
-    for _ in range(40):  # mosquitto lets 20 be on their way without an acknowledgement
+    for _ in range(40):  # mosquitto allows 20 in flight without an acknowledgement
         sensor.ask(request("a", stream=False), ResponseTopic=REPLY)
     sensor.ask(request("b", stream=False), ResponseTopic=REPLY)
     wait_for(lambda: node.engine.waiting == 1)
@@ -360,7 +360,9 @@ def test_many_duplicates_of_a_request_do_not_delay_others(node: Node, sensor: Se
     assert node.speller.asked == ["a", "b"]
 
 
-def test_a_full_queue_gives_known_answers_and_refuses_the_rest_by_its_id(node: Node, sensor: Sensor) -> None:
+def test_with_a_full_queue_known_requests_are_answered_and_others_refused_by_id(
+    node: Node, sensor: Sensor
+) -> None:
     sensor.ask(request("a", stream=False), ResponseTopic=REPLY)
     first = sensor.final()
     node.speller.gate.clear()
@@ -397,7 +399,7 @@ def test_status_is_retained_and_the_last_will_says_offline(mosquitto: Mosquitto,
     assert json.loads(message.payload)["state"] == "offline"
 
 
-def test_a_request_sent_while_the_node_is_away_is_answered_when_it_is_back(
+def test_a_request_sent_while_the_node_is_offline_is_answered_later(
     mosquitto: Mosquitto, sensor: Sensor
 ) -> None:
     first = Node.start(mosquitto.broker)
@@ -410,7 +412,7 @@ def test_a_request_sent_while_the_node_is_away_is_answered_when_it_is_back(
 
 
 @pytest.mark.parametrize("kill", [False, True])
-def test_a_broker_that_goes_and_comes_back_costs_no_answer_and_gives_none_twice(
+def test_a_restart_of_the_broker_neither_loses_nor_repeats_an_answer(
     node: Node, mosquitto: Mosquitto, connect: Connect, kill: bool
 ) -> None:
     sensor = connect(mosquitto)
@@ -433,7 +435,7 @@ def test_a_broker_that_goes_and_comes_back_costs_no_answer_and_gives_none_twice(
     assert node.speller.asked == ["a", "b", "c"]
 
 
-def test_a_lost_connection_does_not_make_the_broker_ask_twice(
+def test_a_lost_connection_causes_no_second_answer_to_a_redelivery(
     node: Node, sensor: Sensor, mosquitto: Mosquitto
 ) -> None:
     node.speller.gate.clear()
@@ -464,7 +466,7 @@ def publish_packet(payload: str, identifier: int, duplicate: bool) -> bytes:
 
 @pytest.fixture
 def scripted_node() -> Iterator[tuple[ScriptedBroker, Node]]:
-    """A node at a broker that delivers what the test says, over MQTT 3.1.1."""
+    """A node at a broker that delivers what the test sends, over MQTT 3.1.1."""
     broker = ScriptedBroker(knows_5=False)
     broker.acknowledges = True
     node = Node.start(broker.broker)
@@ -475,7 +477,7 @@ def scripted_node() -> Iterator[tuple[ScriptedBroker, Node]]:
 
 
 def answers(broker: ScriptedBroker) -> list[Answer]:
-    """Last answers that the broker has got."""
+    """Finals and errors that the broker has received."""
     return [parse_answer(one.body) for one in broker.published if one.topic == REPLY]
 
 
@@ -505,7 +507,7 @@ def test_a_redelivery_of_an_answered_request_is_acknowledged_and_not_answered_ag
     assert len(answers(broker)) == 1
 
 
-def test_a_redelivery_over_a_new_connection_is_what_is_acknowledged_after_the_final(
+def test_after_a_reconnect_the_redelivery_is_acknowledged_after_the_final(
     scripted_node: tuple[ScriptedBroker, Node],
 ) -> None:
     broker, node = scripted_node
@@ -525,7 +527,7 @@ def test_a_redelivery_over_a_new_connection_is_what_is_acknowledged_after_the_fi
     assert node.speller.asked == ["1"]
 
 
-def test_two_nodes_with_one_name_take_over_the_session_less_and_less_often(
+def test_two_nodes_with_one_name_reconnect_at_growing_intervals(
     mosquitto: Mosquitto, caplog: pytest.LogCaptureFixture
 ) -> None:
     nodes = [Node.start(mosquitto.broker) for _ in range(2)]
@@ -543,7 +545,7 @@ def cut_connection(node: Node) -> None:
     wait_for(lambda: not node.transport.online)
 
 
-def test_an_exception_while_a_request_is_accepted_is_answered_and_ends_no_thread(
+def test_an_exception_while_accepting_a_request_is_answered_and_ends_no_thread(
     node: Node, sensor: Sensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -554,13 +556,13 @@ def test_an_exception_while_a_request_is_accepted_is_answered_and_ends_no_thread
     assert sensor.final().id == "b"
 
 
-def test_an_unreachable_broker_is_logged_once_and_tried_again(
+def test_an_unreachable_broker_is_logged_once_and_retried(
     mosquitto: Mosquitto, caplog: pytest.LogCaptureFixture
 ) -> None:
     mosquitto.stop()
     node = Node.start(mosquitto.broker)
     wait_for(lambda: node.transport.connection.problem)
-    time.sleep(1.5)  # at least one more try
+    time.sleep(1.5)  # at least one more attempt
     assert caplog.text.count(f"broker 127.0.0.1:{mosquitto.port}: can't be reached") == 1
     mosquitto.start()
     wait_for(lambda: node.transport.online)
@@ -598,7 +600,7 @@ class NoRoutes:
         pass
 
 
-def test_a_first_connection_that_is_refused_is_not_tried_again_in_the_log(
+def test_a_refused_first_connection_is_not_logged_as_retried(
     tmp_path: Path, start_mosquitto: Callable[..., Mosquitto], caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "passwords").touch(mode=0o600)
@@ -684,7 +686,7 @@ def test_tls_to_a_port_without_it_is_reported(mosquitto: Mosquitto) -> None:
 
 
 @handshake_fails
-def test_a_broker_that_is_silent_in_the_handshake_is_given_up_and_its_thread_is_not_hung(
+def test_a_silent_tls_handshake_times_out_and_its_thread_does_not_count_as_hung(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(stream, "HANDSHAKE_S", 1)
@@ -700,7 +702,7 @@ def test_a_broker_that_is_silent_in_the_handshake_is_given_up_and_its_thread_is_
         node.stop()
 
 
-def test_a_final_too_large_for_the_broker_becomes_a_typed_error(
+def test_a_final_too_large_for_the_broker_is_replaced_by_a_typed_error(
     start_mosquitto: Callable[..., Mosquitto], connect: Connect
 ) -> None:
     broker = start_mosquitto("allow_anonymous true", "max_packet_size 2000")
@@ -734,7 +736,7 @@ def test_a_user_of_any_name_is_answered(
 
 
 @pytest.mark.parametrize("plain", [False, True])
-def test_edge_ask_uses_its_users_topics_where_the_access_list_has_them(
+def test_edge_ask_uses_its_users_topics_if_the_access_list_has_them(
     start_mosquitto: Callable[..., Mosquitto], tmp_path: Path, ask_as: Callable[..., MqttLink], plain: bool
 ) -> None:
     own = "" if plain else "/%u"
@@ -751,7 +753,7 @@ def test_edge_ask_uses_its_users_topics_where_the_access_list_has_them(
     node.stop()
 
 
-def test_a_client_without_the_right_to_ask_gets_an_error(
+def test_a_client_without_permission_to_publish_gets_an_error(
     start_mosquitto: Callable[..., Mosquitto], tmp_path: Path, ask_as: Callable[..., MqttLink]
 ) -> None:
     (tmp_path / "acl").write_text("topic read #\ntopic write edge/v1/pump/status\n")

@@ -1,4 +1,4 @@
-"""MQTT packets: paho reads and writes the same properties, and any bytes of a broker are read or refused."""
+"""MQTT packets: paho reads and writes the same properties; any bytes of a broker are read or refused."""
 
 import contextlib
 from typing import Any
@@ -28,7 +28,7 @@ def only(packet: bytes) -> tuple[int, bytes]:
 
 @pytest.mark.parametrize("correlation", [None, b"", b"x" * 300])
 @pytest.mark.parametrize("response_topic", [None, REPLY])
-def test_the_properties_of_a_publish_are_those_that_paho_writes(
+def test_the_properties_of_a_publish_equal_those_that_paho_writes(
     correlation: bytes | None, response_topic: str | None
 ) -> None:
     message = Outgoing("t", "{}", correlation=correlation, response_topic=response_topic)
@@ -46,7 +46,7 @@ def test_the_properties_of_a_publish_are_those_that_paho_writes(
     assert size == len(expected.pack())
 
 
-def test_a_connect_has_the_properties_that_paho_reads() -> None:
+def test_paho_reads_the_properties_of_a_connect() -> None:
     limits = {codec.RECEIVE_MAXIMUM: 7, codec.MAXIMUM_PACKET_SIZE: 1000}
     will = Outgoing("w", "gone", retain=True)
     first, body = only(codec.connect(V5, "me", 30, 60, "user", "password", will, limits))
@@ -113,9 +113,7 @@ def test_any_publish_is_read_with_its_properties_in_any_order(
 
 
 @given(st.text(max_size=100), st.text(max_size=400), st.integers(1, 0xFFFF), st.sampled_from([V5, V311]))
-def test_a_publish_that_is_written_is_read_back(
-    topic: str, payload: str, identifier: int, version: int
-) -> None:
+def test_a_publish_round_trips(topic: str, payload: str, identifier: int, version: int) -> None:
     first, body = only(codec.publish(Outgoing(topic, payload), version, identifier, duplicate=True))
     message = codec.read_publish(first, body, version, 1)
     assert (message.topic, message.payload.decode()) == (topic, payload)
@@ -123,9 +121,7 @@ def test_a_publish_that_is_written_is_read_back(
 
 
 @given(st.lists(st.tuples(st.integers(0, 255), st.binary(max_size=200)), max_size=6), st.data())
-def test_packets_are_found_however_the_network_cuts_them(
-    packets: list[tuple[int, bytes]], data: st.DataObject
-) -> None:
+def test_packets_are_found_in_any_segmentation(packets: list[tuple[int, bytes]], data: st.DataObject) -> None:
     stream = b"".join(bytes([first]) + number(len(body)) + body for first, body in packets)
     buffer = bytearray()
     found: list[tuple[int, bytes]] = []
@@ -144,14 +140,14 @@ def test_a_length_of_more_than_four_bytes_is_malformed(stream: bytes) -> None:
         list(codec.split(bytearray(stream)))
 
 
-def test_a_packet_over_the_limit_is_malformed_before_it_has_come() -> None:
+def test_a_packet_over_the_limit_is_malformed_before_it_has_arrived() -> None:
     with pytest.raises(MalformedPacket, match="it has 204 bytes, 100 are allowed"):
         list(codec.split(bytearray(b"\x30\xc9\x01"), 100))
 
 
 @given(st.binary(max_size=60), st.integers(0x30, 0x3F), st.sampled_from([V5, V311]))
 @example(b"\0\1\xff\0\1\0", 0x32, V5)  # a topic that is not UTF-8
-def test_a_damaged_packet_raises_malformed_packet_at_worst(body: bytes, first: int, version: int) -> None:
+def test_a_damaged_packet_is_read_or_raises_malformed_packet(body: bytes, first: int, version: int) -> None:
     for read in (
         lambda: codec.read_publish(first, body, version, 1),
         lambda: codec.read_connack(body),

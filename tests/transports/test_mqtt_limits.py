@@ -1,4 +1,4 @@
-"""Limits of brokers and of ours, at a broker that acknowledges nothing by itself, and one without MQTT 5."""
+"""Limits of the broker and our own, with a broker that acknowledges only on demand or lacks MQTT 5."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ TOPIC = "edge/v1/pump/reply/x"
 
 
 class Listener:
-    """Notes what the connection tells."""
+    """Records the callbacks of the connection."""
 
     def __init__(self) -> None:
         self.subscriptions: Callable[[], None] = lambda: None
@@ -43,7 +43,7 @@ class Listener:
 
 
 class Client:
-    """A connection to a broker, and what it tells."""
+    """A connection to a broker, and the listener to its callbacks."""
 
     def __init__(self, broker: ScriptedBroker, session_expiry_s: int = 60) -> None:
         self.listener = Listener()
@@ -58,7 +58,7 @@ class Client:
         return numbers
 
     def post(self, *messages: Outgoing, keep: bool = False) -> list[int | None]:
-        """Publish in the connection's thread; `done` of the listener then tells what became of each."""
+        """Publish in the connection's thread; the listener's `done` then has the result of each message."""
         numbers: list[int | None] = []
 
         def publish() -> None:
@@ -86,7 +86,7 @@ def scripted() -> Iterator[Callable[..., ScriptedBroker]]:
 
 @pytest.fixture
 def begin() -> Iterator[Callable[[ScriptedBroker], Client]]:
-    """Starts a client, which need not come to be online."""
+    """Starts a client without waiting for its connection."""
     clients: list[Client] = []
 
     def make(broker: ScriptedBroker) -> Client:
@@ -180,7 +180,7 @@ def test_a_packet_that_is_too_large_is_not_sent_and_delays_nothing(
     assert client.listener.done[large or 0] == "its packet has 249 bytes, 200 are allowed"
 
 
-def test_waiting_messages_are_bounded_except_those_to_keep(
+def test_waiting_messages_are_bounded_except_those_that_must_not_be_dropped(
     scripted: Scripted, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(outgoing, "MAX_QUEUED", 2)
@@ -207,7 +207,7 @@ def test_messages_published_before_the_first_connection_wait_for_it(scripted: Sc
     client.connection.stop(WAIT_S)
 
 
-def test_a_broker_without_mqtt_5_is_spoken_to_in_3_1_1(scripted: Scripted, connect: Connect) -> None:
+def test_mqtt_3_1_1_is_used_with_a_broker_without_mqtt_5(scripted: Scripted, connect: Connect) -> None:
     broker = scripted(knows_5=False)
     client = connect(broker)
     assert broker.versions == [5, 4]
@@ -254,7 +254,7 @@ def test_the_reason_of_a_disconnect_is_logged(
     assert said in caplog.text
 
 
-def test_a_refused_subscription_is_tried_again(
+def test_a_refused_subscription_is_retried(
     scripted: Scripted, begin: Connect, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mqtt_connection, "RESUBSCRIBE_S", 0.1)
@@ -269,7 +269,7 @@ def test_a_refused_subscription_is_tried_again(
     assert broker.connections == 1
 
 
-def test_messages_that_end_the_connection_are_given_up_and_the_others_arrive(
+def test_messages_that_end_the_connection_are_dropped_and_the_others_arrive(
     scripted: Scripted, connect: Connect, caplog: pytest.LogCaptureFixture
 ) -> None:
     broker = scripted()
@@ -287,7 +287,7 @@ def test_messages_that_end_the_connection_are_given_up_and_the_others_arrive(
 
 
 @pytest.mark.parametrize("reason", [0x88, 0x89, 0x97, 0x9F])
-def test_a_broker_without_room_is_tried_again(
+def test_a_broker_that_refuses_connections_temporarily_is_retried(
     scripted: Scripted, begin: Connect, reason: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     broker = scripted()
@@ -309,7 +309,7 @@ def test_a_broker_without_room_is_tried_again(
         (0x9D, {"ServerReference": "other:1883"}, "Server moved; it names another broker: 'other:1883'"),
     ],
 )
-def test_the_reason_of_a_refused_connection_comes_with_a_fix(
+def test_a_refused_connection_is_reported_with_reason_and_fix(
     scripted: Scripted, begin: Connect, reason: int, limits: dict[str, Any], said: str
 ) -> None:
     broker = scripted(**limits)
@@ -353,7 +353,7 @@ def test_a_malformed_message_is_acknowledged_and_logged_in_one_line(
         b"\x00\x00",
     ],
 )
-def test_a_malformed_packet_ends_the_connection_in_one_line_and_a_new_one_is_made(
+def test_a_malformed_packet_is_logged_in_one_line_and_causes_a_reconnect(
     scripted: Scripted, connect: Connect, packet: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     broker = scripted()
@@ -365,7 +365,7 @@ def test_a_malformed_packet_ends_the_connection_in_one_line_and_a_new_one_is_mad
     assert broker.disconnects == [b"\x81"]
 
 
-def test_a_broker_that_is_silent_after_a_ping_is_given_up(
+def test_a_connection_without_a_ping_response_is_closed(
     scripted: Scripted, connect: Connect, caplog: pytest.LogCaptureFixture
 ) -> None:
     broker = scripted(ServerKeepAlive=1)
@@ -375,7 +375,7 @@ def test_a_broker_that_is_silent_after_a_ping_is_given_up(
     assert "the connection was lost (no answer to PINGREQ)" in caplog.text
 
 
-def test_a_new_session_gets_what_was_unacknowledged_as_new_messages(
+def test_in_a_new_session_unacknowledged_messages_are_sent_as_new_ones(
     scripted: Scripted, connect: Connect
 ) -> None:
     broker = scripted()

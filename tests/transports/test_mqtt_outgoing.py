@@ -9,7 +9,7 @@ from edge.transports.mqtt.outgoing import Entry, OutgoingQueue
 
 
 class QueueMachine(RuleBasedStateMachine):
-    """A broker that acknowledges, blames and loses connections, and what must become of each message."""
+    """A broker that acknowledges, rejects and loses connections; checks the result of each message."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -18,7 +18,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.added = 0
         self.sent: list[Entry] = []  # over this connection and not acknowledged
         self.finished: list[int] = []
-        self.highest = -1  # of the messages that were ever sent
+        self.highest = -1  # of all messages sent so far
 
     @rule()
     def add(self) -> None:

@@ -1,4 +1,4 @@
-"""The serial transport over real ptys: frames, noise, cables that come out, and ports that are not there."""
+"""The serial transport over real ptys: frames, noise, unplugged cables and missing ports."""
 
 import json
 import os
@@ -76,14 +76,14 @@ def request(name: str, prompt: str = "abc def", **fields: Any) -> str:
     return Request(name, prompt, **fields).to_json()
 
 
-def test_the_daemon_says_hello_when_the_port_opens_and_when_asked(node: Node, board: SerialBoard) -> None:
+def test_the_daemon_sends_hello_when_the_port_opens_and_on_request(node: Node, board: SerialBoard) -> None:
     hello = {"type": "hello", "protocol": 1, "node": "pump"}
     assert board.receive() == hello
     board.send('{"type":"hello"}')
     assert board.receive() == hello
 
 
-def test_a_request_is_acknowledged_and_gets_parts_and_one_final(node: Node, board: SerialBoard) -> None:
+def test_a_request_is_acknowledged_and_gets_partials_and_one_final(node: Node, board: SerialBoard) -> None:
     board.receive("hello")
     board.send(request("7"))
     assert board.receive() == {"type": "ack", "id": "7"}
@@ -93,7 +93,7 @@ def test_a_request_is_acknowledged_and_gets_parts_and_one_final(node: Node, boar
     assert (final["type"], final["id"], final["text"]) == ("final", "7", "cba fed ")
 
 
-def test_a_spoilt_frame_is_refused_so_that_it_is_sent_again(node: Node, board: SerialBoard) -> None:
+def test_a_corrupt_frame_is_refused_so_that_it_is_sent_again(node: Node, board: SerialBoard) -> None:
     frame = encode(request("7"))
     board.write(frame.replace(b"abc", b"abd"))
     assert board.receive("nak", "ack") == {"type": "nak", "reason": "crc"}
@@ -103,7 +103,7 @@ def test_a_spoilt_frame_is_refused_so_that_it_is_sent_again(node: Node, board: S
     assert board.receive("final")["text"] == "cba fed "
 
 
-def test_noise_and_half_lines_do_not_spoil_the_next_frame(node: Node, board: SerialBoard) -> None:
+def test_noise_and_half_lines_do_not_corrupt_the_next_frame(node: Node, board: SerialBoard) -> None:
     board.write(b"\x00\xff\x11{{" + bytes(range(128, 256)) + b"\n\n\r\n" + encode(request("7")))
     assert board.receive("final")["id"] == "7"
 
@@ -127,7 +127,7 @@ def test_a_malformed_or_oversized_request_is_a_typed_error(
     assert said in error["message"]
 
 
-def test_a_client_that_repeats_on_hello_loses_nothing_that_it_sent_before_the_port_was_open() -> None:
+def test_a_client_that_repeats_on_hello_loses_no_request_sent_before_the_port_opened() -> None:
     master, slave = os.openpty()
     tty.setraw(slave)
     answers: list[Final] = []
@@ -143,9 +143,7 @@ def test_a_client_that_repeats_on_hello_loses_nothing_that_it_sent_before_the_po
     os.close(slave)
 
 
-def test_what_the_daemon_has_sent_itself_is_not_answered_where_the_line_echoes(
-    node: Node, board: SerialBoard
-) -> None:
+def test_an_echo_of_the_daemons_own_frames_is_ignored(node: Node, board: SerialBoard) -> None:
     said = [board.receive("hello")]
     board.send(request("7"))
     said += [board.receive(kind) for kind in ("ack", "partial", "final")]
@@ -157,7 +155,7 @@ def test_what_the_daemon_has_sent_itself_is_not_answered_where_the_line_echoes(
     assert heard == {"type": "ack", "id": "8"}
 
 
-def test_a_request_is_cancelled_by_a_frame(node: Node, board: SerialBoard) -> None:
+def test_a_cancel_frame_cancels_a_request(node: Node, board: SerialBoard) -> None:
     node.speller.gate.clear()
     board.send(request("7"))
     node.speller.wait_until_held()
@@ -165,7 +163,7 @@ def test_a_request_is_cancelled_by_a_frame(node: Node, board: SerialBoard) -> No
     assert board.receive("final")["finish_reason"] == "cancelled"
 
 
-def test_a_repeat_while_it_is_answered_is_acknowledged_and_answered_once(
+def test_a_duplicate_of_a_request_in_work_is_acknowledged_and_answered_once(
     node: Node, board: SerialBoard
 ) -> None:
     node.speller.gate.clear()
@@ -178,14 +176,14 @@ def test_a_repeat_while_it_is_answered_is_acknowledged_and_answered_once(
     assert node.speller.asked == ["7"]
 
 
-def test_a_repeat_after_the_answer_gets_it_again(node: Node, board: SerialBoard) -> None:
+def test_a_duplicate_after_the_answer_gets_it_again(node: Node, board: SerialBoard) -> None:
     for _ in range(2):
         board.send(request("7"))
         assert board.receive("final")["text"] == "cba fed "
     assert node.speller.asked == ["7"]
 
 
-def test_a_person_may_type_where_the_port_is_lenient(ptys: PtyPair, board: SerialBoard) -> None:
+def test_a_lenient_port_accepts_typed_text(ptys: PtyPair, board: SerialBoard) -> None:
     node = Node.start(ptys.near, lenient=True)
     wait_for(lambda: node.transport.port.is_open)
     board.write('{"id":"a","prompt":"größe"}\r\n'.encode())
@@ -193,13 +191,13 @@ def test_a_person_may_type_where_the_port_is_lenient(ptys: PtyPair, board: Seria
     node.stop()
 
 
-def test_a_board_that_resets_when_the_port_opens_says_hello_when_it_is_up(ptys: PtyPair) -> None:
+def test_a_board_that_resets_when_the_port_opens_sends_hello_when_it_is_ready(ptys: PtyPair) -> None:
     node, board = Node.start(ptys.near), SerialBoard(ptys.far)
     wait_for(lambda: node.transport.port.is_open)
-    while board.read():  # the first hello: nobody was there yet
+    while board.read():  # the first hello, sent before the board was ready
         pass
     board.write(b"\xfe\x00ets Jun  8 2016\r\nrst:0x1 (POWERON_RESET)\r\nload:0x3f")
-    board.send('{"type":"hello"}')  # spoilt by the half line before it
+    board.send('{"type":"hello"}')  # corrupted by the half line before it
     assert board.receive("hello", "nak")["type"] == "nak"
     board.send('{"type":"hello"}')
     assert board.receive("hello")["protocol"] == 1
@@ -210,7 +208,7 @@ def test_a_board_that_resets_when_the_port_opens_says_hello_when_it_is_up(ptys: 
     node.stop()
 
 
-def test_a_board_that_says_xoff_is_written_to_after_its_xon(ptys: PtyPair) -> None:
+def test_after_xoff_nothing_is_written_until_xon(ptys: PtyPair) -> None:
     board, node = SerialBoard(ptys.far), Node.start(ptys.near, flow_control="xonxoff")
     board.receive("hello")
     board.write(b"\x13")
@@ -227,7 +225,7 @@ def _has_answered(node: Node, count: int) -> bool:
     return node.engine.answered == count
 
 
-def test_a_request_after_xoff_is_taken_at_once_and_an_xon_that_is_lost_is_not_waited_for_for_ever(
+def test_a_request_after_xoff_is_accepted_at_once_and_a_lost_xon_times_out(
     ptys: PtyPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(serial_port, "XOFF_S", 1.5)
@@ -248,7 +246,7 @@ def test_a_request_after_xoff_is_taken_at_once_and_an_xon_that_is_lost_is_not_wa
     node.stop()
 
 
-def test_several_ports_have_ids_and_answers_of_their_own(ptys: PtyPair, tmp_path: Path) -> None:
+def test_ports_have_separate_ids_and_answers(ptys: PtyPair, tmp_path: Path) -> None:
     second = PtyPair(tmp_path / "near-2", tmp_path / "far-2")
     second.plug()
     boards = [SerialBoard(pair.far) for pair in (ptys, second)]
@@ -272,7 +270,7 @@ def test_several_ports_have_ids_and_answers_of_their_own(ptys: PtyPair, tmp_path
     second.unplug()
 
 
-def test_an_answer_waits_for_a_cable_that_came_out(ptys: PtyPair) -> None:
+def test_an_answer_waits_until_an_unplugged_cable_is_back(ptys: PtyPair) -> None:
     board, node = SerialBoard(ptys.far), Node.start(ptys.near)
     board.receive("hello")
     node.speller.gate.clear()
@@ -290,7 +288,7 @@ def test_an_answer_waits_for_a_cable_that_came_out(ptys: PtyPair) -> None:
     node.stop()
 
 
-def test_a_port_that_is_not_there_is_named_once_and_opened_when_it_comes(
+def test_a_missing_port_is_logged_once_and_opened_when_it_appears(
     ptys: PtyPair, caplog: pytest.LogCaptureFixture
 ) -> None:
     ptys.unplug()
@@ -306,7 +304,7 @@ def test_a_port_that_is_not_there_is_named_once_and_opened_when_it_comes(
     node.stop()
 
 
-def test_a_port_that_another_program_holds_is_named(ptys: PtyPair, board: SerialBoard) -> None:
+def test_a_port_in_use_by_another_program_is_named(ptys: PtyPair, board: SerialBoard) -> None:
     holder = serial.Serial(str(ptys.near), 115_200, exclusive=True)
     node = Node.start(ptys.near)
     wait_for(lambda: node.transport.port.problem)
@@ -316,8 +314,8 @@ def test_a_port_that_another_program_holds_is_named(ptys: PtyPair, board: Serial
     node.stop()
 
 
-def test_nobody_waits_for_a_port_that_takes_nothing(ptys: PtyPair) -> None:
-    node = Node.start(ptys.near)  # nobody reads at the far end
+def test_senders_do_not_wait_for_a_blocked_port(ptys: PtyPair) -> None:
+    node = Node.start(ptys.near)  # nothing reads at the far end
     wait_for(lambda: node.transport.port.is_open)
     senders = [
         threading.Thread(target=node.transport.port.send, args=(json.dumps("x" * 20_000), droppable))
@@ -334,13 +332,13 @@ def test_nobody_waits_for_a_port_that_takes_nothing(ptys: PtyPair) -> None:
 
 @pytest.fixture
 def link(ptys: PtyPair, board: SerialBoard) -> Iterator[SerialLink]:
-    """The near end as edge-ask has it."""
+    """The near end as edge-ask opens it."""
     link = SerialLink(SerialConfig(str(ptys.near), 115_200, "none", lenient=False))
     yield link
     link.close()
 
 
-def test_edge_ask_asks_again_when_the_answer_was_lost_without_a_trace(
+def test_edge_ask_repeats_a_request_whose_answer_was_lost(
     link: SerialLink, board: SerialBoard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(links, "REMIND_S", 0.1)
@@ -355,7 +353,7 @@ def test_edge_ask_asks_again_when_the_answer_was_lost_without_a_trace(
     assert answers == [final]
 
 
-def test_edge_ask_waits_for_no_daemon_that_has_gone(
+def test_edge_ask_does_not_wait_for_a_daemon_that_has_ended(
     link: SerialLink, board: SerialBoard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(links, "REMIND_S", 0.1)
