@@ -131,7 +131,7 @@ class GrammarWorker:
         return result
 
     def _finish_last_answer(self) -> None:
-        """Drop a reply that the last answer did not wait for; replace a child that still computes it.
+        """Drop a reply that the previous answer did not wait for; replace a child that is still computing.
 
         Otherwise the next answer would wait for it, and be refused if it passes the child's limits.
         """

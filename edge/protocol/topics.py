@@ -32,7 +32,7 @@ class NodeTopics:
         return topics
 
     def route(self, name: str) -> str:
-        """Give the topic that shows a route's last answer."""
+        """Return the topic that shows a route's latest answer."""
         return f"{self.base}/routes/{name}"
 
     def sensor(self, route: str, name: str) -> str:

@@ -1,9 +1,9 @@
-"""Crashes, charged to the clients whose requests were being worked on.
+"""Crashes, counted for the client whose request was in work.
 
-A process can't tell why it ended, so whatever ends it while it works on a request counts: a bug, a lack of
+A process can't know why its last run ended, so any end during work on a request counts: a bug, a lack of
 memory, the watchdog, a kill. A client with SUSPEND_AFTER crashes within WITHIN_S is suspended: its new
-requests are refused for SUSPENDED_S after the latest. Times are CLOCK_BOOTTIME, so a clock that is set does
-no harm; crashes before the board restarted do not count.
+requests are refused for SUSPENDED_S after the latest. Times are CLOCK_BOOTTIME, so setting the clock has
+no effect; crashes before the board restarted do not count.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SCHEMA = """CREATE TABLE crashes (
 SUSPEND_AFTER = 3
 WITHIN_S = 3600.0
 SUSPENDED_S = 600.0
-MAX_CRASHES = 64  # kept; the oldest are dropped first
+MAX_CRASHES = 64  # in the table; the oldest are dropped first
 
 
 class Crashes:
@@ -55,7 +55,7 @@ class Crashes:
             self._latest[client] = at
 
     def suspended_s(self, client: str, now: float) -> float:
-        """For how many more seconds requests of a client are refused; 0 if they are not."""
+        """The seconds for which requests of a client are still refused; 0 if they are accepted."""
         if self._count[client] < SUSPEND_AFTER:
             return 0.0
         return max(0.0, self._latest[client] + SUSPENDED_S - now)

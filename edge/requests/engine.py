@@ -28,9 +28,12 @@ payloads = logging.getLogger(PAYLOADS)
 
 Sink = Callable[[Answer], None]
 
-ABANDON_S = 5.0  # for the generator to notice that it must stop
-IDLE_S = 1.0  # between two signs of life of an idle decoder thread
-REFUSALS = ("busy", "unavailable")  # error codes of requests that were never accepted, or are given back
+ABANDON_S = 5.0  # for the generator to stop
+IDLE_S = 1.0  # between two increments of `progress` in an idle decoder thread
+REFUSALS = (
+    "busy",
+    "unavailable",
+)  # error codes of requests that were not accepted, or were returned to the journal
 SUMMARIES = {
     "bad_request": "a request was invalid; its client has the reason",
     "too_long": "a request did not fit into the context",
@@ -39,11 +42,11 @@ SUMMARIES = {
     "unavailable": "a request was refused because the daemon was stopping",
     "internal": "a request failed; its client has the reason",
 }
-"""What log and health report of a failure: everybody can read them, so they never quote a request."""
+"""Failures as the log and health report them. Everybody can read these, so they never quote a request."""
 
 STACK_BYTES = 16 * 1024 * 1024  # of the decoder thread
 SHARED_LENGTH = 4  # shorter queues reserve no place for clients without a waiting request
-FIRST_GUESS_S = 1.0  # estimate of the time for a request until one has been answered
+FIRST_GUESS_S = 1.0  # the estimated time for a request, until one has been answered
 
 
 class Generates(Protocol):
@@ -52,10 +55,10 @@ class Generates(Protocol):
     def generate(
         self, request: Request, interrupted: Callable[[], str | None], client: str | None
     ) -> Iterator[Delta | Completion]:
-        """Yield pieces of the answer and at last one Completion, as `client` may see it.
+        """Yield pieces of the answer to `client`, then one Completion.
 
-        `interrupted` is polled at every stage, at least each 100 ms; a reason that it gives ends the answer.
-        Raises RequestError, RuntimeFailure, or Interruption before the answer has begun.
+        `interrupted` is polled at least every 100 ms; when it returns a reason, the answer ends. Raises
+        RequestError, RuntimeFailure, or Interruption before the answer has started.
         """
 
 
@@ -84,7 +87,7 @@ class Engine:
     """Answers requests one at a time, in the order of arrival.
 
     `progress` grows at every prefill chunk and decode step, and about once a second when idle. Partials are
-    at least `partial_interval_s` seconds apart. `decoder_failures` counts the requests that LiteRT failed on.
+    at least `partial_interval_s` seconds apart. `decoder_failures` counts requests on which LiteRT failed.
     """
 
     def __init__(self, generator: Generates, queue_length: int, partial_interval_s: float = 0.25) -> None:
@@ -120,7 +123,7 @@ class Engine:
 
     @property
     def working(self) -> bool:
-        """Whether a request is being answered now."""
+        """Whether a request is in work."""
         return len(self._jobs) > len(self._queue)
 
     def submit(
@@ -186,13 +189,13 @@ class Engine:
 
     @property
     def full(self) -> bool:
-        """Whether new requests are refused, at least those of some clients."""
+        """Whether new requests are refused, from some or all clients."""
         return self._stopping or len(self._queue) >= self._queue_length - (
             self._queue_length >= SHARED_LENGTH
         )
 
     def refusal(self, client: str, request_id: str) -> Failure | None:
-        """Return the failure that a new request of a client would get now, or None.
+        """Return the failure that a new request of this client would get now, or None.
 
         The last place in the queue is reserved for clients without a waiting request, so that a client that
         floods the node does not keep the others out.
@@ -248,13 +251,13 @@ class Engine:
         try:
             job.started_work()
             answer = self._generate(job)
-        except Interruption as interruption:  # before there was an answer to end
+        except Interruption as interruption:  # before the answer started
             answer = _empty(job, interruption.reason)
         except RequestError as error:
             answer = Failure(job.request.id, error.code, str(error), error.retry_after_ms)
         except RuntimeFailure as error:
             self.decoder_failures += 1
-            summary = str(error)  # names a call and a file
+            summary = str(error)  # the message has a call and a file name, so it is not sent
             answer = Failure(job.request.id, "internal", str(error))
         except Exception as error:
             summary = place_of(error)
@@ -302,7 +305,7 @@ class Engine:
         return "deadline" if job.expired() else None
 
     def _deliver(self, job: _Job, answer: Answer, summary: str | None = None) -> None:
-        """Hand over an answer, and log it. `summary` says more of a failure than its code."""
+        """Hand over an answer and log it. `summary` describes a failure in more detail than its code."""
         with self._lock:
             self.answered += isinstance(answer, Final)
             self.failed += isinstance(answer, Failure)
@@ -315,9 +318,7 @@ class Engine:
         try:
             job.sink(answer)
         except Exception as error:
-            log.error(
-                "the answer to request %s could not be handed over: %s", job.request.id, place_of(error)
-            )
+            log.error("the answer to request %s could not be delivered: %s", job.request.id, place_of(error))
 
 
 def _log_outcome(job: _Job, answer: Final | Failure, summary: str | None) -> None:
@@ -339,7 +340,7 @@ def _log_outcome(job: _Job, answer: Final | Failure, summary: str | None) -> Non
 
 
 class _Batch:
-    """Collects text, so that not every token becomes a message."""
+    """Collects text, to send fewer messages than tokens."""
 
     def __init__(self, job: _Job, interval_s: float) -> None:
         self._wanted = job.request.stream

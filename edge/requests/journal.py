@@ -24,10 +24,10 @@ from edge.requests import crashes
 from edge.requests.crashes import Crashes
 from edge.requests.sqlite_store import SqliteStore
 
-MAX_STARTS = 2  # a request that has ended the daemon this often is not tried again
-MAX_CUTS = 3  # starts ended by a restart of the board that do not count; after that, the request may be why
+MAX_STARTS = 2  # a request that has ended the daemon this many times is not tried again
+MAX_CUTS = 3  # ends by a board restart that do not count; further ones count, as the request may be the cause
 HOUSEKEEPING_S = 60.0  # between two searches for entries that are too old
-OVERHEAD_BYTES = 128  # of an entry, in addition to its texts
+OVERHEAD_BYTES = 128  # of an entry, besides its texts
 SCHEMA = """CREATE TABLE entries (
     number    INTEGER PRIMARY KEY,         -- order of acceptance
     key       TEXT    NOT NULL UNIQUE,
@@ -49,7 +49,7 @@ SIZE = f"length(key) + length(source) + ifnull(length(request), length(answer)) 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the journal holds: number of entries, bytes of requests and answers, and for how long (seconds).
+    """Limits of the journal: entries, bytes of requests and answers, and storage times in seconds.
 
     A published answer is kept for duplicates for `replay_s`, an unpublished one for `keep_s`.
     """
@@ -67,7 +67,7 @@ class Accepted:
 
 @dataclass(frozen=True)
 class InProgress:
-    """This run is working on the same request: its answer will come."""
+    """This run is working on the same request, and will answer it."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,8 @@ class Journal:
         uptime: Callable[[], float] = lambda: time.clock_gettime(time.CLOCK_BOOTTIME),
     ) -> None:
         self._limits, self._clock, self._on_disk = limits or Limits(), clock, path is not None
-        self._alive: dict[str, bool] = {}  # keys that this run works on; True once started
-        self._keys: set[str] = set()  # all that have an entry, and perhaps some that had one
+        self._alive: dict[str, bool] = {}  # requests of this run by key; True once started
+        self._keys: set[str] = set()  # all keys with an entry, and possibly some without
         self._owed = False  # whether an accepted request must be synced
         self._looked = time.monotonic()
         self._damaged_requests = 0
@@ -152,7 +152,7 @@ class Journal:
 
     @property
     def problem(self) -> str | None:
-        """One line on why the journal is not on the disk, or None if it is."""
+        """The reason why the journal is not on the disk, in one line; None if it is."""
         return self._store.problem
 
     @property
@@ -167,7 +167,7 @@ class Journal:
 
     @property
     def lasting(self) -> bool:
-        """Whether its entries outlive this process."""
+        """Whether its entries survive the end of this process."""
         return self._on_disk and self._store.problem is None
 
     def may_know(self, key: str) -> bool:
@@ -180,17 +180,17 @@ class Journal:
         return self._crashes.ended_last_run
 
     def suspended_s(self, client: str) -> float:
-        """For how many seconds a client is refused because its requests ended the process, or 0."""
+        """The seconds for which a client is still refused because its requests ended the process, or 0."""
         return self._crashes.suspended_s(client, self._uptime())
 
     def find(self, key: str, request: bytes) -> Verdict | None:
-        """Look a request up, and change nothing; None if it is new."""
+        """Look up a request without changing anything; None if it is new."""
         return self._store.run(lambda database: self._find(database, key, request))
 
     def accept(
         self, key: str, request: bytes, source: str, deadline: float | None = None, durable: bool = True
     ) -> Verdict:
-        """Accept a request if it is new; the verdict tells.
+        """Accept a request if it is new; return the verdict.
 
         `deadline`: seconds since the epoch. If not `durable` the entry is on the disk after the next `sync`.
         Raises RequestError("busy") if the journal is full of unanswered requests.
@@ -249,13 +249,13 @@ class Journal:
 
     def published(self, key: str) -> None:
         """Note that the client has the answer (for MQTT: that the broker has acknowledged it)."""
-        if not self.may_know(key):  # it was a refusal
+        if not self.may_know(key):  # a refusal has no entry
             return
         statement = "UPDATE entries SET published = 1 WHERE key = ? AND answer IS NOT NULL"
         self._store.run(lambda database: database.execute(statement, (key,)))
 
     def forget(self, key: str) -> None:
-        """Drop an accepted request that will not be worked on, so that it can be sent again."""
+        """Drop an accepted request that will not be worked on; it can then be sent again."""
 
         def work(database: sqlite3.Connection) -> None:
             database.execute("DELETE FROM entries WHERE key = ? AND answer IS NULL", (key,))
@@ -266,7 +266,7 @@ class Journal:
     def unfinished(self) -> list[Unfinished]:
         """Return the unanswered requests of earlier runs, each once, the oldest first.
 
-        Those that may have ended the process come last, after their neighbours.
+        Requests that may have ended the process come last.
         """
 
         def work(database: sqlite3.Connection) -> list[Unfinished]:
@@ -303,7 +303,7 @@ class Journal:
     # The methods below run inside a transaction, under the store's lock.
 
     def _note_end(self, database: sqlite3.Connection, boot: int) -> None:
-        """Charge the end of the last run to the request in work, unless the board itself restarted."""
+        """Count the end of the last run as a crash of the request in work, unless the board restarted."""
         (before,) = database.execute("PRAGMA user_version").fetchone()
         same_boot = before in (0, boot)
         in_work = "answer IS NULL AND starts > cuts + crashes"

@@ -1,9 +1,9 @@
 """The engine with a journal: each request is answered once, across crashes, restarts and duplicates.
 
 A request is written to the journal before it is queued, and its answer before it is handed out. A duplicate
-gets the answer of the first. `resume` continues what an earlier run left: unanswered requests are queued
-again, those during which the daemon crashed twice get an error, undelivered answers are handed out. Requests
-that a stopping engine has no time for are answered by the next run as well.
+gets the answer of the first. `resume` continues after an earlier run: unanswered requests are queued
+again, requests during which the daemon crashed twice get an error, and undelivered answers are delivered. The
+next run also answers requests for which a stopping engine had no time.
 
 Refusals (`busy`, `unavailable`) are not recorded, so the same request can be sent again. `submit` can wait
 for the disk once for each accepted request; `sync` does so for several.
@@ -27,12 +27,12 @@ from edge.requests.journal import Accepted, Answered, Conflict, InProgress, Jour
 
 log = logging.getLogger(__name__)
 
-CONFLICT_MS = 1000  # to wait before an id that is in use is tried again
-LONGEST_S = 86_400  # the longest deadline, even if the clock was set back
+CONFLICT_MS = 1000  # suggested wait before a request with an id in use is sent again
+LONGEST_S = 86_400  # the longest deadline, even after the clock was set back
 
 
 class Verdict(Enum):
-    """What `JournaledEngine.submit` decided about a request; nothing else decides it."""
+    """The decision of `JournaledEngine.submit` about a request."""
 
     ACCEPTED = auto()
     """It is new. Its sink gets the partials and then one final or failure."""
@@ -48,10 +48,10 @@ class Verdict(Enum):
 
 
 class Origin(Protocol):
-    """Where requests come from and answers go to: a transport, or the routes."""
+    """The source of requests and destination of answers: a transport, or the routes."""
 
     def sink(self, client: str, request_id: str, note: str) -> Sink:
-        """Make a sink for a request of an earlier run, from the `note` that it was submitted with."""
+        """Make a sink for a request of an earlier run, from the `note` passed to `submit`."""
 
 
 class JournaledEngine:
@@ -61,9 +61,9 @@ class JournaledEngine:
         self._engine, self._journal = engine, journal
 
     def refusal(self, client: str, request_id: str) -> Failure | None:
-        """Return why any request of this id would be refused now; None if only `submit` can decide it.
+        """Return the failure for any request with this id; None if only `submit` can decide.
 
-        This is cheap and needs no more of a request than its id, so that a flood of requests costs little.
+        It needs only the id, so a flood of requests costs little.
         """
         if self._journal.may_know(_key(client, request_id)):
             return None
@@ -78,13 +78,13 @@ class JournaledEngine:
         redelivered: bool = False,
         durable: bool = True,
     ) -> Verdict:
-        """Answer `request` through `sink`, and report what it was found to be.
+        """Answer `request` through `sink`, and return the decision about it.
 
-        Two requests are the same if client, id and content (all but `deadline_ms`) are. Another content under
-        the id of a request that has no answer yet is refused with `busy`.
+        Two requests are the same if client, id and content (without `deadline_ms`) are equal. Different
+        content under the id of an unanswered request is refused with `busy`.
 
-        `note` is what the Origin needs to send the answer in a later run. `redelivered` means that the
-        transport sends it again, not the client. Unless `durable`, an accepted request is on the disk after
+        The Origin needs `note` to send the answer in a later run. `redelivered` means that the transport
+        sends the request again, not the client. Unless `durable`, an accepted request is on the disk after
         the next `sync`; an answer always is before it is handed out.
         """
         key = _key(client, request.id)
@@ -112,7 +112,7 @@ class JournaledEngine:
     def _find_or_accept(
         self, client: str, request: Request, note: str, durable: bool
     ) -> Accepted | InProgress | Answered | Poisoned:
-        """Find a request in the journal, or enter it. Raises RequestError if it is refused."""
+        """Look up a request in the journal, or add it. Raises RequestError if it is refused."""
         key, raw = _key(client, request.id), _raw(request)
         known = self._journal.find(key, raw)
         if known is None:
@@ -138,7 +138,7 @@ class JournaledEngine:
         self._journal.published(_key(client, request_id))
 
     def resume(self, origin_of: Callable[[str], Origin | None]) -> None:
-        """Continue what earlier runs left. `origin_of` returns the Origin of a client, or None.
+        """Continue the work of earlier runs. `origin_of` returns the Origin of a client, or None.
 
         Called once, before any `submit`.
         """
@@ -184,7 +184,7 @@ class JournaledEngine:
             self._keeping(entry.key, sink)(Failure(name, "internal", _suspended(left_s)))
             return
         try:
-            request = replace(parse_request(entry.request), stream=False)  # partials were sent already
+            request = replace(parse_request(entry.request), stream=False)  # partials have been sent already
         except RequestError as error:  # it was written by another version
             self._keeping(entry.key, sink)(Failure(name, error.code, str(error)))
             return
@@ -230,7 +230,7 @@ def _parts(key: str) -> tuple[str, str]:
 
 
 def _raw(request: Request) -> bytes:
-    """Write a request without its deadline, so that duplicates are equal."""
+    """Encode a request without its deadline, so duplicates have equal bytes."""
     return replace(request, deadline_ms=None).to_json().encode()
 
 
@@ -247,7 +247,7 @@ def _sink(origin_of: Callable[[str], Origin | None], key: str, note: str) -> Sin
         return None
     try:
         return origin.sink(client, name, note)
-    except Exception:  # one record must not keep the daemon from starting
+    except Exception:  # one bad record must not prevent the start of the daemon
         log.exception("%s: the note about its origin is damaged or of another version", key)
         return None
 

@@ -24,7 +24,7 @@ from edge.requests.wal_repair import repair
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-CACHE_KIB = 256  # of anonymous memory; sqlite's default is 2 MB, which a journal fills within hours
+CACHE_KIB = 256  # of anonymous memory; a journal fills sqlite's default of 2 MB within hours
 RETRY_S = 60.0  # between two attempts to return to the disk
 UNFIT = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CONSTRAINT)  # records that do not fit a table
 DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
@@ -35,7 +35,7 @@ ASIDE = ".damaged"
 class SqliteStore:
     """Tables in the file `path`, or in memory only if `path` is None. `tables` gives their schemas by name.
 
-    The first column of each is the integer primary key. It gives the order only, and can be renumbered.
+    The first column of each is the integer primary key. It only gives the order, and can be renumbered.
 
     `writes` counts transactions that changed something, `syncs` those that waited for the disk (fsync).
     `damage` counts records and pages that were found damaged. `problem` is None, or one line on why the
@@ -143,7 +143,7 @@ class SqliteStore:
         return True
 
     def _take_over(self, new: sqlite3.Connection) -> None:
-        """Replace the database by `new` and copy all readable rows. Raises if `new` can't be written."""
+        """Replace the database with `new` and copy all readable rows. Raises if `new` can't be written."""
         self._copy_rows(self._database, new, replacing=self._rows_are_all)
         self._database.close()
         self._database, self._synchronous = new, False
@@ -156,7 +156,7 @@ class SqliteStore:
             names, rows = self._readable_rows(old, table)
             values = ", ".join("?" * len(names))
             insert = f"INSERT OR REPLACE INTO {table} ({', '.join(names)}) VALUES ({values})"
-            if replacing:  # otherwise the file may have rows that this process has never read
+            if replacing:  # otherwise the file can have rows that this process has never read
                 new.execute(f"DELETE FROM {table}")
             for row in rows:
                 try:

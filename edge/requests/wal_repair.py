@@ -1,9 +1,9 @@
 """Repair of sqlite's write-ahead log after damage on the disk.
 
-sqlite reads a log up to the first frame whose checksum is wrong. After a power cut that is right; when the
-card has changed one byte it silently loses everything later. `repair` drops the damaged pages, keeps those
-after them, and computes the checksums again. sqlite's integrity check must follow, since a dropped page may
-be missing. A torn frame at the end of the log is not damage: a kill or a power cut leaves one.
+sqlite reads a log up to the first frame with a wrong checksum. After a power cut that is right. If the card
+has changed one byte, it silently loses everything after it. `repair` drops the damaged pages, keeps those
+after them, and computes the checksums again. sqlite's integrity check must follow, since a dropped page can
+be needed. A torn frame at the end of the log is not damage: a kill or a power cut leaves one.
 
 Format: https://www.sqlite.org/fileformat2.html#the_write_ahead_log
 """
@@ -53,7 +53,7 @@ def repair(database: Path) -> int:
 
 
 def repaired(log: bytes) -> tuple[bytes, int]:
-    """Give a log without its damaged frames, and their number; the log as it is if it can't be read."""
+    """Return a log without its damaged frames, and their number; an unreadable log stays as it is."""
     if len(log) < HEADER + FRAME:
         return log, 0
     header = log[:HEADER]
@@ -64,7 +64,7 @@ def repaired(log: bytes) -> tuple[bytes, int]:
     if struct.unpack(">3I", header[:12]) != (MAGIC, VERSION, PAGE):
         return log, 0
     frames = [log[at : at + FRAME] for at in range(HEADER, len(log) - FRAME + 1, FRAME)]
-    while frames and frames[-1][8:16] != header[16:24]:  # left of the log's generation before
+    while frames and frames[-1][8:16] != header[16:24]:  # left from an earlier generation of the log
         frames.pop()
     intact, valid = _examined(frames, header)
     while intact and not intact[-1]:
@@ -76,10 +76,10 @@ def repaired(log: bytes) -> tuple[bytes, int]:
 
 
 def _examined(frames: list[bytes], header: bytes) -> tuple[list[bool], list[bool]]:
-    """Tell for each frame whether its page is as it was written, and whether all of it is.
+    """Return for each frame whether its page is intact, and whether the whole frame is.
 
-    A checksum continues from that of the frame before: from the stored one, so that a damaged page does not
-    spoil what follows, or from the computed one, if only the stored one is damaged.
+    A checksum continues from the previous frame's. The stored one is used, so a damaged page does not affect
+    later frames; if only the stored one is damaged, the computed one is used.
     """
     intact: list[bool] = []
     valid: list[bool] = []
@@ -98,7 +98,7 @@ def _examined(frames: list[bytes], header: bytes) -> tuple[list[bool], list[bool
 
 
 def _chained(header: bytes, frames: list[bytes]) -> bytes:
-    """Write a log of frames, with the salts and checksums that they need."""
+    """Return a log of these frames, with new salts and checksums."""
     log, checksum = bytearray(header), struct.unpack(">2I", header[24:])
     for frame in frames:
         checksum = _after(checksum, _words(frame[:8] + frame[FRAME_HEADER:]))

@@ -1,4 +1,4 @@
-"""What a dashboard shows of the sensors of a route: the model's last answer, or whether there is an alarm."""
+"""What a dashboard shows for a route's sensors: the model's latest answer, or whether there is an alarm."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ MIB = 1024 * 1024
 def health(engine: Engine, journal: Journal, board: Board) -> Mapping[str, Any]:
     """Gather it. Unknown values are null.
 
-    `tokens_per_s` and `first_token_ms` are those of the last answer, `memory_mib` is anonymous memory
+    `tokens_per_s` and `first_token_ms` are those of the latest answer, `memory_mib` is anonymous memory
     (RssAnon), `throttling` lists what holds a Raspberry Pi's processor back now, `journal_damage` counts
     records that the disk has damaged.
     """

@@ -259,7 +259,7 @@ def test_a_sink_that_raises_does_not_affect_other_requests(
 
     bench.engine.submit("test", Request("a", "abc"), broken)
     assert bench.ask("b").final()
-    assert "could not be handed over" in caplog.text
+    assert "could not be delivered" in caplog.text
 
 
 def test_a_stop_answers_waiting_requests_and_refuses_new_ones(bench: Bench) -> None:

@@ -1,7 +1,7 @@
-"""Requests whose final or error is not at the broker yet, and which packet to acknowledge when it is.
+"""Requests whose final or error has not reached the broker yet, and the packets to acknowledge then.
 
 A request is acknowledged when the broker has acknowledged its final or error, so neither a crash nor a lost
-connection loses one. Meanwhile the broker can deliver it again over a new connection; then the new delivery
+connection loses one. Meanwhile the broker can redeliver it on a new connection; then the new delivery
 is the one to acknowledge. `JournaledEngine.submit` decides what is a duplicate. Only redeliveries of refused
 requests, which are not in the journal, are recognised here, by their content.
 """
@@ -20,9 +20,9 @@ REMEMBERED = 512  # refused requests whose redelivery is recognised
 
 @dataclass(eq=False)
 class Delivery:
-    """A request in progress: where its answers go, and what to acknowledge after the final or error.
+    """A request in progress: the topic for its answers, and the packet to acknowledge afterwards.
 
-    `id` is None where the request has none. `content` is a hash of the payload, None for a request of an
+    `id` is None if the request has none. `content` is a hash of the payload, None for a request of an
     earlier run. `journaled`: the request or its answer is in the journal.
     """
 
@@ -112,7 +112,7 @@ class Deliveries:
         return False
 
     def _replace(self, first: Delivery, token: Token | None) -> None:
-        """Acknowledge a duplicate now, so that it delays nothing, unless the first can't be any more."""
+        """Acknowledge a duplicate now, unless the first delivery can no longer be acknowledged."""
         if self._connection.can_acknowledge(first.token):
             self._connection.acknowledge(token)
         else:

@@ -1,12 +1,12 @@
-"""What Home Assistant shows of a node: one device with its health, and an entity for each sensor of a route.
+"""A node in Home Assistant: a device with the node's health, and an entity for each sensor of a route.
 
 A retained message describes the device (MQTT device discovery, Home Assistant 2024.11 and later). It is
-published on each connection, when Home Assistant has started, and when a route has something to show of a
-sensor for the first time. Figures come from the node's retained health, availability from its status.
+published on each connection, when Home Assistant has started, and when a route shows a sensor for the first
+time. The values come from the node's retained health, the availability from its status.
 
-A route that asks the model shows the last answer (`sensor`); one that only raises events shows whether there
-is an alarm (`binary_sensor`). A state has at most 255 characters there, so an answer is cut to that; the
-whole answer is in the attributes.
+A route that asks the model shows the latest answer (`sensor`). A route that only raises events shows whether
+there is an alarm (`binary_sensor`). Home Assistant limits a state to 255 characters, so an answer is cut to
+that length; the whole answer is in the attributes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MAX_STATE = 255  # characters of a state in Home Assistant
 MAX_SENSORS = 500  # with an entity: 250 kB of description
 MAX_NAME = 64  # characters of a sensor in a topic
 
-# Of health, by its keys: the name, and what else Home Assistant needs to know.
+# The entities for health, by its keys: the name and other settings of Home Assistant.
 _FIGURES: dict[str, tuple[str, dict[str, str]]] = {
     "queue": ("Queue", {"state_class": "measurement"}),
     "answered": ("Answered", {"state_class": "total_increasing"}),
@@ -51,7 +51,7 @@ _PROBLEMS = {"throttling": "Throttling", "journal": "Journal"}
 class HomeAssistant:
     """Makes the messages for a node's device; `prefix` is Home Assistant's discovery prefix.
 
-    `topics` are those of the node, and `status` gives what its status contains.
+    `topics` are those of the node; `status` returns the content of its status.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class HomeAssistant:
         self._prefix, self._node, self._topics = prefix, node, topics
         self._status = status
         self._asking = frozenset[str]() if routes is None else routes.asking
-        self._sensors: dict[tuple[str, str], None] = {}  # route and sensor, in the order of their appearance
+        self._sensors: dict[tuple[str, str], None] = {}  # route and sensor, in order of first appearance
         for route, sensor in () if routes is None else routes.displayed:
             self._know(route, sensor)
 
@@ -92,19 +92,19 @@ class HomeAssistant:
         return Outgoing(f"{self._prefix}/device/{name}/config", dumps(described), retain=True)
 
     def show(self, display: Display) -> list[Outgoing]:
-        """Give the messages that show a sensor; the device comes first where it is a new one."""
+        """Return the messages that show a sensor. For a new sensor, the device comes first."""
         new = self._know(display.route, display.sensor)
         state = display.state
         text = ("ON" if state else "OFF") if isinstance(state, bool) else _cut(state)
         shown = dumps({"state": text, "attributes": display.attributes})
         topics = [self._sensor_topic(display.route, display.sensor)]
         if not isinstance(state, bool):
-            topics.append(self._topics.route(display.route))  # the last answer of the route
+            topics.append(self._topics.route(display.route))  # the latest answer of the route
         messages = [Outgoing(topic, shown, retain=True) for topic in topics]
         return [self.device(), *messages] if new else messages
 
     def _know(self, route: str, sensor: str) -> bool:
-        """Note a sensor; True if it is a new one that there is room for."""
+        """Add a sensor; True if it is new and there is room for it."""
         new = (route, sensor) not in self._sensors and len(self._sensors) < MAX_SENSORS
         if new:
             self._sensors[route, sensor] = None
@@ -155,11 +155,11 @@ class HomeAssistant:
 
 
 def _slug(sensor: str) -> str:
-    """Name a sensor in a topic and an identifier; a checksum tells apart names that look the same then."""
+    """Name a sensor for topics and identifiers; a checksum distinguishes names that become equal."""
     plain = re.sub(r"[^A-Za-z0-9_-]", "_", sensor)[:MAX_NAME]
     return plain if plain == sensor else f"{plain}-{zlib.crc32(sensor.encode()):08x}"
 
 
 def _cut(text: str) -> str:
-    """Shorten a text to what fits into a state, with a sign that it was."""
+    """Shorten a text to the length of a state, and mark it as shortened."""
     return text if len(text) <= MAX_STATE else text[: MAX_STATE - 3] + "..."

@@ -1,4 +1,4 @@
-"""What goes over an MQTT connection in either direction, and who is told of it."""
+"""The messages on an MQTT connection, and the interface of its listener."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import NamedTuple, Protocol
 CONTENT_TYPE = "application/json"
 
 Token = tuple[int, int]
-"""A delivery to acknowledge: the connection it came over, counted from 1, and its packet identifier."""
+"""A delivery to acknowledge: the number of its connection, from 1, and its packet identifier."""
 
 
 class Received(NamedTuple):
     """A message from the broker.
 
-    `duplicate`: the DUP flag. `expiry_s`: the rest of its Message Expiry. `token` is None at QoS 0.
+    `duplicate`: the DUP flag. `expiry_s`: its remaining Message Expiry. `token` is None at QoS 0.
     """
 
     topic: str
@@ -29,7 +29,7 @@ class Received(NamedTuple):
 
 @dataclass(frozen=True)
 class Outgoing:
-    """A message to publish. `correlation` and `response_topic` are sent where MQTT 5 is spoken."""
+    """A message to publish. `correlation` and `response_topic` are sent only with MQTT 5."""
 
     topic: str
     payload: str
@@ -40,13 +40,13 @@ class Outgoing:
 
     @property
     def size(self) -> int:
-        """Characters and bytes that it holds, about what it takes in memory."""
+        """Its characters and bytes, about its size in memory."""
         texts = len(self.topic) + len(self.payload) + len(self.response_topic or "")
         return texts + len(self.correlation or b"")
 
 
 class Listener(Protocol):
-    """What happens on a connection, told in its thread. No method may block."""
+    """Called for the events of a connection, in its thread. No method may block."""
 
     def connected(self) -> None:
         """A connection was made: subscribe now."""
@@ -58,7 +58,7 @@ class Listener(Protocol):
         """The connection has ended."""
 
     def received(self, message: Received) -> None:
-        """A message came; `acknowledge(message.token)` acknowledges it."""
+        """A message has arrived; `acknowledge(message.token)` acknowledges it."""
 
     def tick(self) -> None:
         """Called while connected: after each batch of messages, and at least every TICK_S seconds."""

@@ -1,16 +1,16 @@
-"""Requests over MQTT: payloads go down to the engine, and answers come up to the broker.
+"""Requests over MQTT: passes payloads to the engine and publishes the answers.
 
-Requests come on `.../request`, cancellations on `.../cancel` (QoS 1). The answers go to the Response Topic
+Requests arrive on `.../request`, cancellations on `.../cancel` (QoS 1). The answers go to the Response Topic
 or, for clients of MQTT 3.1.1, to the request's `reply_to`. Message Expiry is a deadline.
 
-On `.../request/<user>` and `.../cancel/<user>` the broker's access list vouches for the user: such a request
-is answered below `.../reply/<user>/` only, and such a cancellation reaches only requests that are.
+On `.../request/<user>` and `.../cancel/<user>`, the broker's access list guarantees the user. Such a request
+is answered only below `.../reply/<user>/`; such a cancellation applies only to requests answered there.
 
-Acknowledgements are sent as answers come, not in the order of arrival that MQTT 5, 4.6 requires: a refusal
-must not wait behind a long answer, and brokers go by the packet identifier.
+Acknowledgements are sent when answers are complete, not in the order of arrival that MQTT 5, 4.6 requires. A
+refusal must not wait behind a long answer, and brokers match acknowledgements by packet identifier.
 
-A final or error is QoS 1, so it can come twice after a lost connection or a crash; it is the same one, with
-the same id. QoS 2 would not change that: its packet identifiers would have to survive a crash on both sides.
+Finals and errors use QoS 1, so after a lost connection or a crash a client can get one twice, with the same
+id. QoS 2 would not prevent that, since packet identifiers do not survive a crash on both sides.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from edge.transports.mqtt.messages import Received
 
 log = logging.getLogger(__name__)
 
-CLIENT = "mqtt:"  # and the response topic: the name space of ids
+CLIENT = "mqtt:"  # followed by the response topic: the namespace of ids
 MAX_CANCEL_BYTES = 4096
 
 
 class MqttRequests:
-    """Requests, cancellations and answers of one node. Response topics begin with one of `prefixes`."""
+    """Requests, cancellations and answers of one node. Response topics start with one of `prefixes`."""
 
     def __init__(
         self,
@@ -116,10 +116,10 @@ class MqttRequests:
         self._connection.acknowledge(message.token)
 
     def _submit(self, delivery: Delivery, peeked: PeekedRequest, message: Received) -> Verdict:
-        """Submit a request to the engine; a refused one has been given its answer."""
+        """Submit a request to the engine; a refused request is answered at once."""
         client, sink = _client(delivery.reply), partial(self._sink, delivery)
         refusal = None if peeked.id is None else self._engine.refusal(client, peeked.id)
-        if refusal is not None:  # without a check of the other fields: a flood of requests must cost little
+        if refusal is not None:  # before the other fields are checked: a flood of requests must cost little
             sink(refusal)
             return Verdict.REFUSED
         note = base64.b64encode(delivery.correlation).decode() if delivery.correlation else ""
@@ -130,7 +130,7 @@ class MqttRequests:
             sink(Failure(peeked.id, error.code, str(error), error.retry_after_ms))
         except Exception:
             log.exception("request %s could not be accepted", peeked.id)
-            sink(Failure(peeked.id, "internal", "the daemon failed; its log says why"))
+            sink(Failure(peeked.id, "internal", "the daemon failed; see its log"))
         return Verdict.REFUSED
 
     def _sink(self, delivery: Delivery, answer: Answer) -> None:
@@ -141,7 +141,7 @@ class MqttRequests:
         if isinstance(answer, Partial):
             self._connection.publish(delivery.answer(answer, qos=0))
             return
-        keep = delivery.journaled and not _is_refusal(answer)  # the journal bounds those
+        keep = delivery.journaled and not _is_refusal(answer)  # the journal limits their number
         done = partial(self._sent, delivery, answer)
         if self._connection.publish(delivery.answer(answer), keep, done):
             self.answering += 1
@@ -149,7 +149,9 @@ class MqttRequests:
             self._dropped.warning(
                 "%s: too many messages wait for the broker; a refusal is dropped", self._topics.base
             )
-            self._deliveries.finish(delivery)  # otherwise the broker would soon send nothing more
+            self._deliveries.finish(
+                delivery
+            )  # otherwise the broker would soon stop sending (Receive Maximum)
 
     def _sent(self, delivery: Delivery, answer: Answer, refused: str | None) -> None:
         """Handle the broker's acknowledgement of a final or error; a refused one can become `too_long`."""
@@ -177,7 +179,7 @@ class MqttRequests:
         self._connection.acknowledge(message.token)
 
     def _may_answer(self, topic: str | None, prefixes: tuple[str, ...]) -> TypeGuard[str]:
-        """Whether answers can go to a topic: one with an allowed prefix, and never another node's own."""
+        """Whether a topic is allowed for answers: it has an allowed prefix and belongs to no other node."""
         if topic is None or not topic.startswith(prefixes):
             return False
         try:
@@ -197,7 +199,7 @@ def _client(reply: str) -> str:
 
 
 def _with_expiry(request: Request, expiry_s: int | None) -> Request:
-    """Let the rest of Message Expiry bound the deadline."""
+    """Limit the deadline to the remaining Message Expiry."""
     if expiry_s is None:
         return request
     limit = max(1, expiry_s * 1000)

@@ -1,7 +1,6 @@
-"""A TCP or TLS connection to a broker that never blocks and is read and written in bulk.
+"""A non-blocking TCP or TLS connection to a broker, read and written in large blocks.
 
-Each system call gives up Python's lock and may have to wait for it again, so packets are not read and written
-one by one.
+Each system call releases the GIL and may wait to get it back, so packets are not read and written one by one.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ if TYPE_CHECKING:
 
 CONNECT_S = 5.0  # for a TCP connection
 HANDSHAKE_S = 10.0  # for a TLS handshake
-DEAD_MS = 15_000  # data that TCP has had no acknowledgement of for so long ends the connection
-RECEIVE_BYTES = 64 * 1024  # that the system holds for us: more would only be older when it is read
+DEAD_MS = 15_000  # TCP data unacknowledged for this long ends the connection
+RECEIVE_BYTES = 64 * 1024  # receive buffer: with a larger one, data would only be older when it is read
 CHUNK_BYTES = 16 * 1024
 
 
@@ -26,7 +25,7 @@ def tls_context(broker: Broker) -> ssl.SSLContext | None:
     """Read the broker's TLS files; None without TLS. Raises TransportError if one can't be used."""
     if not broker.tls:
         return None
-    import ssl  # a megabyte of memory, needed for TLS only
+    import ssl  # takes 1 MB, needed only for TLS
 
     try:
         context = ssl.create_default_context(cafile=broker.ca_file)
@@ -38,10 +37,10 @@ def tls_context(broker: Broker) -> ssl.SSLContext | None:
 
 
 class Stream:
-    """A connection to a broker; what is written waits in `unsent` for `flush`."""
+    """A connection to a broker. Written data waits in `unsent` for `flush`."""
 
     def __init__(self, broker: Broker, context: ssl.SSLContext | None) -> None:
-        """Connect, which may take CONNECT_S and HANDSHAKE_S seconds. Raises OSError."""
+        """Connect, in at most CONNECT_S + HANDSHAKE_S seconds. Raises OSError."""
         self.unsent = bytearray()
         self._again: tuple[type[OSError], ...] = (BlockingIOError,)
         self._secure: ssl.SSLSocket | None = None
@@ -61,16 +60,16 @@ class Stream:
             raise
 
     def fileno(self) -> int:
-        """Give the descriptor, for `select`."""
+        """Return the file descriptor, for `select`."""
         return self._socket.fileno()
 
     @property
     def pending(self) -> bool:
-        """Whether TLS holds data that `select` does not know of."""
+        """Whether TLS has buffered data that `select` does not report."""
         return self._secure is not None and self._secure.pending() > 0
 
     def read(self) -> bytes | None:
-        """Read what is there, CHUNK_BYTES at most; None if that is nothing yet, b"" at the end.
+        """Read the available data, at most CHUNK_BYTES; None if there is none yet, b"" at the end.
 
         Raises OSError if the connection has failed.
         """
@@ -82,7 +81,7 @@ class Stream:
     def flush(self) -> None:
         """Write what can be written now.
 
-        A failure is not reported: `read` does so, after what the broker may have said before it.
+        Does not report a failure; `read` does, after the last data from the broker.
         """
         try:
             while self.unsent:
@@ -93,7 +92,7 @@ class Stream:
             self.unsent.clear()
 
     def close(self) -> None:
-        """Write what can be written, and close."""
+        """Write what can be written now, and close."""
         self.flush()
         self._socket.close()
 
@@ -103,10 +102,10 @@ class Stream:
 
 
 def _tune(sock: socket.socket) -> None:
-    """Switch off Nagle's algorithm, which adds 40 ms to small packets, and detect an absent peer early.
+    """Switch off Nagle's algorithm, which adds 40 ms to small packets, and detect a lost peer early.
 
-    Without DEAD_MS, TCP retransmits ever more rarely, and a network that was down for a minute seems to be
-    down for two (tcp(7)).
+    Without DEAD_MS, TCP doubles its retransmission interval each time, so after a minute of network failure
+    the connection can be dead for another minute (tcp(7)).
     """
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)

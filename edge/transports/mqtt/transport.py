@@ -1,7 +1,7 @@
-"""One node on one broker: its connections, and which part takes which message.
+"""One node on one broker: its connections, and the dispatch of messages to its parts.
 
-Requests have a connection of their own, readings another (`readings`), so that sensors that send without end
-hold up no request. Topics are those of `edge.protocol.topics`.
+Requests and readings (`readings`) have separate connections, so sensors that send continuously do not delay
+requests. Topics are those of `edge.protocol.topics`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 class MqttTransport:
-    """Serves one node on one broker. `status` gives what the retained status says, `health` the health."""
+    """Serves one node on one broker. `status` returns the retained status, `health` the health."""
 
     def __init__(
         self,
@@ -83,11 +83,11 @@ class MqttTransport:
         return self._requests.unconfirmed
 
     def stop(self, timeout_s: float) -> None:
-        """Send the answers there are and `offline`, and disconnect; at most about `timeout_s` seconds."""
+        """Send finished answers and `offline`, and disconnect; takes at most about `timeout_s` seconds."""
         until = time.monotonic() + timeout_s
-        handed_over = threading.Event()  # what was posted before is being published then
+        handed_over = threading.Event()  # everything posted before has then been published
         self.connection.post(handed_over.set)
-        pause = threading.Event()  # waits also where time.sleep refuses to, after a jump of the clock
+        pause = threading.Event()  # works after a clock jump, when time.sleep does not
         while self.connection.connected and time.monotonic() < until:
             if handed_over.is_set() and not self._publishing and not self._requests.answering:
                 break
@@ -103,7 +103,7 @@ class MqttTransport:
     def publish(self, topic: str, payload: str, delivered: Callable[[], None] | None) -> None:
         """Publish the message of a route, from any thread; `delivered` is called when the broker has it.
 
-        Without it the message is dropped if too many wait for the broker already.
+        Without `delivered`, the message is dropped if too many messages wait for the broker.
         """
         self.connection.post(lambda: self._publish(topic, payload, delivered))
 
@@ -112,13 +112,13 @@ class MqttTransport:
         self.connection.post(partial(self._presence.show, display))
 
     def announce(self) -> None:
-        """Publish the status again, from any thread, because it has changed."""
+        """Publish the changed status, from any thread."""
         self.connection.post(self._presence.announce)
 
-    # What follows is called in the connection's thread only.
+    # The methods below are called only in the connection's thread.
 
     def connected(self) -> None:
-        """Subscribe to requests, and to Home Assistant's birth at QoS 0."""
+        """Subscribe to requests, and to Home Assistant's birth topic at QoS 0."""
         topics, users = self._topics, self._topics.of_user("+")
         filters = (topics.request, topics.cancel, users.request, users.cancel)
         self.connection.subscribe(*filters, at_most_once=self._presence.births)
@@ -128,7 +128,7 @@ class MqttTransport:
         self._presence.subscribed()
 
     def disconnected(self) -> None:
-        """Note that nothing is heard until the next connection."""
+        """Note that no requests arrive until the next connection."""
         self._engine.sync()
         self._presence.disconnected()
 
@@ -144,10 +144,10 @@ class MqttTransport:
         elif message.topic.startswith((self._topics.request, self._topics.cancel)):
             self._requests.received(message)
         else:
-            self.connection.acknowledge(message.token)  # a subscription that the session kept
+            self.connection.acknowledge(message.token)  # from an old subscription in the session
 
     def tick(self) -> None:
-        """Have what was accepted written to the disk, and publish health."""
+        """Sync accepted requests to the disk, and publish health."""
         self._engine.sync()
         self._presence.tick()
 
@@ -163,4 +163,4 @@ class MqttTransport:
             self._publishing += 1
         else:
             said = printable(topic, 200)
-            self._dropped.warning("%s: too many messages wait for the broker; one is dropped", said)
+            self._dropped.warning("%s: too many messages wait for the broker; a message is dropped", said)
