@@ -1,4 +1,4 @@
-"""The released configurations give the published architectures: layers, owners, numbers of weights."""
+"""The released configurations give the published architectures: layers, KV owners, weight counts."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def weights(architecture: Architecture) -> int:
         (GEMMA4_E4B, 7_463_013_418),
     ],
 )
-def test_the_number_of_weights_is_the_published_one(config: dict[str, Any], count: int) -> None:
+def test_the_number_of_weights_equals_the_published_one(config: dict[str, Any], count: int) -> None:
     assert weights(from_config(config)) == count
 
 
@@ -118,7 +118,7 @@ def test_e4b_shares_keys_and_values_of_layers_22_and_23() -> None:
     assert {layer.feed_forward for layer in arch.layers} == {10240}
 
 
-def test_what_the_families_differ_in() -> None:
+def test_the_differences_between_the_families() -> None:
     old, new = from_config(GEMMA3_1B), from_config(GEMMA4_E2B)
     assert (old.attention_scale, new.attention_scale) == (1 / 16, 1.0)
     assert (old.value_norm, new.value_norm) == (False, True)
@@ -176,7 +176,7 @@ def test_e2bs_gguf_metadata_and_its_config_mean_the_same() -> None:
         (GEMMA4_E2B, {"num_attention_heads": 7, "num_key_value_heads": 2}, "7 query heads, 2 KV heads"),
     ],
 )
-def test_models_of_another_kind_are_refused_by_key(
+def test_unsupported_model_types_are_refused_by_key(
     config: dict[str, Any], edit: dict[str, Any], named: str
 ) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json") as caught:
@@ -184,7 +184,7 @@ def test_models_of_another_kind_are_refused_by_key(
     assert named in str(caught.value)
 
 
-def test_every_tensor_has_a_name_of_its_own_in_both_formats() -> None:
+def test_every_tensor_has_a_unique_name_in_both_formats() -> None:
     shapes = tensor_shapes(from_config(GEMMA4_E2B | {"tie_word_embeddings": False}))
     assert len({huggingface_name(name) for name in shapes}) == len(shapes)
     assert len({gguf_name(name) for name in shapes}) == len(shapes)

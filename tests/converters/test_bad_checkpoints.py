@@ -1,4 +1,4 @@
-"""Bad checkpoints on the command line: one line that names the thing, and nothing is left behind."""
+"""Bad checkpoints on the command line: a one-line error that names the file, and no leftovers."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def change_tensor(name: str, change: Callable[[Any], Any] | None) -> Damage:
 
 
 def with_value(value: float) -> Callable[[Any], Any]:
-    """One value in the last row, where a conversion comes to late."""
+    """Change one value in the last row, which a conversion reads late."""
 
     def put(array: Any) -> Any:
         changed = array.copy()
@@ -115,7 +115,9 @@ BAD: dict[str, tuple[Damage, str]] = {
 
 @pytest.mark.parametrize("recipe", ["int8", "int4", "mobile"])
 @pytest.mark.parametrize("kind", BAD)
-def test_a_bad_checkpoint_is_one_line_and_leaves_nothing(kind: str, recipe: str, tmp_path: Path) -> None:
+def test_a_bad_checkpoint_is_a_one_line_error_and_leaves_nothing(
+    kind: str, recipe: str, tmp_path: Path
+) -> None:
     damage, said = BAD[kind]
     folder = copy_fixture(GEMMA4, tmp_path / "model")
     damage(folder)
@@ -160,7 +162,7 @@ def test_nan_in_a_scale_of_the_mobile_release_is_refused_too(tmp_path: Path) -> 
         ),
     ],
 )
-def test_a_bad_gguf_is_one_line_and_leaves_nothing(
+def test_a_bad_gguf_is_a_one_line_error_and_leaves_nothing(
     fields: dict[str, Any], tensors: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "model.gguf"
@@ -168,7 +170,7 @@ def test_a_bad_gguf_is_one_line_and_leaves_nothing(
     assert_refused(path, said, [])
 
 
-def test_a_gemma_3_has_no_mobile_recipe(tmp_path: Path) -> None:
+def test_the_mobile_recipe_is_refused_for_a_gemma_3_checkpoint(tmp_path: Path) -> None:
     folder = copy_fixture(GEMMA3, tmp_path / "model")
     result = CliRunner().invoke(main, [str(folder), "-o", str(tmp_path / "bundle"), "--recipe", "mobile"])
     assert result.exit_code == 1

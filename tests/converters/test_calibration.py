@@ -1,4 +1,4 @@
-"""Calibration: codes of least output error, factors that change roundings only, and whole bundles."""
+"""Calibration: codes with the least output error, smoothing factors, and complete bundles."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ def objective_of(x: Floats, damping: float = 0.01) -> Objective:
     blocks=st.integers(1, 3),
 )
 @settings(max_examples=30)
-def test_codes_for_an_objective_lose_no_more_than_nearest_codes(
+def test_calibrated_codes_lose_no_more_than_nearest_codes(
     seed: int, format: Format, rows: int, blocks: int
 ) -> None:
-    """Of a single row they may: codes are chosen one column after the other, not all at once."""
+    """A single row can lose more, because codes are chosen column by column and not all at once."""
     columns = 32 * blocks
     weights = np.random.default_rng(seed).normal(size=(rows, columns)).astype(np.float32)
     objective = objective_of(correlated(seed, 400, columns))
@@ -71,7 +71,7 @@ def test_codes_for_an_objective_lose_no_more_than_nearest_codes(
     assert objective.error(weights, found) <= objective.error(weights, quantize(weights, format)) * 1.001
 
 
-def test_correlated_inputs_let_codes_make_up_for_each_other() -> None:
+def test_with_correlated_inputs_codes_compensate_for_each_other() -> None:
     weights = np.random.default_rng(0).normal(size=(64, 128)).astype(np.float32)
     objective = objective_of(correlated(1, 1000, 128))
     for format in FORMATS:
@@ -79,7 +79,7 @@ def test_correlated_inputs_let_codes_make_up_for_each_other() -> None:
         assert objective.error(weights, quantize_for(objective, weights, format)) < 0.5 * nearest
 
 
-def test_inputs_that_were_never_seen_still_give_codes() -> None:
+def test_columns_without_calibration_inputs_still_get_codes() -> None:
     weights = np.random.default_rng(4).normal(size=(3, 32)).astype(np.float32)
     objective = Objective.of(np.zeros((32, 32), np.float32))
     assert objective.error(weights, quantize_for(objective, weights, Format(8))) < 1e-4
@@ -87,7 +87,7 @@ def test_inputs_that_were_never_seen_still_give_codes() -> None:
         Objective.of(np.full((4, 4), np.nan, np.float32))
 
 
-def test_of_a_very_long_text_a_megabyte_from_all_over_is_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_very_long_text_is_sampled_evenly_up_to_a_megabyte(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     encode = Tokenizer.encode
 
@@ -119,7 +119,7 @@ def test_smoothing_does_not_change_what_is_computed(name: str) -> None:
     )
 
 
-def test_tensors_whose_codes_are_kept_are_not_smoothed() -> None:
+def test_tensors_that_keep_their_stored_codes_are_not_smoothed() -> None:
     checkpoint = open_checkpoint(FIXTURES / GEMMA3)
     formats = formats_of(GEMMA3, "int8")
     del formats["layers.0.value"], formats["layers.0.up"]
@@ -154,7 +154,7 @@ def of_few_directions(tensor: LazyTensor) -> LazyTensor:
     return Plain(tensor, np.ascontiguousarray((left * sizes) @ right, np.float32))
 
 
-def test_int2_loses_less_than_half_of_what_nearest_codes_lose_at_the_outputs(
+def test_calibrated_int2_has_less_than_half_the_output_error_of_nearest_codes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     checkpoint = open_checkpoint(FIXTURES / GEMMA4)
@@ -176,7 +176,7 @@ def test_int2_loses_less_than_half_of_what_nearest_codes_lose_at_the_outputs(
 @pytest.mark.parametrize(
     ("name", "recipe", "share"), [(GEMMA3, "int4", 0.8), (GEMMA3, "int8", 0.9), (GEMMA4, "int4", 0.8)]
 )
-def test_a_calibrated_bundle_is_as_large_as_a_plain_one_and_nearer_to_the_checkpoint(
+def test_a_calibrated_bundle_has_equal_size_and_is_closer_to_the_checkpoint(
     name: str, recipe: str, share: float, tmp_path: Path
 ) -> None:
     bundles = []
@@ -232,7 +232,7 @@ def test_the_manifest_and_inspect_name_the_calibration_text(tmp_path: Path) -> N
         (None, "notes.txt: can't be read: No such file or directory"),
     ],
 )
-def test_a_text_that_can_not_be_used_is_one_line_and_leaves_nothing(
+def test_an_unusable_text_is_a_one_line_error_and_leaves_nothing(
     content: bytes | None, message: str, tmp_path: Path
 ) -> None:
     text, target = tmp_path / "notes.txt", tmp_path / "bundle"

@@ -1,4 +1,4 @@
-"""GGUF files: what the library's own writer wrote is what is read; what can't be is refused in a line."""
+"""GGUF files: values written by the gguf library are read back; invalid files are refused in one line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.support.checkpoint_files import FIXTURES, GEMMA3, GEMMA4, NAMES, real
 
 
 def refusal(path: Path) -> str:
-    """The message with which opening `path` and reading everything in it is refused: one line."""
+    """Return the one-line error of opening `path` and reading everything in it."""
     with pytest.raises(CheckpointError) as caught:
         read_all(path)
     message = str(caught.value)
@@ -41,7 +41,7 @@ def read_all(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_gguf_says_the_same_as_the_folder_it_was_made_of(name: str, tmp_path: Path) -> None:
+def test_a_gguf_equals_the_folder_it_was_made_from(name: str, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     pattern = [layer.attention == "sliding" for layer in open_checkpoint(FIXTURES / name).architecture.layers]
     family = name.partition("-")[0]
@@ -63,7 +63,7 @@ def test_a_gguf_without_a_pattern_has_gemma3s_period_and_sliding_base(tmp_path: 
     assert (architecture.rope_sliding, architecture.rope_full) == (Rope(1e4), Rope(1e6))
 
 
-def test_newer_gemma3_keys_are_used_where_a_file_has_them(tmp_path: Path) -> None:
+def test_newer_gemma3_keys_are_used_if_present(tmp_path: Path) -> None:
     fields = {"gemma3.attention.sliding_window_pattern": 3, "gemma3.rope.freq_base_swa": 2e4}
     write_gguf(tmp_path / "model.gguf", fields=fields)
     architecture = open_checkpoint(tmp_path / "model.gguf").architecture
@@ -91,7 +91,7 @@ def blocks(kind: Kind, rows: int, width: int) -> Any:
 
 
 @pytest.mark.parametrize("kind", QUANTISED, ids=lambda kind: kind.name)
-def test_every_slice_of_a_quantised_tensor_is_what_the_gguf_package_makes_of_it(
+def test_every_slice_of_a_quantised_tensor_is_dequantised_as_by_the_gguf_package(
     kind: Kind, tmp_path: Path
 ) -> None:
     path = tmp_path / "model.gguf"
@@ -122,7 +122,7 @@ def test_half_floats_are_widened(kind: Kind, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [Kind.Q4_1, Kind.Q5_1])
-def test_a_file_in_what_llama_cpp_falls_back_to_has_the_values_that_went_in(
+def test_a_file_in_the_fallback_types_of_llama_cpp_has_the_original_values(
     kind: Kind, tmp_path: Path
 ) -> None:
     """Q5_K_M of the 270M and the 1B is mostly Q5_1: their rows are not whole blocks of 256."""
@@ -140,7 +140,7 @@ def test_an_unsupported_tensor_type_is_refused_by_name(tmp_path: Path) -> None:
     assert "token_embd.weight: type MXFP4 is not supported; use a BF16, Q8_0 or Q4_K_M file" in message
 
 
-def test_a_value_that_is_no_number_is_refused_by_the_name_of_its_tensor(tmp_path: Path) -> None:
+def test_a_non_finite_value_is_refused_by_the_name_of_its_tensor(tmp_path: Path) -> None:
     for value in (np.nan, np.inf, -np.inf):
         weight = np.ones((96, 64), np.float32)
         weight[95, 63] = value
@@ -175,15 +175,13 @@ def test_a_missing_tensor_and_a_wrong_shape_are_refused_by_name(tmp_path: Path) 
         ({"tokenizer.ggml.scores": None}, "tokenizer.ggml.scores"),
     ],
 )
-def test_metadata_that_do_not_fit_are_refused_by_key(
-    fields: dict[str, Any], named: str, tmp_path: Path
-) -> None:
+def test_inconsistent_metadata_is_refused_by_key(fields: dict[str, Any], named: str, tmp_path: Path) -> None:
     write_gguf(tmp_path / "model.gguf", fields=fields)
     assert named in refusal(tmp_path / "model.gguf")
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_a_model_whose_parts_were_merged_opens(count: int, tmp_path: Path) -> None:
+def test_a_merged_split_model_can_be_opened(count: int, tmp_path: Path) -> None:
     """`gguf-split --merge` writes a split.count of 0; a split into one part has 1."""
     write_gguf(tmp_path / "model.gguf", fields={"split.count": count})
     read_all(tmp_path / "model.gguf")
@@ -203,14 +201,14 @@ def test_a_model_whose_parts_were_merged_opens(count: int, tmp_path: Path) -> No
         ({"gemma4.rope.dimension_count": 32}, "rope.dimension_count"),
     ],
 )
-def test_a_gemma4_of_another_kind_is_refused_by_key(
+def test_an_unsupported_gemma4_variant_is_refused_by_key(
     fields: dict[str, Any], named: str, tmp_path: Path
 ) -> None:
     write_gguf(tmp_path / "model.gguf", GEMMA4, fields=fields)
     assert named in refusal(tmp_path / "model.gguf")
 
 
-def test_rope_freqs_must_say_that_the_first_pairs_turn_and_the_others_do_not(tmp_path: Path) -> None:
+def test_rope_freqs_must_rotate_the_first_pairs_only(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     share = np.array([1] * 16 + [1e30] * 16, np.float32)
     write_gguf(path, GEMMA4, tensors={"rope_freqs.weight": share})
@@ -229,7 +227,7 @@ def small_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @settings(max_examples=60)
 @given(share=st.floats(0, 1, exclude_max=True))
-def test_a_file_cut_anywhere_is_refused(share: float, small_gguf: Path) -> None:
+def test_a_file_truncated_anywhere_is_refused(share: float, small_gguf: Path) -> None:
     whole = small_gguf.read_bytes()
     cut = small_gguf.with_name("cut.gguf")
     # The header is the first 40 kB of this file; the padding behind the last tensor may be missing.
@@ -248,12 +246,12 @@ def test_a_damaged_header_is_read_or_refused_but_never_crashes(at: int, value: i
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF" + bytes(20), b"PK\x03\x04" + bytes(99)])
-def test_a_file_that_is_no_gguf_is_refused(content: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_gguf_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(content)
     refusal(tmp_path / "model.gguf")
 
 
-def test_a_path_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_a_missing_path_is_refused(tmp_path: Path) -> None:
     assert "no such file" in refusal(tmp_path / "model.gguf")
 
 
@@ -266,7 +264,7 @@ def test_a_path_that_is_not_there_is_refused(tmp_path: Path) -> None:
         (None, GEMMA4, ("plain", (1,))),
     ],
 )
-def test_the_chat_template_tells_a_chat_model_from_a_base_model(
+def test_the_chat_template_distinguishes_a_chat_model_from_a_base_model(
     template: str | None, source: str, expected: tuple[str, tuple[int, ...]], tmp_path: Path
 ) -> None:
     write_gguf(tmp_path / "model.gguf", source, fields={"tokenizer.chat_template": template})
@@ -275,14 +273,14 @@ def test_the_chat_template_tells_a_chat_model_from_a_base_model(
     assert chat.bos_id == 2
 
 
-def test_the_licence_that_a_file_names_becomes_a_notice(tmp_path: Path) -> None:
+def test_the_licence_named_in_a_file_becomes_a_notice(tmp_path: Path) -> None:
     write_gguf(tmp_path / "model.gguf", fields={"general.license": "gemma"})
     assert "Gemma Terms of Use" in open_checkpoint(tmp_path / "model.gguf").licence
     write_gguf(tmp_path / "model.gguf")
     assert open_checkpoint(tmp_path / "model.gguf").licence == ""
 
 
-def test_reading_a_slice_of_a_large_tensor_takes_the_memory_of_the_slice() -> None:
+def test_reading_a_slice_of_a_large_tensor_takes_only_the_memory_of_the_slice() -> None:
     embedding = open_checkpoint(real_model()).tensors["embedding"]
     assert embedding.shape == (262144, 640)
     tracemalloc.start()
@@ -294,7 +292,7 @@ def test_reading_a_slice_of_a_large_tensor_takes_the_memory_of_the_slice() -> No
     assert peak < 8 * 256 * 640 * 4
 
 
-def test_the_real_270m_opens_as_what_it_is() -> None:
+def test_the_real_270m_is_read_with_its_architecture() -> None:
     checkpoint = open_checkpoint(real_model())
     arch = checkpoint.architecture
     assert (arch.vocabulary, arch.hidden, arch.query_heads, arch.kv_heads) == (262144, 640, 4, 1)

@@ -37,7 +37,7 @@ def codes_of(tensor: LazyTensor) -> ExactCodes:
     return codes
 
 
-def test_packed_codes_are_unpacked_from_the_lowest_bits_up() -> None:
+def test_packed_codes_are_unpacked_starting_with_the_lowest_bits() -> None:
     raw = np.array([[0xF0, 0x78]], np.uint8)
     assert unpack(raw, 4).tolist() == [[-8, 7, 0, -1]]
     assert unpack(np.array([[0b11_10_01_00]], np.uint8), 2).tolist() == [[-2, -1, 0, 1]]
@@ -64,7 +64,7 @@ def test_the_mobile_release_gives_its_codes_and_scales_bit_for_bit(tmp_path: Pat
         np.testing.assert_array_equal(tensor.array(), values)
 
 
-def test_the_mobile_release_has_the_widths_that_it_was_written_with(tmp_path: Path) -> None:
+def test_the_bit_widths_of_a_mobile_release_are_detected(tmp_path: Path) -> None:
     write_packed_release(tmp_path / "model")
     tensors = open_checkpoint(tmp_path / "model").tensors
     bits = {name: codes_of(tensor).bits for name, tensor in tensors.items() if tensor.codes()}
@@ -104,7 +104,7 @@ def test_a_damaged_mobile_release_is_refused_by_tensor(
     codes=hnp.arrays(np.int8, (3, 2, GROUP), elements=st.integers(-8, 7)),
     scales=hnp.arrays(np.float16, (3, 2), elements=st.floats(-4, 4, width=16)),
 )
-def test_codes_are_carried_with_scales_that_are_not_negative_or_said_not_to_be_exact(
+def test_stored_codes_have_non_negative_scales_or_are_reported_as_inexact(
     codes: NDArray[np.int8], scales: NDArray[np.float16]
 ) -> None:
     wide = scales.astype(np.float32)
@@ -120,7 +120,7 @@ def test_codes_are_carried_with_scales_that_are_not_negative_or_said_not_to_be_e
     np.testing.assert_array_equal(part.exact, ~impossible)
 
 
-def test_a_q4_0_gguf_gives_its_codes_with_scales_that_are_not_negative(tmp_path: Path) -> None:
+def test_a_q4_0_gguf_gives_its_codes_with_non_negative_scales(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     write_gguf(path, GEMMA3, Kind.Q4_0)
     tensor = open_checkpoint(path).tensors["layers.3.gate"]
@@ -149,7 +149,7 @@ def on_grid(draw: np.random.Generator, shape: tuple[int, int], positive: bool) -
     return bits.view(np.float32).reshape(shape)
 
 
-def test_codes_are_found_again_in_bfloat16_values_on_the_grid() -> None:
+def test_codes_are_recovered_from_bfloat16_values_on_the_grid() -> None:
     values = on_grid(np.random.default_rng(1), (40, 96), positive=False)
     codes, scales, found = q4_0_grid(values)
     assert found.all()
@@ -159,7 +159,7 @@ def test_codes_are_found_again_in_bfloat16_values_on_the_grid() -> None:
     np.testing.assert_array_equal(gguf.quants.dequantize(packed, Kind.Q4_0), again)
 
 
-def test_a_group_whose_peak_is_on_a_smaller_code_is_found_too() -> None:
+def test_a_group_whose_peak_has_a_smaller_code_is_recovered_too() -> None:
     codes = np.zeros((1, GROUP), np.float32)
     codes[0, :5] = [7, -6, 5, 1, -1]
     found_codes, scales, found = q4_0_grid(codes * np.float32(0.25))
@@ -168,13 +168,13 @@ def test_a_group_whose_peak_is_on_a_smaller_code_is_found_too() -> None:
     np.testing.assert_array_equal(found_codes.reshape(1, -1), codes)
 
 
-def test_values_that_are_not_on_the_grid_are_not_taken_for_it() -> None:
+def test_values_off_the_grid_give_no_codes() -> None:
     noise = np.random.default_rng(2).normal(size=(50, 64)).astype(np.float32)
     bits = (bfloat16(noise).astype(np.uint32) << 16).view(np.float32)
     assert not q4_0_grid(bits)[2].any()
 
 
-def test_a_bfloat16_matrix_on_the_grid_offers_its_codes_and_any_other_none(tmp_path: Path) -> None:
+def test_only_a_bfloat16_matrix_on_the_grid_offers_codes(tmp_path: Path) -> None:
     folder = copy_fixture(GEMMA3, tmp_path / "model")
     path = folder / "model.safetensors"
     arrays = read_arrays(path)

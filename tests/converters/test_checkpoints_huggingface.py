@@ -1,4 +1,4 @@
-"""Hugging Face folders: every spelling gives the same checkpoint; what does not fit is refused in a line."""
+"""Hugging Face folders: every spelling gives the same checkpoint; invalid ones are refused in one line."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_bfloat16_is_the_upper_half_of_a_float32(bits: list[int]) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_tensor_is_there_in_any_slice(name: str) -> None:
+def test_every_tensor_can_be_read_in_any_slice(name: str) -> None:
     checkpoint = open_checkpoint(FIXTURES / name)
     shapes = tensor_shapes(checkpoint.architecture)
     assert {key: tensor.shape for key, tensor in checkpoint.tensors.items()} == shapes
@@ -80,7 +80,7 @@ def test_float32_and_float16_files_give_the_same_values(tmp_path: Path) -> None:
             )
 
 
-def test_dead_keys_and_values_and_towers_may_be_there_or_not(tmp_path: Path) -> None:
+def test_unused_keys_and_values_and_towers_are_optional(tmp_path: Path) -> None:
     with_dead = open_checkpoint(FIXTURES / GEMMA4)
     folder = copy_fixture(GEMMA4, tmp_path / "model")
     used = {tensor.name for tensor in with_dead.tensors.values()}
@@ -142,7 +142,7 @@ def test_both_spellings_of_a_config_mean_the_same(
     assert open_checkpoint(folder).architecture == open_checkpoint(FIXTURES / name).architecture
 
 
-def test_a_head_of_its_own_is_read_if_the_config_unties_it(tmp_path: Path) -> None:
+def test_a_separate_head_is_read_if_the_config_unties_it(tmp_path: Path) -> None:
     folder = copy_fixture(GEMMA3, tmp_path / "model")
     arrays = read_arrays(folder / "model.safetensors")
     head = np.full_like(arrays["model.embed_tokens.weight"], 0x3F80)
@@ -234,7 +234,7 @@ def test_a_damaged_folder_is_refused_by_file(
     assert named in refusal(folder)
 
 
-def test_a_missing_tensor_a_strange_type_and_a_value_that_is_no_number_are_refused_by_name(
+def test_a_missing_tensor_an_unknown_type_and_a_non_finite_value_are_refused_by_name(
     tmp_path: Path,
 ) -> None:
     folder = copy_fixture(GEMMA3, tmp_path / "model")
@@ -269,7 +269,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @settings(max_examples=40)
 @given(share=st.floats(0, 1, exclude_max=True))
-def test_a_safetensors_file_cut_anywhere_is_refused(share: float, folder: Path) -> None:
+def test_a_safetensors_file_truncated_anywhere_is_refused(share: float, folder: Path) -> None:
     whole = (FIXTURES / GEMMA3 / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[: int(share * len(whole))])
     assert "model.safetensors: truncated or corrupt" in refusal(folder)
@@ -291,7 +291,7 @@ def test_a_damaged_safetensors_header_is_read_or_refused_but_never_crashes(
     assert "\n" not in message
 
 
-def test_chat_template_and_licence_come_from_wherever_the_folder_has_them(tmp_path: Path) -> None:
+def test_chat_template_and_licence_are_found_in_every_place(tmp_path: Path) -> None:
     folder = copy_fixture(GEMMA3, tmp_path / "model")
     assert open_checkpoint(folder).chat.prompt_format == "plain"
     assert open_checkpoint(folder).licence == ""
@@ -317,8 +317,8 @@ def test_tokenizer_json_alone_is_enough(tmp_path: Path) -> None:
     assert folder / "tokenizer.json" in checkpoint.source_files
 
 
-def test_tokens_that_were_added_to_the_vocabulary_are_encoded_as_such(tmp_path: Path) -> None:
-    """As after add_tokens and resize_token_embeddings: tokenizer.model stays what it was."""
+def test_tokens_added_to_the_vocabulary_are_encoded_as_single_tokens(tmp_path: Path) -> None:
+    """As after add_tokens and resize_token_embeddings, which do not change tokenizer.model."""
     folder = copy_fixture(TEXT_ONLY, tmp_path / "model", lambda config: config.update(vocab_size=514))
     arrays = read_arrays(folder / "model.safetensors")
     for name in ("model.embed_tokens.weight", "model.embed_tokens_per_layer.weight"):

@@ -1,4 +1,4 @@
-"""The `edge-convert` command: mistakes that it recognises, progress, and what it needs installed."""
+"""The `edge-convert` command: common mistakes, progress, and required packages."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ def run_without(packages: tuple[str, ...], *arguments: str) -> subprocess.Comple
 
 
 @pytest.mark.parametrize("package", EXTRA)
-def test_a_missing_package_is_one_line_that_names_what_to_install(package: str, tmp_path: Path) -> None:
+def test_a_missing_package_is_a_one_line_error_that_names_what_to_install(
+    package: str, tmp_path: Path
+) -> None:
     done = run_without((package,), str(FIXTURES / GEMMA3), "-o", str(tmp_path / "bundle"))
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
@@ -37,7 +39,7 @@ def test_a_missing_package_is_one_line_that_names_what_to_install(package: str, 
     assert not list(tmp_path.iterdir())
 
 
-def test_inspect_and_help_need_no_extra_package() -> None:
+def test_inspect_and_help_need_no_optional_package() -> None:
     bundle = str(small_bundle(GEMMA3, "int8"))
     for arguments in (["inspect", bundle], ["--help"], ["-h"], ["convert", "-h"], ["--version"]):
         assert run_without(EXTRA, *arguments).returncode == 0, arguments
@@ -46,13 +48,13 @@ def test_inspect_and_help_need_no_extra_package() -> None:
 @pytest.mark.parametrize(
     ("typed", "meant"), [("inpsect", "inspect"), ("evalute", "evaluate"), ("gloden", "golden")]
 )
-def test_a_misspelt_command_names_the_one_that_was_meant(typed: str, meant: str) -> None:
+def test_a_misspelt_command_suggests_the_right_one(typed: str, meant: str) -> None:
     result = CliRunner().invoke(main, [typed, "bundle"])
     assert result.exit_code == ExitCode.USAGE
     assert f"Error: no such command or file: {typed}; did you mean {meant}?" in result.stderr
 
 
-def test_a_checkpoint_that_is_called_almost_like_a_command_is_converted(
+def test_a_checkpoint_with_a_name_similar_to_a_command_is_converted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -87,7 +89,7 @@ def made(tmp_path: Path, *names: str) -> None:
         (["m/manifest.json"], "m", "is a bundle already; to see what is in it, run: edge-convert inspect m"),
     ],
 )
-def test_what_is_given_instead_of_a_checkpoint_is_answered_with_the_command_to_run(
+def test_a_path_that_is_not_a_checkpoint_is_an_error_with_the_right_command(
     files: list[str], given: str, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -113,7 +115,7 @@ def test_what_is_given_instead_of_a_checkpoint_is_answered_with_the_command_to_r
         (["a/config.json"], "a", "is a model, not an adapter; give it as the checkpoint"),
     ],
 )
-def test_what_is_given_instead_of_an_adapter_is_answered_with_what_to_give(
+def test_a_path_that_is_not_an_adapter_is_an_error_with_the_right_argument(
     files: list[str], given: str, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -130,7 +132,7 @@ def test_a_missing_checkpoint_is_reported_before_a_missing_option() -> None:
     assert "hf download google/gemma-3-270m" in result.stderr
 
 
-def test_off_a_terminal_progress_is_one_line_for_each_tenth(tmp_path: Path) -> None:
+def test_without_a_terminal_progress_is_one_line_for_each_tenth(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "converters", str(FIXTURES / GEMMA4), "-o", str(tmp_path / "bundle")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     lines = done.stderr.splitlines()
@@ -141,7 +143,7 @@ def test_off_a_terminal_progress_is_one_line_for_each_tenth(tmp_path: Path) -> N
     assert shares[-1] == 100
 
 
-def test_ctrl_c_during_a_conversion_is_one_line_and_130_and_leaves_nothing(tmp_path: Path) -> None:
+def test_ctrl_c_during_a_conversion_prints_one_line_exits_with_130_and_leaves_nothing(tmp_path: Path) -> None:
     read, write = os.pipe()
     run = f"""
 import os

@@ -1,4 +1,4 @@
-"""Conversion: whole or not at all, the same bytes each time, and errors that name the thing."""
+"""Conversion: complete or not at all, reproducible bytes, and errors that name the cause."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def test_an_existing_bundle_is_not_touched(tmp_path: Path) -> None:
     assert content(target) == {"precious": b"x"}
 
 
-def test_a_dangling_link_at_the_target_is_refused_before_the_work_begins(tmp_path: Path) -> None:
+def test_a_dangling_link_at_the_target_is_refused_before_the_conversion_starts(tmp_path: Path) -> None:
     target = tmp_path / "current"
     target.symlink_to(tmp_path / "gone")
     with pytest.raises(EdgeError, match=f"{target}: already exists"):
         convert(open_checkpoint(GEMMA3), target, "int8", 128)
 
 
-def test_a_checkpoint_that_is_the_working_directory_has_its_name(
+def test_a_checkpoint_in_the_working_directory_gets_the_name_of_the_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(GEMMA3)
@@ -107,7 +107,7 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(tmp_path: Path) -> 
     assert not list(tmp_path.iterdir())
 
 
-def test_too_little_space_is_reported_before_the_work_begins(
+def test_too_little_space_is_reported_before_the_conversion_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10, 9, 100_000))
@@ -116,7 +116,7 @@ def test_too_little_space_is_reported_before_the_work_begins(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_that_ends_it_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
+def test_a_conversion_ended_by_a_signal_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
     checkpoint = real_model()
     command = [sys.executable, "-m", "converters.cli", str(checkpoint), "-o", str(tmp_path / "bundle")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -131,11 +131,11 @@ def test_a_signal_that_ends_it_leaves_nothing(number: signal.Signals, tmp_path: 
     assert not list(tmp_path.iterdir())
 
 
-def test_on_a_terminal_an_error_has_a_line_of_its_own(tmp_path: Path) -> None:
+def test_on_a_terminal_an_error_is_on_a_separate_line(tmp_path: Path) -> None:
     folder = copy_fixture(GEMMA3.name, tmp_path / "model")
     arrays = read_arrays(folder / "model.safetensors")
     table = arrays["model.embed_tokens.weight"].copy()
-    table[1, 1] = 0x7FC0  # a NaN in what is written last
+    table[1, 1] = 0x7FC0  # a NaN in the tensor that is written last
     write_safetensors(folder / "model.safetensors", arrays | {"model.embed_tokens.weight": table})
     ours, terminal = os.openpty()
     command = [sys.executable, "-m", "converters.cli", str(folder), "-o", str(tmp_path / "bundle")]
@@ -187,7 +187,7 @@ def test_inspect_shows_the_manifest(tmp_path: Path) -> None:
         ([str(GEMMA3), "-o", "/proc/x/bundle"], "/proc/x/bundle: can't be written"),
     ],
 )
-def test_bad_input_is_one_line(
+def test_bad_input_is_a_one_line_error(
     arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,7 +1,7 @@
-"""Decoders that are wrong on purpose: each mistake that Gemma invites shows against transformers' logits.
+"""Decoders with deliberate errors: each typical mistake with Gemma shows in the logits.
 
-So the tests of `test_decoder` can fail: a model with one mistake is converted and run as any other, and its
-logits leave the tolerance that the right one keeps, by at least ten times.
+This shows that the tests of `test_decoder` can fail: a model with one error is converted and run like any
+other, and its logits exceed the tolerance for the correct model by a factor of at least ten.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def right(name: str) -> Checkpoint:
 
 
 def with_architecture(**changes: Any) -> Change:
-    """Another value for fields of the architecture."""
+    """Replace the values of fields of the architecture."""
     return lambda one: replace(one, architecture=replace(one.architecture, **changes))
 
 
@@ -70,7 +70,7 @@ def with_layers(change: Callable[[Architecture, int], Layer]) -> Change:
 
 
 class Changed(LazyTensor):
-    """A tensor whose values went through a function."""
+    """A tensor with a function applied to its values."""
 
     def __init__(self, base: LazyTensor, change: Callable[[Floats], Floats]) -> None:
         self._values = change(base.array())
@@ -81,7 +81,7 @@ class Changed(LazyTensor):
 
 
 def with_tensors(ending: str, change: Callable[[Floats], Floats]) -> Change:
-    """Another value for every tensor of that name, of all layers."""
+    """Replace the values of every tensor with that name, in all layers."""
 
     def changed(one: Checkpoint) -> Checkpoint:
         tensors = {
@@ -172,19 +172,19 @@ IN_THE_CHECKPOINT: dict[str, tuple[tuple[str, ...], Change]] = {
 
 
 @pytest.mark.parametrize("name", BOTH)
-def test_the_right_model_keeps_the_tolerance(name: str, tmp_path: Path) -> None:
+def test_the_correct_model_is_within_the_tolerance(name: str, tmp_path: Path) -> None:
     assert furthest_logit(right(name), name, tmp_path) < FLOAT_TOLERANCE
 
 
 @pytest.mark.parametrize(
     ("error", "name"), [(error, name) for error, (names, _) in IN_THE_CHECKPOINT.items() for name in names]
 )
-def test_a_wrong_model_shows(error: str, name: str, tmp_path: Path) -> None:
+def test_a_wrong_model_is_detected(error: str, name: str, tmp_path: Path) -> None:
     wrong = IN_THE_CHECKPOINT[error][1](right(name))
     assert furthest_logit(wrong, name, tmp_path) > 10 * FLOAT_TOLERANCE
 
 
-def test_dead_keys_and_values_in_use_show(tmp_path: Path) -> None:
+def test_using_unused_keys_and_values_is_detected(tmp_path: Path) -> None:
     stored = read_arrays(FIXTURES / GEMMA4 / "model.safetensors")
     wrong = with_layers(lambda arch, index: replace(arch.layers[index], kv_owner=index))(right(GEMMA4))
     tensors = dict(wrong.tensors)
@@ -197,7 +197,7 @@ def test_dead_keys_and_values_in_use_show(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", BOTH)
-def test_erf_in_gelu_shows(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_erf_in_gelu_is_detected(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def gelu(self: Graph, x: Tensor) -> Tensor:
         return self._op("GELU", [x], x.shape, "GeluOptions", schema.GeluOptionsT())
 
@@ -206,12 +206,16 @@ def test_erf_in_gelu_shows(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("name", BOTH)
-def test_an_unscaled_embedding_shows(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unscaled_embedding_is_detected(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Architecture, "embedding_scale", property(lambda _self: 1.0))
     assert furthest_logit(right(name), name, tmp_path) > 10 * FLOAT_TOLERANCE
 
 
-def test_the_denominator_of_turned_pairs_only_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rope_denominator_of_the_rotated_pairs_only_is_detected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def frequencies(arch: Architecture, attention: Attention) -> NDArray[np.float64]:
         rope, half = arch.rope(attention), arch.head_dim(attention) // 2
         turned = int(rope.rotated_share * half)

@@ -32,7 +32,7 @@ Logits = Callable[[Sequence[int]], Iterator[Floats]]
 
 
 def made_up(ids: Sequence[int], seed: int) -> Floats:
-    """Logits that depend on the ids and the seed only."""
+    """Logits that depend only on the ids and the seed."""
     return np.random.default_rng([seed, *ids]).normal(0, 3, (len(ids), VOCABULARY)).astype(np.float32)
 
 
@@ -52,7 +52,7 @@ def measured(candidate: Logits) -> Fidelity:
     return compare(CHUNKS, [made_up(ids, 0) for ids in CHUNKS], [candidate])[0]
 
 
-def test_chunks_hold_the_whole_text_and_each_starts_with_bos() -> None:
+def test_chunks_cover_the_whole_text_and_each_starts_with_bos() -> None:
     assert [len(chunk) for chunk in CHUNKS] == [32, 32, 32, 8]
     assert all(chunk[0] == 2 for chunk in CHUNKS)
     assert [token for chunk in CHUNKS for token in chunk[1:]] == [3 + n % 40 for n in range(100)]
@@ -67,7 +67,7 @@ def test_a_text_too_short_for_a_perplexity_is_refused(count: int) -> None:
     assert cut([5] * 17, bos_id=2, length=32) == [[2] + [5] * 17]
 
 
-def test_equal_logits_differ_in_nothing() -> None:
+def test_equal_logits_have_zero_divergence() -> None:
     report = measured(in_blocks(8, lambda ids: made_up(ids, 0)))
     assert (report.maximum_error, report.rms_error, report.kl_divergence) == (0, 0, 0)
     assert report.top1_agreement == 1
@@ -76,7 +76,7 @@ def test_equal_logits_differ_in_nothing() -> None:
 
 
 @pytest.mark.parametrize("block", [1, 8, 32])
-def test_measures_are_those_of_their_definitions_whatever_the_blocks(block: int) -> None:
+def test_measures_match_their_definitions_for_any_block_size(block: int) -> None:
     report = measured(in_blocks(block, lambda ids: made_up(ids, 0) + 0.5 * made_up(ids, 1)))
     p, q, losses = [], [], []
     for ids in CHUNKS:
@@ -101,7 +101,7 @@ def test_measures_are_those_of_their_definitions_whatever_the_blocks(block: int)
     assert report.scored_tokens == len(losses) == 45
 
 
-def test_an_error_in_the_first_half_of_a_chunk_is_an_error_but_not_in_the_perplexity() -> None:
+def test_the_first_half_of_a_chunk_counts_for_the_error_but_not_for_perplexity() -> None:
     def wrong_at_first(ids: Sequence[int]) -> Floats:
         logits = made_up(ids, 0)
         logits[:16] = logits[:16, ::-1]
@@ -124,7 +124,7 @@ def test_logits_that_are_not_finite_are_refused(value: float) -> None:
         measured(in_blocks(8, broken))
 
 
-def test_a_candidate_that_leaves_positions_out_is_a_mistake_of_the_caller() -> None:
+def test_a_candidate_that_omits_positions_is_an_error_of_the_caller() -> None:
     with pytest.raises(ValueError, match="32 ids gave 31 rows"):
         measured(in_blocks(31, lambda ids: made_up(ids, 0)[:31]))
 
@@ -141,7 +141,7 @@ def test_progress_counts_up_to_all_tokens() -> None:
     assert seen[-1] == (208, 208)
 
 
-def test_several_candidates_are_each_measured_as_if_alone() -> None:
+def test_several_candidates_are_measured_independently() -> None:
     candidates = [in_blocks(8, lambda ids: made_up(ids, 1)), in_blocks(3, lambda ids: made_up(ids, 2))]
     together = compare(CHUNKS, [made_up(ids, 0) for ids in CHUNKS], candidates)
     assert together == [measured(candidate) for candidate in candidates]
@@ -169,7 +169,7 @@ def test_a_report_is_a_line_of_json_and_shows_both_perplexities() -> None:
 
 
 class Page(HTMLParser):
-    """The text of a page, its marks, and whatever it would load from elsewhere."""
+    """The text of a page, its marks, and the external resources that it would load."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -202,7 +202,7 @@ def test_the_picture_has_a_point_and_a_row_for_each_bundle_and_loads_nothing() -
         max_size=5,
     )
 )
-def test_every_point_and_label_of_the_picture_is_within_it(bundles: list[tuple[str, int, float]]) -> None:
+def test_every_point_and_label_is_inside_the_picture(bundles: list[tuple[str, int, float]]) -> None:
     fidelity = REPORT.fidelity
     reports = [
         replace(
@@ -226,7 +226,7 @@ def test_every_point_and_label_of_the_picture_is_within_it(bundles: list[tuple[s
         assert LABEL_SIZE <= float(y) <= HEIGHT, text
 
 
-def test_labels_of_neighbouring_points_are_not_on_top_of_each_other() -> None:
+def test_labels_of_neighbouring_points_do_not_overlap() -> None:
     chart = picture([replace(REPORT, name=name) for name in ("one", "two", "three")], "model")
     labels = re.findall(r'y="([-\d.]+)" text-anchor="\w+">[^<]*\(', chart)
     low, middle, high = sorted(map(float, labels))
@@ -246,9 +246,7 @@ def short_text() -> str:
 @pytest.mark.parametrize(
     "name", ["gemma3-one-kv-head", "gemma3-two-kv-heads", "gemma4-one-kv-head", "gemma4-two-kv-heads"]
 )
-def test_an_unquantised_bundle_computes_what_its_checkpoint_says(
-    name: str, short_text: str, tmp_path: Path
-) -> None:
+def test_an_unquantised_bundle_agrees_with_its_checkpoint(name: str, short_text: str, tmp_path: Path) -> None:
     convert(open_checkpoint(FIXTURES / name), tmp_path / "bundle", "float32", context=512)
     (report,) = evaluate_bundles(
         [tmp_path / "bundle"], FIXTURES / name, short_text, tmp_path / "cache", threads=1
@@ -284,7 +282,7 @@ def test_a_coarser_bundle_measures_worse_and_the_shortest_context_cuts_the_chunk
 def test_a_long_text_is_run_a_few_chunks_at_a_time_with_the_same_result(
     short_text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All of them at once are 36 KB of K and V a token with the 270M: 9 GB for a text of a megabyte."""
+    """All chunks at once would take 36 KB of K and V a token with the 270M: 9 GB for a text of 1 MB."""
     checkpoint, bundle = FIXTURES / "gemma4-one-kv-head", tmp_path / "bundle"
     convert(open_checkpoint(checkpoint), bundle, "int8", context=64)
     sizes: list[int] = []

@@ -1,4 +1,4 @@
-"""What a checkpoint stores as integers is in the bundle bit for bit, and what can't be is said."""
+"""Integers stored in a checkpoint are in the bundle bit for bit; exceptions are reported."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def table_of(bundle: Path, table: RowTable) -> tuple[NDArray[np.int8], NDArray[n
     return codes.reshape(table.rows, -1), raw[table.scales :].view(np.float32).reshape(table.rows, -1)
 
 
-def test_the_mobile_release_s_tables_are_in_files_of_their_own_bit_for_bit(
+def test_the_tables_of_the_mobile_release_are_in_separate_files_bit_for_bit(
     mobile: tuple[Path, Path, Written, Converted],
 ) -> None:
     _, bundle, written, _ = mobile
@@ -95,7 +95,7 @@ def test_the_mobile_release_s_tables_are_in_files_of_their_own_bit_for_bit(
         )
 
 
-def test_the_manifest_and_the_report_say_that_all_was_kept(
+def test_the_manifest_and_the_report_state_that_all_codes_are_exact(
     mobile: tuple[Path, Path, Written, Converted],
 ) -> None:
     _, bundle, written, result = mobile
@@ -108,10 +108,10 @@ def test_the_manifest_and_the_report_say_that_all_was_kept(
     )
 
 
-def test_a_decoder_of_the_mobile_release_is_close_to_one_of_its_values(
+def test_a_decoder_with_mobile_codes_is_close_to_one_with_float32_values(
     mobile: tuple[Path, Path, Written, Converted], tmp_path: Path
 ) -> None:
-    """The same values as float32 differ by the rounding of activations to int8 alone."""
+    """The same values as float32 differ only by the rounding of activations to int8."""
     checkpoint, bundle, _, _ = mobile
     convert(open_checkpoint(checkpoint), tmp_path / "float", "float32", 128)
     ids = [2, 17, 333, 5, 480, 9, 64, 71]
@@ -144,7 +144,7 @@ def test_the_mobile_release_is_not_quantised_a_second_time(
 def groups_kept(
     tensor: LazyTensor, codes: NDArray[np.int8], scales: NDArray[np.float16]
 ) -> NDArray[np.bool_]:
-    """Which groups of 32 stand for the very values of the tensor."""
+    """Return which groups of 32 represent the values of the tensor exactly."""
     values = (codes.reshape(len(codes), -1, 32) * scales.astype(np.float32)[..., None]).reshape(codes.shape)
     same = values == tensor.array()
     return np.asarray(same.reshape(len(codes), -1, 32).all(axis=-1))
@@ -196,7 +196,7 @@ def test_the_per_layer_table_of_a_q4_0_gguf_keeps_its_blocks(tmp_path: Path) -> 
     np.testing.assert_array_equal(rows[exact], tensor.array()[exact])
 
 
-def test_bfloat16_values_on_the_grid_are_carried_and_stray_groups_are_not(tmp_path: Path) -> None:
+def test_bfloat16_values_on_the_grid_keep_their_codes_and_stray_groups_do_not(tmp_path: Path) -> None:
     folder = copy_fixture(GEMMA3, tmp_path / "model")
     arrays = read_arrays(folder / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
@@ -215,7 +215,7 @@ def test_bfloat16_values_on_the_grid_are_carried_and_stray_groups_are_not(tmp_pa
     assert quantization["stored_groups"] - quantization["kept_groups"] == 1
 
 
-def test_a_group_that_can_t_be_kept_is_quantised_from_its_values(tmp_path: Path) -> None:
+def test_a_group_without_exact_codes_is_quantised_from_its_values(tmp_path: Path) -> None:
     write_gguf(tmp_path / "model.gguf", GEMMA3, Kind.Q4_0)
     checkpoint = open_checkpoint(tmp_path / "model.gguf")
     convert(checkpoint, tmp_path / "bundle", "int4", 128)

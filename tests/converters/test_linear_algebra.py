@@ -22,7 +22,7 @@ def positive_definite(seed: int, size: int) -> Floats:
 
 @given(seed=st.integers(0, 99), size=st.sampled_from([1, 63, 64, 65, 200]))
 @settings(max_examples=15)
-def test_the_factor_is_numpy_s_and_its_upper_triangle_is_zero(seed: int, size: int) -> None:
+def test_the_factor_equals_numpys_and_its_upper_triangle_is_zero(seed: int, size: int) -> None:
     matrix = positive_definite(seed, size)
     lower_only = np.tril(matrix)
     factor = cholesky(lower_only)

@@ -1,4 +1,4 @@
-"""LoRA adapters: merged rows are PEFT's, and what can't be merged is named."""
+"""LoRA adapters: merged rows equal PEFT's; an adapter that can't be merged is refused by name."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def factors_for(checkpoint: Checkpoint, name: str, rank: int = 2) -> tuple[Any, 
 def test_a_bundle_with_an_adapter_computes_what_peft_and_transformers_compute(
     name: str, tmp_path: Path
 ) -> None:
-    """Among what the second one has: rsLoRA, ranks and alphas by module, per-layer projections."""
+    """The second adapter has rsLoRA, ranks and alphas by module, and per-layer projections."""
     merged = merge_adapter(open_checkpoint(FIXTURES / name), ADAPTERS / name)
     convert(merged, tmp_path / "bundle", "float32", 128)
     with np.load(ADAPTERS / name / "reference.npz") as file:
@@ -88,7 +88,7 @@ def test_a_bundle_with_an_adapter_computes_what_peft_and_transformers_compute(
     rslora=st.booleans(),
     bounds=st.tuples(st.integers(0, 127), st.integers(0, 127)).filter(lambda pair: pair[0] < pair[1]),
 )
-def test_any_slice_of_merged_rows_is_the_formula(
+def test_any_slice_of_merged_rows_matches_the_formula(
     rank: int, alpha: float, rslora: bool, bounds: tuple[int, int], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     checkpoint = open_checkpoint(FIXTURES / GEMMA3)
@@ -117,14 +117,14 @@ def test_other_tensors_are_unchanged() -> None:
 
 
 @pytest.mark.parametrize("first", ["model.language_model.", "language_model.model.", "model.", ""])
-def test_modules_are_found_behind_every_prefix(first: str, tmp_path: Path) -> None:
+def test_modules_are_found_with_every_prefix(first: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(FIXTURES / GEMMA4)
     factors = {f"{first}layers.1.mlp.up_proj": factors_for(checkpoint, "layers.1.up")}
     merged = merge_adapter(checkpoint, write_adapter(tmp_path, factors))
     assert merged.tensors["layers.1.up"].source_type == "BF16 with LoRA"
 
 
-def test_an_adapter_that_taught_a_base_model_to_chat_brings_its_template(tmp_path: Path) -> None:
+def test_the_chat_template_of_an_adapter_for_a_base_model_is_used(tmp_path: Path) -> None:
     """It is saved beside the adapter with the tokenizer; where it is another family's, the model's counts."""
     checkpoint = open_checkpoint(FIXTURES / GEMMA3)
     assert checkpoint.chat.prompt_format == "plain"
@@ -150,7 +150,7 @@ def test_towers_and_unused_keys_and_values_are_left_out(tmp_path: Path) -> None:
     assert changed == ["layers.1.up"]
 
 
-def test_a_merged_matrix_is_quantised_anew_even_where_the_base_has_codes(tmp_path: Path) -> None:
+def test_a_merged_matrix_is_quantised_again_even_if_the_base_has_codes(tmp_path: Path) -> None:
     write_gguf(tmp_path / "model.gguf", GEMMA3, Kind.Q4_0)
     checkpoint = open_checkpoint(tmp_path / "model.gguf")
     factors = {"model.layers.1.mlp.up_proj": factors_for(checkpoint, "layers.1.up")}
@@ -198,7 +198,7 @@ def refusal(folder: Path, checkpoint: Checkpoint | None = None) -> str:
         ({"rank_pattern": [2]}, "rank_pattern must be an object"),
     ],
 )
-def test_settings_that_can_t_be_merged_are_named(setting: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_unsupported_adapter_settings_are_named(setting: dict[str, Any], said: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(FIXTURES / GEMMA3)
     factors = {"model.layers.0.self_attn.q_proj": factors_for(checkpoint, "layers.0.query")}
     message = refusal(write_adapter(tmp_path, factors, **setting))
@@ -276,7 +276,7 @@ def test_an_adapter_of_another_model_is_refused_by_module() -> None:
     assert "model.language_model.layers.0.mlp" in message
 
 
-def test_a_packed_release_takes_no_adapter(tmp_path: Path) -> None:
+def test_an_adapter_for_a_packed_release_is_refused(tmp_path: Path) -> None:
     write_packed_release(tmp_path / "model")
     message = refusal(ADAPTERS / GEMMA4, open_checkpoint(tmp_path / "model"))
     assert message.startswith(f"{tmp_path}/model: holds quantised integers, to which nothing can be added")
@@ -337,7 +337,7 @@ def test_a_bundle_of_an_earlier_version_has_an_adapter_without_a_name(tuned: Pat
 
 
 @pytest.mark.parametrize("entry", [1, {}, {"name": "x"}])
-def test_a_malformed_adapter_entry_is_one_line(entry: object, tuned: Path, tmp_path: Path) -> None:
+def test_a_malformed_adapter_entry_is_a_one_line_error(entry: object, tuned: Path, tmp_path: Path) -> None:
     copy = without_adapter_entry(tuned, tmp_path / "bundle")
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["source"]["adapter"] = entry

@@ -139,7 +139,7 @@ def test_a_budget_larger_than_the_model_needs_no_more_disk_than_the_model(
         (["--recipe", "auto", "--budget", "much"], "'much' is not a size; write it like 200MB or 1.5GB"),
     ],
 )
-def test_a_budget_that_can_not_be_kept_is_one_line_and_leaves_nothing(
+def test_an_impossible_budget_is_a_one_line_error_and_leaves_nothing(
     options: list[str], message: str, tmp_path: Path
 ) -> None:
     target = tmp_path / "bundle"
@@ -149,7 +149,7 @@ def test_a_budget_that_can_not_be_kept_is_one_line_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_embedding_apart_from_the_head_has_a_format_of_its_own(tmp_path: Path) -> None:
+def test_an_untied_embedding_gets_its_own_format(tmp_path: Path) -> None:
     folder = copy_fixture(GEMMA3, tmp_path / "model", lambda config: config.update(tie_word_embeddings=False))
     arrays = read_arrays(folder / "model.safetensors")
     head = bfloat16(np.random.default_rng(0).normal(0, 0.05, (512, 64)).astype(np.float32))

@@ -1,4 +1,4 @@
-"""Quantisation: what a format may hold, how close it comes, and that bytes round-trip."""
+"""Quantisation: the range of each format, its error, and that packed bytes round-trip."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_error_is_within_three_percent_of_an_exhaustive_search(
     assert relative_error(values, format) <= 1.03 * least_error(values, format.bits)
 
 
-def test_fewer_bits_and_longer_blocks_cost_more_error() -> None:
+def test_fewer_bits_and_longer_blocks_increase_the_error() -> None:
     values = normal_rows(4, 64, 1024)
     errors = [relative_error(values, f) for f in (Format(32), Format(8), Format(4, 32), Format(4), Format(2))]
     assert errors[0] == 0
@@ -155,7 +155,7 @@ def test_packed_codes_unpack_to_themselves(format: Format, data: st.DataObject) 
     assert np.array_equal(unpack(packed, format.bits), codes)
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_values_and_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="3 codes of 4 bits"):
         pack(np.zeros(3, np.int8), 4)
     with pytest.raises(ValueError, match="48 columns"):

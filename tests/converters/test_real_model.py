@@ -1,4 +1,4 @@
-"""Gemma 3 270M itself: what its bundles say against a float32 decoder of the checkpoint."""
+"""The real Gemma 3 270M: its bundles compared with a float32 decoder of the checkpoint."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def evaluated(recipe: str, calibrated: bool = False) -> Fidelity:
     return report.fidelity
 
 
-def test_float32_weights_give_the_checkpoints_logits_in_any_signature() -> None:
+def test_float32_weights_give_the_logits_of_the_checkpoint_in_every_signature() -> None:
     directory = bundles.bundle_directory(real_model(), "float32", 2048)
     manifest = read_manifest(directory)
     text = Tokenizer((directory / TOKENIZER).read_bytes()).encode(built_in_text())
@@ -56,7 +56,7 @@ def test_int8_stays_within_two_percent_of_the_perplexity_and_agrees_on_the_top_t
 @pytest.mark.parametrize(
     ("recipe", "rise", "agreement"), [("int8", 0.01, 0.92), ("int4", 0.08, 0.8), ("int4-all", 0.14, 0.75)]
 )
-def test_a_calibrated_bundle_stays_near_the_checkpoint_on_a_text_that_took_no_part(
+def test_a_calibrated_bundle_stays_near_the_checkpoint_on_a_held_out_text(
     recipe: str, rise: float, agreement: float
 ) -> None:
     report = evaluated(recipe, calibrated=True)

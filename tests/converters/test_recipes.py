@@ -1,4 +1,4 @@
-"""Recipes: bit widths of each matrix, and which stored codes each one keeps."""
+"""Recipes: the bit width of each matrix, and which stored codes a recipe keeps."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def layout() -> WeightLayout:
 
 
 class Codes(ExactCodes):
-    """Stored codes of which only the format matters."""
+    """Stored codes; only their format matters."""
 
     def __init__(self, bits: int, group: int, scale_type: str) -> None:
         self.bits, self.group = bits, group
@@ -65,7 +65,7 @@ def test_the_mobile_recipe_has_the_published_bit_widths_of_e2b() -> None:
     assert formats["per_layer_embedding"] == INT4
 
 
-def test_without_double_wide_layers_the_mobile_recipe_is_that_of_e4b() -> None:
+def test_without_double_wide_layers_the_mobile_recipe_matches_e4b() -> None:
     arch = e2b()
     even = replace(arch, layers=tuple(replace(layer, feed_forward=10240) for layer in arch.layers))
     formats = plan_for("mobile", weight_layout(even)).formats
@@ -73,7 +73,7 @@ def test_without_double_wide_layers_the_mobile_recipe_is_that_of_e4b() -> None:
     assert formats["per_layer_embedding"] == INT2
 
 
-def test_a_mobile_step_of_e2b_reads_what_is_published() -> None:
+def test_a_decode_step_of_mobile_e2b_reads_the_published_number_of_bytes() -> None:
     plan = plan_for("mobile", layout())
     matrices = plan.layout.matrices.items()
     total = sum(plan.formats[name].code_bytes(*matrix.shape) for name, matrix in matrices)

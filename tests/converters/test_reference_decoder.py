@@ -45,7 +45,7 @@ def opened(name: str) -> Checkpoint:
 
 
 class Changed(LazyTensor):
-    """A tensor whose values a function has changed."""
+    """A tensor with a function applied to its values."""
 
     def __init__(self, source: LazyTensor, change: Callable[[Floats], Floats]) -> None:
         self.name, self.shape, self.source_type = source.name, source.shape, source.source_type
@@ -67,7 +67,7 @@ class Plain(LazyTensor):
 
 
 @pytest.mark.parametrize("name", GEMMA3 + GEMMA4)
-def test_logits_and_hidden_states_are_those_of_transformers_at_every_position(name: str) -> None:
+def test_logits_and_hidden_states_equal_those_of_transformers_at_every_position(name: str) -> None:
     reference, decoder = expected(name), ReferenceDecoder(opened(name))
     logits, (hidden,) = decoder.logits(ids_of(name)), decoder.hidden_states([ids_of(name)])
     assert logits.dtype == hidden.dtype == np.float32
@@ -76,7 +76,7 @@ def test_logits_and_hidden_states_are_those_of_transformers_at_every_position(na
 
 
 @pytest.mark.parametrize("name", GEMMA3 + GEMMA4)
-def test_greedy_continuation_is_that_of_transformers(name: str) -> None:
+def test_greedy_continuation_equals_that_of_transformers(name: str) -> None:
     reference, decoder = expected(name), ReferenceDecoder(opened(name))
     ids = [*reference["ids"], *reference["greedy"]]
     following = decoder.logits(ids).argmax(axis=-1)
@@ -84,7 +84,7 @@ def test_greedy_continuation_is_that_of_transformers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [GEMMA3[0], GEMMA4[0]])
-def test_sequences_run_together_as_they_do_alone(name: str) -> None:
+def test_batched_sequences_give_the_same_results_as_single_ones(name: str) -> None:
     ids, decoder = ids_of(name), ReferenceDecoder(opened(name))
     sequences = [ids, ids[:1], ids[7:40]]
     for together, sequence in zip(decoder.hidden_states(sequences), sequences, strict=True):
@@ -134,7 +134,7 @@ def window(change: int) -> Fault:
 
 
 def tensors(end: str, change: Callable[[Floats], Floats]) -> Fault:
-    """Change every tensor whose name ends so."""
+    """Change every tensor whose name has this suffix."""
 
     def fault(_patch: pytest.MonkeyPatch, checkpoint: Checkpoint) -> Checkpoint:
         changed = {name: Changed(t, change) for name, t in checkpoint.tensors.items() if name.endswith(end)}
@@ -292,9 +292,7 @@ FAULTS: list[tuple[str, tuple[str, ...], Fault]] = [
 @pytest.mark.parametrize(
     ("name", "fault"), [pytest.param(n, f, id=f"{title}-{n}") for title, names, f in FAULTS for n in names]
 )
-def test_the_logits_show_a_decoder_that_is_wrong(
-    name: str, fault: Fault, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_logits_reveal_a_wrong_decoder(name: str, fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
     reference = expected(name)
     wrong = ReferenceDecoder(fault(monkeypatch, opened(name))).logits(ids_of(name))
     assert np.abs(wrong - reference["logits"]).max() > 10 * TOLERANCE

@@ -72,7 +72,7 @@ def metadata(family: str) -> dict[str, Any]:
         "tokenizer.ggml.model": "gemma4",
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.scores": [-1000.0] * len(tokens),  # not to be relied on
+        "tokenizer.ggml.scores": [-1000.0] * len(tokens),  # must not be relied on
     }
 
 
@@ -88,12 +88,12 @@ def test_the_real_vocabulary_encodes_as_published(family: str, text: str) -> Non
 
 
 @pytest.mark.parametrize(("family", "ids"), [("gemma3", GEMMA3_HTML), ("gemma4", GEMMA4_HTML)])
-def test_html_is_encoded_as_each_familys_own_tokenizer_does(family: str, ids: list[int]) -> None:
+def test_html_is_encoded_as_by_the_tokenizer_of_each_family(family: str, ids: list[int]) -> None:
     assert real(family).encode(HTML) == ids
 
 
 @pytest.mark.parametrize("family", ["gemma3", "gemma4"])
-def test_runs_are_one_token_each_and_longer_ones_are_cut_from_the_left(family: str) -> None:
+def test_runs_are_one_token_each_and_longer_ones_are_split_from_the_left(family: str) -> None:
     pieces = real(family)
     for mark, first in (("\n", 107), ("\t", 255968)):
         assert [pieces.encode(mark * n) for n in (1, 2, 31)] == [[first], [first + 1], [first + 30]]
@@ -119,9 +119,7 @@ def test_special_tokens_keep_their_names_and_no_text_is_encoded_as_one(family: s
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["gemma3", "gemma4"])
-def test_the_same_vocabulary_gives_the_same_bytes_and_reading_them_back_changes_nothing(
-    family: str, tmp_path: Path
-) -> None:
+def test_the_same_vocabulary_gives_the_same_bytes_and_round_trips(family: str, tmp_path: Path) -> None:
     model = from_gguf(metadata(family), real_model(), 262144)
     assert model == from_gguf(metadata(family), real_model(), 262144)
     (tmp_path / "tokenizer.model").write_bytes(model)
@@ -157,7 +155,7 @@ def real_tokenizer_json() -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_the_real_vocabulary_as_tokenizer_json_is_the_same_model(tmp_path: Path) -> None:
+def test_the_real_vocabulary_as_tokenizer_json_gives_the_same_model(tmp_path: Path) -> None:
     data = real_tokenizer_json()
     assert len(data["model"]["merges"]) == 514906
     (tmp_path / "tokenizer.json").write_text(json.dumps(data))
@@ -190,7 +188,7 @@ def small_processors() -> tuple[SentencePieceProcessor, SentencePieceProcessor]:
     return SentencePieceProcessor(model_proto=by_json), SentencePieceProcessor(model_proto=by_model)
 
 
-def test_merges_may_be_strings_as_in_older_files(tmp_path: Path) -> None:
+def test_merges_can_be_strings_as_in_older_files(tmp_path: Path) -> None:
     def join(data: dict[str, Any]) -> None:
         data["model"]["merges"] = [" ".join(pair) for pair in data["model"]["merges"]]
 
@@ -229,7 +227,7 @@ def test_a_tokenizer_json_unlike_gemmas_is_refused(
 
 
 def trained(**options: Any) -> bytes:
-    """A small model by SentencePiece's own trainer, of Gemma's kind but for `options`."""
+    """A small model from SentencePiece's own trainer, with Gemma's settings except for `options`."""
     model = io.BytesIO()
     usual: dict[str, Any] = {
         "model_type": "bpe",
@@ -271,7 +269,9 @@ def test_user_defined_specials_of_a_tokenizer_model_become_control_pieces(tmp_pa
         {"normalization_rule_name": "nfkc"},
     ],
 )
-def test_a_tokenizer_model_that_encodes_otherwise_is_refused(options: dict[str, Any], tmp_path: Path) -> None:
+def test_a_tokenizer_model_that_encodes_differently_is_refused(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
     if options.get("model_type") == "unigram":
         options = options | {"hard_vocab_limit": False}
     (tmp_path / "tokenizer.model").write_bytes(trained(**options))
