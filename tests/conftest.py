@@ -32,7 +32,7 @@ settings.load_profile("fast")
 
 @pytest.fixture
 def start_mosquitto(tmp_path: Path) -> Iterator[Callable[..., Mosquitto]]:
-    """Start brokers with lines of configuration of their own."""
+    """Start brokers with additional lines of configuration."""
     brokers: list[Mosquitto] = []
 
     def start(*lines: str) -> Mosquitto:
@@ -49,7 +49,7 @@ def start_mosquitto(tmp_path: Path) -> Iterator[Callable[..., Mosquitto]]:
 
 @pytest.fixture
 def mosquitto(start_mosquitto: Callable[..., Mosquitto]) -> Mosquitto:
-    """A running broker that lets everybody in."""
+    """A running broker that accepts every client."""
     return start_mosquitto("allow_anonymous true")
 
 
@@ -90,6 +90,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Field]:
         stack.callback(ptys.unplug)
         stack.callback(daemon.close)
         daemon.start()
-        mosquitto.retained("edge/v1/pump/status")  # a request before that would find no subscriber
+        mosquitto.retained("edge/v1/pump/status")  # an earlier request would have no subscriber
         yield Field(daemon, mosquitto, ptys, bundle)
         assert daemon.stop() == 0

@@ -1,4 +1,4 @@
-"""The workload is what a daemon takes, the gate names what got worse, and random models are models."""
+"""The workload is valid for a daemon, the gate names regressions, and random models can be run."""
 
 import json
 from collections import Counter
@@ -22,7 +22,7 @@ from tests.support import bundles, real_vocabulary
 from tests.support.checkpoint_files import FIXTURES, GEMMA4, write_gguf
 
 
-def test_workload_covers_every_domain_with_every_kind_of_answer() -> None:
+def test_workload_covers_every_domain_with_every_type_of_answer() -> None:
     requests = workload.load()
     assert len(requests) >= 40
     assert len({request.id for request in requests}) == len(requests)
@@ -44,7 +44,7 @@ def test_system_prompts_are_few_and_some_have_about_a_thousand_tokens() -> None:
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_every_request_is_one_that_a_daemon_takes(chat: bool) -> None:
+def test_every_request_is_accepted_by_a_daemon(chat: bool) -> None:
     for item in workload.load():
         request = item.request(chat)
         assert parse_request(request.to_json()) == request
@@ -75,21 +75,21 @@ def run(decode: float = 80.0, ready: float = 0.5, peer: float | None = 70.0) -> 
 
 @pytest.fixture
 def baseline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A place for a baseline of the test's own."""
+    """A separate path for the baseline of a test."""
     path = tmp_path / "baseline.json"
     monkeypatch.setattr(gate, "BASELINE", path)
     return path
 
 
 @pytest.mark.usefixtures("baseline")
-def test_gate_passes_what_is_as_good_or_better() -> None:
+def test_gate_passes_equal_or_better_results() -> None:
     gate.save(run())
     assert gate.check(run()) == []
     assert gate.check(run(decode=95, ready=0.4)) == []
 
 
 @pytest.mark.usefixtures("baseline")
-def test_gate_names_what_got_slower_and_only_that() -> None:
+def test_gate_names_only_what_became_slower() -> None:
     gate.save(run())
     (line,) = gate.check(run(ready=0.9))
     assert "edge int4" in line
@@ -98,14 +98,14 @@ def test_gate_names_what_got_slower_and_only_that() -> None:
 
 
 @pytest.mark.usefixtures("baseline")
-def test_gate_sees_a_step_that_got_slower_against_the_bound_and_against_the_peer() -> None:
+def test_gate_detects_a_slower_step_relative_to_the_bound_and_to_the_peer() -> None:
     gate.save(run())
     assert len(gate.check(run(decode=50))) == 2
     assert len(gate.check(run(decode=50, peer=None))) == 1
 
 
 @pytest.mark.usefixtures("baseline")
-def test_gate_is_not_fooled_by_a_machine_that_is_slower_as_a_whole() -> None:
+def test_gate_ignores_a_machine_that_is_slower_overall() -> None:
     gate.save(run())
     slow = run()
     for values in slow.values.values():
@@ -114,7 +114,7 @@ def test_gate_is_not_fooled_by_a_machine_that_is_slower_as_a_whole() -> None:
     assert gate.check(slow) == []
 
 
-def test_gate_without_a_baseline_says_how_to_make_one(baseline: Path) -> None:
+def test_gate_without_a_baseline_explains_how_to_make_one(baseline: Path) -> None:
     with pytest.raises(click.ClickException, match="--save"):
         gate.check(run())
     assert not baseline.exists()
@@ -139,14 +139,14 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return open_checkpoint(folder / "model.gguf")
 
 
-def test_a_random_gguf_has_the_architecture_that_was_asked_for(random_model: Checkpoint) -> None:
+def test_a_random_gguf_has_the_requested_architecture(random_model: Checkpoint) -> None:
     assert random_model.architecture == open_checkpoint(FIXTURES / GEMMA4).architecture
     embedding = random_model.tensors["embedding"]
     assert embedding.source_type == "Q8_0"
     assert 0.9 < embedding.array().std() * embedding.shape[1] ** 0.5 < 1.1
 
 
-def test_a_bundle_keeps_every_code_of_a_random_gguf_and_answers_as_its_values_do(
+def test_a_bundle_of_a_random_gguf_has_its_codes_and_agrees_with_its_values(
     random_model: Checkpoint, tmp_path: Path
 ) -> None:
     convert(random_model, tmp_path / "bundle", "int4", 128)
@@ -159,4 +159,4 @@ def test_a_bundle_keeps_every_code_of_a_random_gguf_and_answers_as_its_values_do
     decoder = bundles.open_decoder(tmp_path / "bundle")
     logits = np.concatenate([block.copy() for block in decoder.logits_of(ids)])
     assert np.sqrt(np.mean(np.square(logits - expected))) < 0.2 * expected.std()
-    assert len(set(expected.argmax(axis=1))) > 4  # else any two models would agree
+    assert len(set(expected.argmax(axis=1))) > 4  # otherwise any two models would agree

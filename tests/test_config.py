@@ -101,7 +101,7 @@ def test_every_key_is_read(tmp_path: Path) -> None:
     ]
 
 
-def test_a_bundle_and_a_transport_are_enough(tmp_path: Path) -> None:
+def test_a_bundle_and_a_transport_are_sufficient(tmp_path: Path) -> None:
     config = read(tmp_path, SMALLEST)
     assert config.mqtt is not None
     assert (config.mqtt.broker.host, config.mqtt.broker.port, config.mqtt.broker.password) == (
@@ -143,7 +143,7 @@ def test_a_systemd_credential_takes_precedence_over_a_file(
     assert config.mqtt.broker.password == "from systemd"
 
 
-def test_outside_the_unit_a_credential_is_read_from_its_store(
+def test_outside_the_unit_a_credential_is_read_from_the_credential_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
@@ -230,7 +230,7 @@ def test_a_password_is_not_in_the_representation(tmp_path: Path) -> None:
         (f"bundle = {'[' * 5000}\n", ": not a configuration: nested too deeply"),
     ],
 )
-def test_a_mistake_is_named_with_its_file_line_and_key(tmp_path: Path, text: str, message: str) -> None:
+def test_a_mistake_is_reported_with_file_line_and_key(tmp_path: Path, text: str, message: str) -> None:
     path = write(tmp_path, text)
     with pytest.raises(ConfigError) as caught:
         load(path)

@@ -1,4 +1,4 @@
-"""docs/configuration.md has every key with its default, what is allowed, and an example that is accepted."""
+"""docs/configuration.md has every key with its default and range, and an example that is accepted."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_every_key_is_documented_once() -> None:
 
 
 @pytest.mark.parametrize("row", SIMPLE, ids=ids)
-def test_ranges_and_defaults_are_those_of_the_code(row: Row) -> None:
+def test_ranges_and_defaults_match_the_code(row: Row) -> None:
     key = KEYS[row.section][row.key]
     with pytest.raises(FieldError) as refused:
         key.check(row.key, 3 if row.allowed == "true or false" else True)
@@ -107,7 +107,7 @@ SMALLEST = {
 
 
 def route(section: str, **values: Any) -> Route:
-    """A route that is as small as can be, but for `values` in one of its tables."""
+    """The smallest valid route, with `values` in one of its tables."""
     table: dict[str, Any] = SMALLEST | {"ask": {"question": "?"}, "trigger": {"every_s": 1, "when": "last"}}
     target = table if section == "route" else table[section.partition(".")[2]]
     target.update(values)
@@ -123,7 +123,7 @@ DEFAULTS: dict[str, Any] = {
         "readings": route("route").window_readings,
         "seconds": route("route").window_seconds,
     },
-    "instructions": lambda: route("route").ask.instructions,  # type: ignore[union-attr]  # there is an ask
+    "instructions": lambda: route("route").ask.instructions,  # type: ignore[union-attr]  # the route has an ask table
 } | {
     field.name: (lambda default=field.default: list(default) if isinstance(default, tuple) else default)
     for field in fields(Request)
@@ -132,7 +132,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("row", OF_ROUTES, ids=ids)
-def test_ranges_and_defaults_of_routes_are_those_of_the_code(row: Row) -> None:
+def test_ranges_and_defaults_of_routes_match_the_code(row: Row) -> None:
     with pytest.raises(ConfigError) as refused:
         route(row.section, **{row.key: 3 if row.allowed == "true or false" else True})
     assert str(refused.value).partition("allowed: ")[2] == row.allowed
@@ -148,7 +148,7 @@ def test_the_examples_form_a_configuration(tmp_path: Path) -> None:
     lines = []
     for section in SECTIONS.values():
         lines.append(headers.get(section, f"[{section}]"))
-        nested = ("trigger", "ask") if section == "route" else ()  # they are tables of their own, below
+        nested = ("trigger", "ask") if section == "route" else ()  # separate tables, below
         lines += [
             f"{row.key} = {row.example}" for row in rows() if row.section == section and row.key not in nested
         ]

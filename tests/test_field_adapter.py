@@ -1,4 +1,4 @@
-"""Scenarios for the field adapter: their answers are what the text calls for, and are counted as such."""
+"""Scenarios for the field adapter: answers follow from the text alone and are scored correctly."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def some(world: World, seed: int, count: int) -> list[Scenario]:
 
 @dataclass
 class Reading:
-    """Of a report's readings one, as it stands in the text; no value if there is no number."""
+    """One reading of a report, as in the text; no value if there is no number."""
 
     text: str
     unit: str
@@ -61,7 +61,7 @@ class Reading:
 
 @dataclass
 class Understood:
-    """What a prompt says."""
+    """The content of a prompt."""
 
     unit: str
     side: str
@@ -71,7 +71,7 @@ class Understood:
 
 
 def understood(prompt: str) -> Understood:
-    """Read a prompt without its notes, which must be what the numbers say."""
+    """Parse a prompt, and check its notes against its numbers."""
     body, end, _ = re.sub(NOTES, "", prompt).rpartition("\nJSON:")
     assert end
     return from_json(json.loads(body)) if body.startswith("{") else from_text(body)
@@ -109,7 +109,7 @@ def status(report: Understood, value: float) -> str:
 
 
 def judged(report: Understood, asked: Collection[str]) -> dict[str, str]:
-    """The right answer by the rules, from what the text says alone."""
+    """The correct answer by the rules, from the text alone."""
     if "fault" not in asked:
         found = {site: status(report, item.value or 0.0) for site, item in report.readings.items()}
         if "site" not in asked:
@@ -139,14 +139,14 @@ def judged(report: Understood, asked: Collection[str]) -> dict[str, str]:
 
 
 @given(worlds, st.integers(0, 2**32))
-def test_the_answer_is_what_the_text_alone_calls_for(world: World, seed: int) -> None:
+def test_the_answer_follows_from_the_text_alone(world: World, seed: int) -> None:
     for scenario in some(world, seed, 14):
         assert json.loads(scenario.answer) == judged(
             understood(scenario.prompt), scenario.schema["required"]
         ), scenario.prompt
 
 
-def test_scenarios_are_those_of_their_seed_and_of_all_kinds() -> None:
+def test_scenarios_are_reproducible_by_seed_and_cover_all_types() -> None:
     again, other = some(HELD_OUT, 5, 60), some(HELD_OUT, 6, 60)
     assert some(HELD_OUT, 5, 60) == again
     assert not {s.prompt for s in again} & {s.prompt for s in other}
@@ -155,7 +155,7 @@ def test_scenarios_are_those_of_their_seed_and_of_all_kinds() -> None:
     assert statuses == {"ok", "alarm"}
 
 
-def test_nothing_that_is_held_out_is_trained_on() -> None:
+def test_held_out_scenarios_are_not_in_the_training_set() -> None:
     assert not {k.quantity for k in TRAINING.kinds} & {k.quantity for k in HELD_OUT.kinds}
     assert not {k.unit for k in TRAINING.kinds} & {k.unit for k in HELD_OUT.kinds}
     for name in ("places", "sites", "marks"):
@@ -163,7 +163,7 @@ def test_nothing_that_is_held_out_is_trained_on() -> None:
 
 
 @pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
-def test_the_schemas_grammar_leads_to_the_answer_and_leaves_a_choice_for_each_member(world: World) -> None:
+def test_the_grammar_of_the_schema_allows_the_answer_and_a_choice_for_each_member(world: World) -> None:
     checkpoint = open_checkpoint(FIXTURES / GEMMA3)
     tokenizer = Tokenizer(checkpoint.tokenizer_model)
     encoder = Encoder(tokenizer, checkpoint.chat.bos_id, checkpoint.chat.stop_ids)
@@ -175,7 +175,7 @@ def test_the_schemas_grammar_leads_to_the_answer_and_leaves_a_choice_for_each_me
             assert example.ids[position] == allowed[right]
 
 
-def test_a_score_counts_each_kind_and_every_answer_is_one_that_the_schema_allows() -> None:
+def test_a_score_counts_each_type_and_every_answer_is_allowed_by_the_schema() -> None:
     directory = bundles.small_bundle(GEMMA3, context=512)
     with closing(Generator.open(directory, bundles.cache_directory(), 1, 512)) as generator:
         result = score(generator, held_out(2 * len(KINDS)))
@@ -188,7 +188,7 @@ def test_a_score_counts_each_kind_and_every_answer_is_one_that_the_schema_allows
         assert all(said[key] in rule["enum"] for key, rule in scenario.schema["properties"].items())
 
 
-def test_the_shipped_adapter_is_small_and_carries_its_licence() -> None:
+def test_the_shipped_adapter_is_small_and_includes_its_licence() -> None:
     assert sum(path.stat().st_size for path in SHIPPED.iterdir()) <= 8_000_000
     assert "Gemma is provided under and subject to the Gemma Terms of Use" in (SHIPPED / "NOTICE").read_text()
     assert json.loads((SHIPPED / "adapter_config.json").read_text())["base_model_name_or_path"] == (
@@ -197,7 +197,7 @@ def test_the_shipped_adapter_is_small_and_carries_its_licence() -> None:
 
 
 @pytest.mark.slow
-def test_with_the_shipped_adapter_held_out_reports_are_answered_rightly_in_int8(tmp_path: Path) -> None:
+def test_with_the_shipped_adapter_held_out_reports_are_answered_correctly_in_int8(tmp_path: Path) -> None:
     convert(merge_adapter(open_checkpoint(real_model()), SHIPPED), tmp_path / "bundle", "int8", 512)
     with closing(Generator.open(tmp_path / "bundle", tmp_path / "cache", 2, 512)) as generator:
         result = score(generator, held_out(140))

@@ -1,4 +1,4 @@
-"""Files read without trust, and stamps that no damage turns into a match or an error."""
+"""Reading untrusted files; damage to a stamp causes neither a match nor an error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from edge.files import matches, open_regular, read_regular, write_stamp
 
 
 @pytest.mark.parametrize("what", ["fifo", "device", "directory"])
-def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, what: str) -> None:
+def test_a_path_that_is_not_a_regular_file_is_refused_at_once(tmp_path: Path, what: str) -> None:
     path = tmp_path / "x"
     if what == "fifo":
         os.mkfifo(path)
@@ -37,7 +37,7 @@ def test_a_file_is_read_up_to_its_limit_and_refused_above_it(tmp_path: Path) -> 
 
 @settings(max_examples=30)
 @given(content=st.text(), damaged=st.binary())
-def test_a_stamp_matches_only_what_was_written(
+def test_a_stamp_matches_only_its_written_content(
     tmp_path_factory: pytest.TempPathFactory, content: str, damaged: bytes
 ) -> None:
     content = content.encode(errors="replace").decode()
@@ -50,7 +50,7 @@ def test_a_stamp_matches_only_what_was_written(
     assert not matches(stamp, content)
 
 
-def test_a_stamp_on_a_disk_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
+def test_a_stamp_on_a_read_only_disk_is_not_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     write_stamp(tmp_path / "file" / "stamp", "x")
     assert not matches(tmp_path / "file" / "stamp", "x")

@@ -1,4 +1,4 @@
-"""The promises that `make fuzz` tests hold for the seeds, for damaged seeds and for noise."""
+"""The targets of `make fuzz` pass for seeds, damaged seeds and noise."""
 
 import pytest
 from hypothesis import given
@@ -10,7 +10,7 @@ names = st.sampled_from(sorted(TARGETS))
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_readers_keep_their_promises_for_seeds_and_prefixes_of_them(name: str) -> None:
+def test_fuzz_targets_pass_for_seeds_and_prefixes(name: str) -> None:
     for seed in TARGETS[name].seeds:
         for length in range(0, len(seed) + 1, max(1, len(seed) // 100)):
             TARGETS[name].run(seed[:length])
@@ -18,7 +18,7 @@ def test_readers_keep_their_promises_for_seeds_and_prefixes_of_them(name: str) -
 
 
 @given(names, st.data())
-def test_readers_keep_their_promises_for_damaged_seeds(name: str, data: st.DataObject) -> None:
+def test_fuzz_targets_pass_for_damaged_seeds(name: str, data: st.DataObject) -> None:
     seed = data.draw(st.sampled_from(TARGETS[name].seeds))
     start = data.draw(st.integers(0, len(seed)))
     end = data.draw(st.integers(start, min(len(seed), start + 40)))
@@ -26,5 +26,5 @@ def test_readers_keep_their_promises_for_damaged_seeds(name: str, data: st.DataO
 
 
 @given(names, st.binary(max_size=200))
-def test_readers_keep_their_promises_for_noise(name: str, noise: bytes) -> None:
+def test_fuzz_targets_pass_for_noise(name: str, noise: bytes) -> None:
     TARGETS[name].run(noise)

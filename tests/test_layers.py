@@ -90,7 +90,7 @@ def graph(parsed: Mapping[str, ast.Module]) -> dict[str, set[str]]:
 
 
 def circle(edges: Mapping[str, set[str]]) -> list[str]:
-    """Modules that import each other, each the next; none if there is no such circle."""
+    """Modules that import each other in a circle, in order; empty if there is no circle."""
     try:
         TopologicalSorter(edges).prepare()
     except CycleError as error:
@@ -104,7 +104,7 @@ def room(name: str) -> str:
 
 
 def private(name: str) -> bool:
-    """Whether a name is private by its first underscore; dunder names and ctypes' `_fields_` are not."""
+    """Return whether a name is private (leading underscore); dunder names and ctypes' `_fields_` are not."""
     return name.startswith("_") and not name.endswith("_") and name not in PUBLIC
 
 
@@ -158,7 +158,7 @@ def overridden(cls: type) -> set[str]:
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_each_room_imports_only_from_itself_and_the_rooms_before_it(package: str) -> None:
+def test_each_room_imports_only_from_itself_and_from_earlier_rooms(package: str) -> None:
     order = ORDER[package].split()
     names = [name for name in MODULES if name.startswith(f"{package}.")]
     assert {room(name) for name in names} == set(order), "ORDER must list every room"
@@ -171,7 +171,7 @@ def test_each_room_imports_only_from_itself_and_the_rooms_before_it(package: str
     assert backward == set()
 
 
-def test_the_device_side_imports_only_what_is_installed_on_the_device() -> None:
+def test_the_device_side_imports_only_packages_installed_on_the_device() -> None:
     for name, module in MODULES.items():
         if name.startswith("edge"):
             roots = {target.split(".")[0] for target in imports(module)}
@@ -208,7 +208,7 @@ def parse(text: str) -> ast.Module:
     return ast.parse(textwrap.dedent(text))
 
 
-def test_a_circle_is_found_also_when_one_import_is_in_a_function() -> None:
+def test_a_circle_with_an_import_inside_a_function_is_found() -> None:
     a = parse("from edge import b")
     b = parse("from edge.c import thing")
     c = parse("""
@@ -242,7 +242,7 @@ def test_a_private_part_of_a_library_is_found(use: str) -> None:
     assert len(private_parts(parse(use), {"_ours"})) == 1
 
 
-def test_private_parts_of_our_own_are_no_matter() -> None:
+def test_use_of_our_own_private_parts_is_allowed() -> None:
     ours = parse("""
         import ctypes, os
         class Ours(Base):

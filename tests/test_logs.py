@@ -1,4 +1,4 @@
-"""The log is bounded, and tells where an exception came from without its text."""
+"""The log is bounded, and gives the location of an exception without its text."""
 
 import logging
 
@@ -10,7 +10,7 @@ from edge.logs import RepeatedLog, place_of
 log = logging.getLogger("test")
 
 
-def test_events_of_one_type_are_logged_once_a_minute_with_their_number(
+def test_events_of_one_type_are_logged_once_a_minute_with_a_count(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     noise = RepeatedLog(log)

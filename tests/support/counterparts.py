@@ -29,7 +29,7 @@ def wait_for(what: Callable[[], object]) -> None:
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody uses."""
+    """A free TCP port of the loopback interface."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -48,7 +48,7 @@ class Mosquitto:
 
     @property
     def broker(self) -> Broker:
-        """How to reach it."""
+        """The address of the broker."""
         return Broker(port=self.port)
 
     def start(self) -> None:
@@ -106,7 +106,7 @@ class PtyPair:
         wait_for(lambda: self.near.exists() and self.far.exists())
 
     def unplug(self) -> None:
-        """Take both ports away, as if the cable came out: without a word, whatever is on its way."""
+        """Remove both ports, as if the cable were unplugged; data in transit is lost."""
         if self.process is not None:
             self.process.kill()
             self.process.wait(WAIT_S)
@@ -157,7 +157,7 @@ class DaemonProcess:
             self.notice("READY=1")
 
     def notice(self, state: str) -> str:
-        """Wait for a notification with this state; returns all of it."""
+        """Wait for a notification with this state; returns the whole notification."""
         until = time.monotonic() + WAIT_S
         while time.monotonic() < until:
             notice = self.next_notice()
@@ -166,7 +166,7 @@ class DaemonProcess:
         raise AssertionError(f"no {state} came")
 
     def next_notice(self) -> str:
-        """What the daemon says next; nothing if it does not say anything for a moment."""
+        """The next notification of the daemon; empty if there is none for a moment."""
         try:
             return self._notices.recv(4096).decode()
         except TimeoutError:
@@ -191,7 +191,7 @@ class DaemonProcess:
         return self.end()
 
     def close(self) -> None:
-        """End what is left."""
+        """End the process if it is still running."""
         self._notices.close()
         if self.process is not None and self.process.poll() is None:
             self.process.kill()

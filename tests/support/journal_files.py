@@ -1,4 +1,4 @@
-"""What tests of the journal and of its file have in common."""
+"""Shared by the tests of the journal and of its file."""
 
 import shutil
 from pathlib import Path
@@ -7,7 +7,7 @@ REQUEST = b'{"id":"a","prompt":"why"}'
 
 
 def crash(path: Path, target: Path) -> Path:
-    """What a process that dies now leaves behind: the files as the kernel has them."""
+    """Copy the files as a process that dies now would leave them."""
     target.mkdir()
     for name in (path.name, path.name + "-wal"):
         if (path.parent / name).exists():

@@ -1,4 +1,4 @@
-"""A client that keeps a node busy over MQTT, and what must have become of its requests in the end."""
+"""A client that keeps a node busy over MQTT, and a check that each request was answered once."""
 
 import json
 import random
@@ -36,7 +36,7 @@ class MqttLoad:
         self.asked: list[str] = []
         self.answers: dict[str, bytes] = {}
         self.copies = 0
-        self.others: list[bytes] = []  # last answers that are not those there were already
+        self.others: list[bytes] = []  # finals and errors that differ from the first answer
         self.online = self.connections = 0
         self._waiting: dict[str, Request] = {}
         self._repeats = repeats
@@ -63,7 +63,7 @@ class MqttLoad:
         self._send(request)
 
     def wait_for_more(self, answers: int) -> None:
-        """Wait until so many more requests are answered."""
+        """Wait until this number of further requests is answered."""
         wanted = len(self.answers) + answers
         wait_for(lambda: len(self.answers) >= wanted)
 
@@ -124,12 +124,12 @@ def keep_busy(load: MqttLoad, seconds: float) -> None:
 
 
 def wait_until_back(load: MqttLoad, online: int, connections: int) -> None:
-    """Wait until client and node have met again at the broker."""
+    """Wait until client and node are connected to the broker again."""
     wait_for(lambda: load.online > online and load.connections > connections)
 
 
 def one_answer_each(what: str, load: MqttLoad, others: list[Answer]) -> None:
-    """Each request has one last answer, whatever copies came, and that is a good one or says why not."""
+    """Check that each request has one final or error, apart from copies, and that the error is allowed."""
     assert sorted(load.answers) == sorted(load.asked)
     assert load.others == []
     answers = [*map(parse_answer, load.answers.values()), *others]

@@ -21,7 +21,7 @@ from unittest import mock
 
 CHANGES = ("open", "write", "fsync", "mkdir", "rmdir", "unlink", "rename", "replace", "symlink", "close")
 TAILS = ("lost", "half", "zeros", "whole")  # what becomes of data that were not synced
-CHANCES = 12  # random choices among the unsynced changes, beside the systematic ones
+CHANCES = 12  # random choices among the unsynced changes, in addition to the systematic ones
 
 
 @dataclass(eq=False)
@@ -74,7 +74,7 @@ class Disk:
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
-        """Record what is done to the directory, and note all states after each step."""
+        """Record all operations on the directory, and all possible states after each."""
         real = {name: getattr(os, name) for name in CHANGES}
         real["fsync"] = lambda _descriptor: None  # it is the imagined disk that is synced
 
@@ -93,7 +93,7 @@ class Disk:
             yield
 
     def note_states(self) -> None:
-        """Note every state that a power cut now could leave."""
+        """Record every state that a power cut at this moment could leave."""
         for kept in self._subsets():
             entries = {parent: dict(names) for parent, names in self.base.items()}
             for change in kept:
@@ -143,7 +143,7 @@ class Disk:
                 )
 
     def _before(self, name: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Node | None:
-        """Find what is about to vanish from where it is."""
+        """Find the node that is about to be removed from its path."""
         if name in ("unlink", "rmdir", "rename", "replace"):
             path = self._path(arguments[0], keywords.get("dir_fd"))
             return self._now(path) if self._is_here(path.parent) else None

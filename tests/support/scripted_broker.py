@@ -28,7 +28,7 @@ class Published:
 
 
 class ScriptedBroker:
-    """Serves one client at a time. `limits` are properties of its CONNACK; it acknowledges when told to."""
+    """Serves one client at a time. `limits` are properties of its CONNACK; it acknowledges on demand."""
 
     def __init__(self, knows_5: bool = True, **limits: Any) -> None:
         self.limits, self.knows_5 = limits, knows_5
@@ -40,9 +40,9 @@ class ScriptedBroker:
         self.pings = 0
         self.answers_pings = self.keeps_sessions = True
         self.refuses = 0  # connections, for a reason
-        self.acknowledges = False  # by itself, but for what is forbidden
+        self.acknowledges = False  # automatically, except on the forbidden topic
         self.forbidden = ""  # a topic that it ends the connection for
-        self.granted = 1  # to who subscribes: a quality of service, or a reason not to
+        self.granted = 1  # reason code of each SUBACK: the granted QoS or a refusal
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._connections: list[socket.socket] = []
         self._thread = threading.Thread(target=self._serve, daemon=True)

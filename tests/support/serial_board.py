@@ -12,7 +12,7 @@ from tests.support.counterparts import WAIT_S
 
 
 class SerialBoard:
-    """Writes and reads frames on one end of a pty pair. XON and XOFF that the node sends are passed over."""
+    """Writes and reads frames on one end of a pty pair. XON and XOFF from the node are skipped."""
 
     def __init__(self, port: Path) -> None:
         self._file = os.open(port, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
@@ -35,7 +35,7 @@ class SerialBoard:
         return data.translate(None, b"\x11\x13")
 
     def receive(self, *types: str) -> dict[str, Any]:
-        """Return the next frame of one of the types; others are passed over."""
+        """Return the next frame of one of the types; others are skipped."""
         until = time.monotonic() + WAIT_S
         while time.monotonic() < until:
             while self._received:

@@ -1,6 +1,6 @@
-"""A daemon left alone under light, mixed load: nothing it holds may grow, and each request gets one answer.
+"""A daemon under light, mixed load for hours: no resource may grow, and each request gets one answer.
 
-`python -m tests.support.soak --hours 24` runs for so long and prints what it has seen; `test_soak.py` runs
+`python -m tests.support.soak --hours 24` runs for that time and prints a summary; `test_soak.py` runs
 a quarter of an hour of the same. Broker, daemon and serial line are real, the model is small and random.
 """
 
@@ -120,7 +120,7 @@ class Summary:
     idle_wakeups_s: float
 
     def problems(self) -> list[str]:
-        """Say which promises were broken."""
+        """Return the requirements that were not met."""
         found = list(self.wrong)
         if self.slope_mb_h is not None and self.slope_mb_h.low > SLOPE_MB_H:
             found.append(f"memory grows by {self.slope_mb_h.estimate:.2f} MB/h")
@@ -136,7 +136,7 @@ class Summary:
 
 
 class Soak:
-    """A broker, a daemon, two ports wired to each other, and those who ask; all files in `directory`."""
+    """A broker, a daemon, two ports wired to each other, and clients; all files are in `directory`."""
 
     def __init__(self, directory: Path, seconds: float, idle_s: float) -> None:
         self._directory, self._seconds, self._idle_s = directory, seconds, idle_s
@@ -144,7 +144,7 @@ class Soak:
         self._chance = random.Random(1)
 
     def run(self, progress: Callable[[float, Sample], None] = lambda _share, _sample: None) -> Summary:
-        """Soak; `progress` is told which share is done, and the latest sample, about once a second."""
+        """Run; `progress` gets the completed share and the latest sample about once a second."""
         with contextlib.ExitStack() as stack:
             broker = Mosquitto(self._directory, ("allow_anonymous true",))
             broker.start()
@@ -177,7 +177,7 @@ class Soak:
     def _load(
         self, askers: Sequence[Asker], ear: Ear, progress: Callable[[float, Sample], None]
     ) -> list[Sample]:
-        """Have all of them ask for as long as it takes, and until all is answered."""
+        """Run all clients for the duration, and until every request is answered."""
         sensors = Sensors(ear, self._chance)
         workers = [Worker(asker.ask, asker.pause_s) for asker in askers]
         workers.append(Worker(sensors.read, lambda: READING_S))
@@ -247,7 +247,7 @@ class Soak:
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def _idle_wakeups_s(self) -> float:
-        """How often the daemon's threads wake up in a second when nobody asks anything."""
+        """How often the daemon's threads wake up per second without requests."""
         before, until = self._switches(), time.monotonic() + self._idle_s
         while time.monotonic() < until:
             self._daemon.next_notice()
@@ -321,7 +321,7 @@ def described(summary: Summary) -> str:
 @click.option("--hours", type=float, default=24.0, show_default=True, help="How long to soak.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was seen as JSON.")
 def main(hours: float, as_json: bool) -> None:
-    """Leave a daemon alone under light load for some hours, and say how it has fared."""
+    """Run a daemon under light load for some hours and print a summary."""
 
     def progress(share: float, sample: Sample) -> None:
         if sys.stderr.isatty():

@@ -1,4 +1,4 @@
-"""Those around a daemon in a soak: clients that ask all kinds of things, sensors, and who hears it all."""
+"""The peers of a daemon in a soak: clients with all types of requests, sensors, and a subscriber."""
 
 import contextlib
 import json
@@ -30,7 +30,7 @@ SCHEMA: dict[str, Any] = {
 
 
 class Ear:
-    """Hears all that the daemon says at the broker, and counts the last answers to each request."""
+    """Receives all messages of the daemon at the broker, and counts finals and errors of each request."""
 
     def __init__(self, broker: Mosquitto) -> None:
         self.answers: Counter[str] = Counter()
@@ -60,7 +60,7 @@ class Ear:
 
 
 class Worker(threading.Thread):
-    """Does something over and over, with pauses, until it is told to stop."""
+    """Repeats an action, with pauses, until it is stopped."""
 
     def __init__(self, work: Callable[[], None], pause_s: Callable[[], float]) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class Sensors:
 
 @dataclass
 class Asker:
-    """A client that asks all kinds of things, and knows what each kind may be answered."""
+    """A client that sends all types of requests and knows the valid answers to each."""
 
     name: str
     open: Callable[[], Link]
@@ -108,7 +108,7 @@ class Asker:
         return self.chance.uniform(*PAUSE_S) / haste
 
     def ask(self) -> None:
-        """Ask one thing."""
+        """Send one request."""
         kind = self.chance.choice(list(KINDS))
         make, allowed = KINDS[kind]
         self.asked += 1
@@ -138,7 +138,7 @@ class Asker:
         return found
 
     def free_text(self, name: str) -> Request:
-        """Ask with words that nobody has used before, as part numbers are."""
+        """A request with words that were not used before, such as part numbers."""
         parts = " ".join(f"{self.chance.getrandbits(40):x}" for _ in range(NEW_WORDS))
         prompt = f"Parts {parts}: the pump runs at {self.chance.randint(1, 99)} bar because"
         return Request(name, prompt, max_tokens=self.chance.randint(1, 40), stream=self.chance.random() < 0.5)
@@ -158,7 +158,7 @@ class Asker:
         return Request(name, "Tell me all about pumps.", max_tokens=1500)
 
     def full(self, name: str) -> Request:
-        """Ask what takes up to all of the context: a digit is a token."""
+        """A request that fills up to the whole context: a digit is a token."""
         digits = self.chance.choices("0123456789", k=self.chance.randint(1, CONTEXT - 50))
         return Request(name, "".join(digits), max_tokens=40, stream=False)
 

@@ -1,4 +1,4 @@
-"""A generator for tests of what stands around one: it spells words backwards, and can be held."""
+"""A generator for tests of the code around it: it spells words backwards and can be paused."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -50,5 +50,5 @@ class Speller:
             raise errors[word]
 
     def wait_until_held(self) -> None:
-        """Return once a request stands at the closed gate."""
+        """Wait until a request is paused at the closed gate."""
         assert self.at_gate.acquire(timeout=WAIT_S)
