@@ -284,16 +284,16 @@ class User:
     received: queue.Queue[MQTTMessage]
     codes: queue.Queue[Any]
 
-    def hears(self, topic: str, speaker: User, said: str) -> bool:
+    def receives(self, topic: str, sender: User, payload: str) -> bool:
         """Return whether a message that another user publishes on `topic` arrives."""
         self.client.subscribe(topic, qos=1)
         granted = self.codes.get(timeout=WAIT_S)
-        speaker.client.publish(topic, said, qos=1).wait_for_publish(WAIT_S)
+        sender.client.publish(topic, payload, qos=1).wait_for_publish(WAIT_S)
         self.client.publish("edge/v1/x/request", "", qos=1).wait_for_publish(WAIT_S)
         if granted[0].is_failure:
             return False
         try:
-            return self.received.get(timeout=0.3).payload == said.encode()
+            return self.received.get(timeout=0.3).payload == payload.encode()
         except queue.Empty:
             return False
 
@@ -327,29 +327,29 @@ def login(broker: Broker) -> Iterator[Callable[..., User]]:
 
 def test_the_broker_limits_each_user_to_its_own_topics(login: Callable[..., User]) -> None:
     node, alice, probe = login("edge-node"), login("alice"), login("probe1")
-    assert node.hears("edge/v1/edge-node/request/alice", alice, "question")
-    assert node.hears("edge/v1/edge-node/cancel/alice", alice, "cancellation")
-    assert alice.hears("edge/v1/edge-node/reply/alice/1", node, "answer")
-    assert alice.hears("edge/v1/edge-node/status", node, "online")
-    assert node.hears("sensors/probe1/temperature", probe, "21.5")
-    assert alice.hears("alarms/freezer", node, "warm")
-    assert not probe.hears("edge/v1/edge-node/reply/alice/1", node, "answer for another")
-    assert not alice.hears("edge/v1/edge-node/reply/alice/1", probe, "forged answer")
-    assert not node.hears("sensors/probe1/temperature", alice, "forged reading")
-    assert not alice.hears("edge/v1/edge-node/status", probe, "forged status")
-    assert not probe.hears("edge/v1/edge-node/request/alice", alice, "overheard question")
-    assert not node.hears("edge/v1/edge-node/request/alice", probe, "forged question")
-    assert not node.hears("edge/v1/edge-node/cancel/alice", probe, "forged cancellation")
-    assert not node.hears("edge/v1/edge-node/request", alice, "question of nobody")
+    assert node.receives("edge/v1/edge-node/request/alice", alice, "question")
+    assert node.receives("edge/v1/edge-node/cancel/alice", alice, "cancellation")
+    assert alice.receives("edge/v1/edge-node/reply/alice/1", node, "answer")
+    assert alice.receives("edge/v1/edge-node/status", node, "online")
+    assert node.receives("sensors/probe1/temperature", probe, "21.5")
+    assert alice.receives("alarms/freezer", node, "warm")
+    assert not probe.receives("edge/v1/edge-node/reply/alice/1", node, "answer for another")
+    assert not alice.receives("edge/v1/edge-node/reply/alice/1", probe, "forged answer")
+    assert not node.receives("sensors/probe1/temperature", alice, "forged reading")
+    assert not alice.receives("edge/v1/edge-node/status", probe, "forged status")
+    assert not probe.receives("edge/v1/edge-node/request/alice", alice, "overheard question")
+    assert not node.receives("edge/v1/edge-node/request/alice", probe, "forged question")
+    assert not node.receives("edge/v1/edge-node/cancel/alice", probe, "forged cancellation")
+    assert not node.receives("edge/v1/edge-node/request", alice, "question without a user")
 
 
 def test_home_assistant_sees_the_nodes_but_not_answers_to_others(login: Callable[..., User]) -> None:
     node, home = login("edge-node"), login("home-assistant")
-    assert home.hears("homeassistant/device/edge-edge-node/config", node, "device")
-    assert home.hears("edge/v1/edge-node/health", node, "health")
-    assert home.hears("edge/v1/edge-node/routes/freezers", node, "state")
-    assert node.hears("homeassistant/status", home, "online")
-    assert not home.hears("edge/v1/edge-node/reply/alice/1", node, "answer for another")
+    assert home.receives("homeassistant/device/edge-edge-node/config", node, "device")
+    assert home.receives("edge/v1/edge-node/health", node, "health")
+    assert home.receives("edge/v1/edge-node/routes/freezers", node, "state")
+    assert node.receives("homeassistant/status", home, "online")
+    assert not home.receives("edge/v1/edge-node/reply/alice/1", node, "answer for another")
 
 
 def test_the_broker_refuses_unknown_users(login: Callable[..., User]) -> None:
@@ -361,7 +361,9 @@ def test_clients_connect_to_the_broker_over_tls_and_verify_it(
     login: Callable[..., User], broker: Broker, tmp_path: Path
 ) -> None:
     alice = login("alice", tls=True)
-    assert alice.hears("edge/v1/edge-node/reply/alice/1", login("edge-node", tls=True, host="127.0.0.1"), "x")
+    assert alice.receives(
+        "edge/v1/edge-node/reply/alice/1", login("edge-node", tls=True, host="127.0.0.1"), "x"
+    )
     foreign = tmp_path / "foreign"
     assert run(CONFIGS / "mosquitto" / "make-certificates", foreign, "localhost").returncode == 0
     context = ssl.create_default_context(cafile=foreign / "ca.crt")

@@ -52,7 +52,7 @@ class Line:
         for _, slave in self.ends:
             tty.setraw(slave)
         self.daemon_port, self.sensor_port = (os.ttyname(slave) for _, slave in self.ends)
-        self.heard: list[bytes] = []  # from the sensor
+        self.received: list[bytes] = []  # from the sensor
         self._stopping = False
         self._thread = threading.Thread(target=self._carry)
         self._thread.start()
@@ -63,7 +63,7 @@ class Line:
             for ready in select.select(masters, [], [], 0.05)[0]:
                 data = os.read(ready, 4096)
                 if ready == masters[1]:
-                    self.heard.append(data)
+                    self.received.append(data)
                 os.write(masters[1 - masters.index(ready)], self._spoil(data))
 
     def _spoil(self, data: bytes) -> bytes:
@@ -217,8 +217,8 @@ def test_a_reading_is_a_frame_with_topic_and_payload(line: Line, ask: Callable[.
     decoder = FrameDecoder(1024)
     frames: list[object] = []
     while len(frames) < 2:
-        while line.heard:
-            frames += [json.loads(str(text)) for text in decoder.feed(line.heard.pop(0))]
+        while line.received:
+            frames += [json.loads(str(text)) for text in decoder.feed(line.received.pop(0))]
     assert frames == [
         {"type": "reading", "topic": "sensors/left/temperature", "payload": -14.5},
         {"type": "reading", "topic": "s/x", "payload": 0.05},

@@ -368,7 +368,7 @@ def test_sampling_draws_the_same_tokens_as_sampling_from_masked_logits(
                 assert drawn(constraint, listed, logits, ids).token == expected
 
 
-def test_forced_tokens_are_those_of_the_whole_text() -> None:
+def test_forced_tokens_equal_the_tokens_of_the_whole_text() -> None:
     tokenizer = real_vocabulary.tokenizer("gemma4")
     answer = '{"status":"alarm","reason":"pressure is low","action":"check the pump","value":-3.5}'
     expected = tokenizer.encode(answer)

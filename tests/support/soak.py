@@ -27,7 +27,7 @@ from edge.endpoints import SerialConfig
 from tests.support import bundles
 from tests.support.checkpoint_files import copy_fixture
 from tests.support.counterparts import DaemonProcess, Mosquitto, PtyPair, wait_for
-from tests.support.soak_clients import CONTEXT, Asker, Ear, Sensors, Worker
+from tests.support.soak_clients import CONTEXT, Sensors, SoakClient, Subscriber, Worker
 
 READING_S = 1.0  # between two readings of a sensor
 SAMPLE_S = 1.0
@@ -158,8 +158,8 @@ class Soak:
             stack.callback(self._daemon.close)
             self._daemon.start()
             broker.retained("edge/v1/pump/status")
-            ear = Ear(broker)
-            stack.callback(ear.close)
+            subscriber = Subscriber(broker)
+            stack.callback(subscriber.close)
             line = SerialConfig(str(ptys.far), 115_200, "none", lenient=False)
             opens: dict[str, Callable[[], Link]] = {
                 "m": lambda: MqttLink(broker.broker, "pump"),
@@ -167,19 +167,19 @@ class Soak:
                 "s": lambda: SerialLink(line),
             }
             warm = time.monotonic() + self._warm_up_s
-            askers = [Asker(name, way, random.Random(name), warm) for name, way in opens.items()]
-            samples = self._load(askers, ear, progress)
-            summary = self._summary(askers, ear, samples)
+            clients = [SoakClient(name, way, random.Random(name), warm) for name, way in opens.items()]
+            samples = self._load(clients, subscriber, progress)
+            summary = self._summary(clients, subscriber, samples)
             assert self._daemon.stop() == 0
         assert "Traceback" not in self._daemon.log.read_text()
         return summary
 
     def _load(
-        self, askers: Sequence[Asker], ear: Ear, progress: Callable[[float, Sample], None]
+        self, clients: Sequence[SoakClient], subscriber: Subscriber, progress: Callable[[float, Sample], None]
     ) -> list[Sample]:
         """Run all clients for the duration, and until every request is answered."""
-        sensors = Sensors(ear, self._chance)
-        workers = [Worker(asker.ask, asker.pause_s) for asker in askers]
+        sensors = Sensors(subscriber, self._chance)
+        workers = [Worker(client.ask, client.pause_s) for client in clients]
         workers.append(Worker(sensors.read, lambda: READING_S))
         for worker in workers:
             worker.start()
@@ -195,10 +195,12 @@ class Soak:
         for worker in workers:
             worker.stop()
         with contextlib.suppress(AssertionError):  # the summary says how many are missing
-            wait_for(lambda: len(ear.explanations) >= ear.events)
+            wait_for(lambda: len(subscriber.explanations) >= subscriber.events)
         return samples
 
-    def _summary(self, askers: Sequence[Asker], ear: Ear, samples: list[Sample]) -> Summary:
+    def _summary(
+        self, clients: Sequence[SoakClient], subscriber: Subscriber, samples: list[Sample]
+    ) -> Summary:
         first, last = samples[0], samples[-1]
         processor_s = self._processor_s()
         quiet = minima(samples, self._warm_up_s)
@@ -207,18 +209,22 @@ class Soak:
             growth = slope([each.at / 3600 for each in quiet], [each.memory / MB for each in quiet])
         return Summary(
             hours=(last.at - first.at) / 3600,
-            outcomes=dict(sorted(sum((asker.outcomes for asker in askers), Counter()).items())),
-            events=ear.events,
-            explanations=len(ear.explanations),
-            wrong=[wrong for asker in askers for wrong in asker.wrong],
-            copies=sum(count - 1 for count in [*ear.answers.values(), *ear.explanations.values()]),
+            outcomes=dict(sorted(sum((client.outcomes for client in clients), Counter()).items())),
+            events=subscriber.events,
+            explanations=len(subscriber.explanations),
+            wrong=[wrong for client in clients for wrong in client.wrong],
+            copies=sum(
+                count - 1 for count in [*subscriber.answers.values(), *subscriber.explanations.values()]
+            ),
             memory_mb=(first.memory / MB, last.memory / MB),
             slope_mb_h=growth,
             descriptors=sorted({each.descriptors for each in quiet}),
             threads=sorted({each.threads for each in quiet}),
             state_mb=max(sample.state for sample in samples) / MB,
             cache_mb=max(sample.cache for sample in samples) / MB,
-            written_kb=(last.written - first.written) / 1000 / (ear.events + sum(a.asked for a in askers)),
+            written_kb=(last.written - first.written)
+            / 1000
+            / (subscriber.events + sum(a.asked for a in clients)),
             written_mb_h=(last.written - first.written) / MB / (last.at - first.at) * 3600,
             processor_share=processor_s / (last.at - first.at),
             idle_wakeups_s=self._idle_wakeups_s(),

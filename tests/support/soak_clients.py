@@ -29,7 +29,7 @@ SCHEMA: dict[str, Any] = {
 }
 
 
-class Ear:
+class Subscriber:
     """Receives all messages of the daemon at the broker, and counts finals and errors of each request."""
 
     def __init__(self, broker: Mosquitto) -> None:
@@ -37,7 +37,7 @@ class Ear:
         self.events = 0
         self.explanations: Counter[str] = Counter()
         self.client = Client(CallbackAPIVersion.VERSION2, protocol=MQTTv5)
-        self.client.on_message = self._heard
+        self.client.on_message = self._received
         subscribed = threading.Event()
         self.client.on_subscribe = lambda *_: subscribed.set()
         self.client.connect("127.0.0.1", broker.port)
@@ -45,7 +45,7 @@ class Ear:
         self.client.subscribe([("edge/v1/pump/reply/#", 1), ("alarms/#", 1), ("explanations/#", 1)])
         assert subscribed.wait(WAIT_S)
 
-    def _heard(self, _client: Client, _data: Any, message: MQTTMessage) -> None:
+    def _received(self, _client: Client, _data: Any, message: MQTTMessage) -> None:
         content = json.loads(message.payload)
         if message.topic.startswith("alarms/"):
             self.events += content["event"] == "condition"
@@ -79,18 +79,18 @@ class Worker(threading.Thread):
 class Sensors:
     """Three pumps, whose pressure rises above its limit now and then."""
 
-    def __init__(self, ear: Ear, chance: random.Random) -> None:
-        self._ear, self._chance = ear, chance
+    def __init__(self, subscriber: Subscriber, chance: random.Random) -> None:
+        self._subscriber, self._chance = subscriber, chance
 
     def read(self) -> None:
         for pump in ("north", "south", "west"):
             bar = 9.0 if self._chance.random() < 0.05 else 5.0
             bar += round(self._chance.random(), 2)
-            self._ear.client.publish(f"sensors/{pump}/pressure", str(bar))
+            self._subscriber.client.publish(f"sensors/{pump}/pressure", str(bar))
 
 
 @dataclass
-class Asker:
+class SoakClient:
     """A client that sends all types of requests and knows the valid answers to each."""
 
     name: str
@@ -169,12 +169,12 @@ class Asker:
         return Request(name, "Pump?", max_tokens=0)
 
 
-KINDS: dict[str, tuple[Callable[[Asker, str], Request], tuple[str, ...]]] = {
-    "free text": (Asker.free_text, ("stop", "length")),
-    "schema": (Asker.schema, ("stop",)),
-    "conversation": (Asker.conversation, ("stop", "length")),
-    "full": (Asker.full, ("stop", "length")),
-    "cancelled": (Asker.long, ("cancelled", "stop", "length")),
-    "late": (Asker.late, ("deadline", "expired", "stop", "length")),
-    "bad": (Asker.bad, ("bad_request",)),
+KINDS: dict[str, tuple[Callable[[SoakClient, str], Request], tuple[str, ...]]] = {
+    "free text": (SoakClient.free_text, ("stop", "length")),
+    "schema": (SoakClient.schema, ("stop",)),
+    "conversation": (SoakClient.conversation, ("stop", "length")),
+    "full": (SoakClient.full, ("stop", "length")),
+    "cancelled": (SoakClient.long, ("cancelled", "stop", "length")),
+    "late": (SoakClient.late, ("deadline", "expired", "stop", "length")),
+    "bad": (SoakClient.bad, ("bad_request",)),
 }

@@ -48,13 +48,13 @@ class Sensor:
             WAIT_S
         )
 
-    def hear(self) -> tuple[str, Answer]:
+    def receive(self) -> tuple[str, Answer]:
         message = self.messages.get(timeout=WAIT_S)
         return message.topic, parse_answer(bytes(message.payload))
 
     def last(self) -> Answer:
         """The next final or error."""
-        while isinstance(answer := self.hear()[1], Partial):
+        while isinstance(answer := self.receive()[1], Partial):
             pass
         return answer
 
@@ -380,7 +380,7 @@ def test_with_a_full_queue_known_requests_are_answered_and_others_refused_by_id(
     node.speller.gate.set()
 
 
-def test_status_is_retained_and_the_last_will_says_offline(mosquitto: Mosquitto, connect: Connect) -> None:
+def test_status_is_retained_and_the_last_will_is_offline(mosquitto: Mosquitto, connect: Connect) -> None:
     node = Node.start(mosquitto.broker)
     wait_for(lambda: node.transport.online)
     watcher = connect(mosquitto, "edge/v1/pump/status", "edge/v1/pump/health")
@@ -428,10 +428,10 @@ def test_a_restart_of_the_broker_neither_loses_nor_repeats_an_answer(
     wait_for(lambda: node.transport.online)
     again = connect(mosquitto, REPLY)
     again.ask(request("c", stream=False), ResponseTopic=REPLY)
-    heard = []
-    while "c" not in heard:
-        heard.append(again.final().id)
-    assert len(heard) == len(set(heard))
+    received = []
+    while "c" not in received:
+        received.append(again.final().id)
+    assert len(received) == len(set(received))
     assert node.speller.asked == ["a", "b", "c"]
 
 

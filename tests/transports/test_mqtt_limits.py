@@ -346,7 +346,7 @@ def test_a_malformed_message_is_acknowledged_and_logged_in_one_line(
         b"\x40\x01\0",  # PUBACK without an identifier
         b"\x90\x02\0",  # SUBACK: cut off
         b"\x90\x01\0",
-        b"\xf0\x00",  # AUTH, which nobody asked for
+        b"\xf0\x00",  # AUTH, not requested
         b"\x62\x02\0\1",  # PUBREL, of QoS 2
         b"\x30\xff\xff\xff\xff\x7f",  # a length of five bytes
         b"\x30\xff\xff\xff\x7f",  # 256 MiB

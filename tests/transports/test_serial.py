@@ -151,8 +151,8 @@ def test_an_echo_of_the_daemons_own_frames_is_ignored(node: Node, board: SerialB
     for frame in said + others:
         board.send(json.dumps(frame))
     board.send(request("8"))
-    heard = board.receive("ack", "nak", "error", "hello")
-    assert heard == {"type": "ack", "id": "8"}
+    frame = board.receive("ack", "nak", "error", "hello")
+    assert frame == {"type": "ack", "id": "8"}
 
 
 def test_a_cancel_frame_cancels_a_request(node: Node, board: SerialBoard) -> None:
