@@ -1,1 +1,1 @@
-"""The laptop side: turns a checkpoint into a bundle. Nothing in `edge` imports it."""
+"""The converter, run on a laptop: turns a checkpoint into a bundle. `edge` imports nothing from it."""

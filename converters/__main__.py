@@ -1,4 +1,4 @@
-"""`edge-convert`, and the same as `python -m converters`."""
+"""The entry point of `edge-convert` and of `python -m converters`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes a bundle's files, all but the manifest, a slice of rows at a time."""
+"""Writes a bundle's files except the manifest, a slice of rows at a time."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from edge.bundles.bundle import DECODER, EMBEDDING, PER_LAYER, TOKENIZER
 from edge.bundles.row_table import RowTable
 
 _MANIFEST_BYTES = 1 << 15
-"""More than a manifest takes."""
+"""An upper bound for the size of a manifest."""
 
 _TFLITE_TYPES = {32: "float32", 8: "int8", 4: "int4", 2: "int2"}
 
 
 @dataclass(frozen=True)
 class Tables:
-    """Where the rows are that the runtime gathers one at a time."""
+    """The locations of the rows that the runtime gathers one at a time."""
 
     embedding: RowTable
     head: RowTable
@@ -37,7 +37,7 @@ class Tables:
 
 
 def bundle_size(checkpoint: Checkpoint, plan: Plan, widths: Widths) -> int:
-    """Bytes of the bundle, or a few more."""
+    """Bytes of the bundle, slightly overestimated."""
     total = file_size(*_decoder_model(checkpoint, plan, widths)) + len(checkpoint.tokenizer_model)
     total += sum(plan.formats[name].stored_bytes(*table.shape) for name, table in plan.layout.tables.items())
     return total + _MANIFEST_BYTES
@@ -46,7 +46,7 @@ def bundle_size(checkpoint: Checkpoint, plan: Plan, widths: Widths) -> int:
 def write_files(
     checkpoint: Checkpoint, plan: Plan, widths: Widths, encoder: Encoder, directory: Path
 ) -> Tables:
-    """Write every file but the manifest into `directory`."""
+    """Write every file except the manifest into `directory`."""
     writer = _BundleWriter(checkpoint, plan, encoder, directory)
     (directory / TOKENIZER).write_bytes(checkpoint.tokenizer_model)
     per_layer = None
@@ -85,7 +85,7 @@ class _BundleWriter:
         self._checkpoint, self._plan, self._encoder, self._directory = checkpoint, plan, encoder, directory
 
     def decoder(self, widths: Widths) -> RowTable:
-        """Write the graph and its weights. Returns where the head's rows are."""
+        """Write the graph and its weights. Returns the location of the head's rows."""
         model, channels = _decoder_model(self._checkpoint, self._plan, widths)
         with contextlib.closing(ModelWriter(self._directory / DECODER, model, channels)) as writer:
             for name, matrix in self._plan.layout.matrices.items():

@@ -41,7 +41,7 @@ def _size(_ctx: click.Context, _option: click.Parameter, value: str | None) -> i
 
 
 def _existing_checkpoint(_ctx: click.Context, _argument: click.Parameter, path: Path) -> Path:
-    """Refuse a path at which there is nothing, before a missing option is reported."""
+    """Report a path that does not exist before a missing option."""
     if not path.exists():
         from converters.checkpoints.recognition import missing_checkpoint
 
@@ -64,7 +64,7 @@ class _Program(Group):
         return super().resolve_command(ctx, args)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Put `convert` in front of options that are not this group's."""
+        """Insert `convert` before options that do not belong to this group."""
         if args and args[0].startswith("-") and args[0] not in ("-h", "--help", "--version"):
             args = ["convert", *args]
         return super().parse_args(ctx, args)
@@ -98,7 +98,7 @@ def main() -> None:
     """
     stop_on(signal.SIGTERM)
     if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
-        stop_on(signal.SIGHUP)  # the terminal was closed: leave nothing behind, as after Ctrl-C
+        stop_on(signal.SIGHUP)  # the terminal was closed: clean up, as after Ctrl-C
 
 
 @main.command()
@@ -324,9 +324,9 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _peak_memory() -> int:
-    """The most resident bytes that this process has had, file pages included.
+    """The peak resident size of this process in bytes, file pages included.
 
-    Linux's ru_maxrss would include what the parent process had when it started this one.
+    Linux's ru_maxrss can include the memory of the parent process at the fork.
     """
     try:
         status = Path("/proc/self/status").read_text()

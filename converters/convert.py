@@ -1,8 +1,8 @@
-"""A checkpoint in, a bundle out.
+"""Converts a checkpoint into a bundle.
 
 Tensors are read, quantised and written a slice of rows at a time, so memory is bounded by the slice, not by
-the model (calibration needs more, see `calibration.calibrate`). The bundle appears when it is complete and on
-disk. It depends on the checkpoint, the options and this version only.
+the model (calibration needs more, see `calibration.calibrate`). The bundle appears under its name only when
+it is complete and on disk. It depends only on the checkpoint, the options and this version.
 """
 
 from __future__ import annotations
@@ -34,14 +34,15 @@ from edge.errors import EdgeError
 DEFAULT_CONTEXT = 4096
 
 _CALIBRATION_WEIGHT, _SENSITIVITY_WEIGHT = 10, 5
-"""How many times as long as writing the model these take; for the estimate of the time left."""
+"""The duration of these phases relative to writing the model; used to estimate the time left."""
 
 
 @dataclass(frozen=True)
 class Converted:
     """The recipe, the size of the bundle, the weight bytes read for each decoded token, and a report.
 
-    `error_lines` has the error of each group of tensors and how much of the checkpoint's own codes was kept.
+    `error_lines` has the error of each group of tensors and the share of the checkpoint's codes that was
+    kept.
     """
 
     recipe: str
@@ -63,11 +64,11 @@ def convert(
     """Write the bundle `target`, which must not exist.
 
     `recipe` None: see `choose_recipe`. `widths` None: see `widths_of`. With a `calibration` text, codes are
-    chosen by what the matrices multiply when the model reads it. `budget`, only with the recipe "auto", is
-    the most bytes that the bundle may take.
+    chosen for the inputs that the matrices get on that text. `budget`, only with the recipe "auto", is the
+    maximum size of the bundle in bytes.
 
     Raises CheckpointError for a wrong tensor, EdgeError if the recipe does not suit the checkpoint or the
-    target exists or can't be written. After any exception, KeyboardInterrupt included, nothing is left.
+    target exists or can't be written. After any exception, KeyboardInterrupt included, no file is left.
     """
     if context > checkpoint.architecture.max_positions:
         raise EdgeError(
@@ -86,7 +87,7 @@ def convert(
 
 
 class _Conversion:
-    """The plan of one conversion, its phases in order, and what they report."""
+    """The plan of one conversion, its phases in order, and their reports."""
 
     def __init__(
         self,
@@ -108,7 +109,7 @@ class _Conversion:
         self.recipe = choose_recipe(recipe, set(formats.values()))
         self._widths = widths or widths_of(checkpoint.architecture)
         self._plan = plan_that_keeps(self.recipe, layout, formats)
-        size = bundle_size(checkpoint, self._plan, self._widths)  # with a budget: if all were int8
+        size = bundle_size(checkpoint, self._plan, self._widths)  # with a budget: all formats are int8
         self.estimated_bytes = size if budget is None else min(budget, size)
         self._work = Work(layout.values, report)
         self._notes: dict[str, object] = {}
@@ -121,7 +122,7 @@ class _Conversion:
         return sum(self._plan.formats[name].stored_bytes(*matrix.shape) for name, matrix in matrices)
 
     def run(self, directory: Path) -> Tables:
-        """Choose formats and codes, and write every file but the manifest."""
+        """Choose formats and codes, and write every file except the manifest."""
         calibration = self._calibration
         if self._budget is not None and calibration is not None:
             self._choose_formats(self._budget, calibration)
@@ -183,7 +184,7 @@ class _Conversion:
         )
 
     def _source(self, digests: Mapping[str, str]) -> dict[str, object]:
-        """What the manifest records of the checkpoint, and of the adapter that was merged."""
+        """The manifest's entry for the checkpoint and the merged adapter."""
         source: dict[str, object] = {"name": _name_of(self._checkpoint.path), "sha256": digests}
         if self._checkpoint.adapter is not None:
             adapter = {"name": _name_of(self._checkpoint.adapter), "sha256": digests[ADAPTER_WEIGHTS]}
@@ -192,7 +193,7 @@ class _Conversion:
 
 
 def _name_of(path: Path) -> str:
-    """The last part of a path, also of "."."""
+    """The last part of a path, resolved if it is "."."""
     return Path(os.path.abspath(path)).name
 
 

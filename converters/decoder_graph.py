@@ -29,7 +29,7 @@ from converters.tflite.graph import DYNAMIC, Graph, Model, Tensor, Weight
 from edge.bundles.architecture import Architecture, Attention
 
 Vector = Callable[[str], NDArray[np.float32]]
-"""Name of a small tensor (norm, scalar) -> its values, float32."""
+"""Returns the values, float32, of a small tensor (norm, scalar) by name."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Widths:
 def widths_of(arch: Architecture) -> Widths:
     """The widths of a model's signatures: verify passes of 8 tokens and prefill chunks of 64.
 
-    Chunks of 128 are no faster and take 10 MB more for what they compute with. Short chunks go through verify
-    where it does no more than prefill would, which is where every layer owns KV: a signature costs 5 MB.
+    Chunks of 128 are no faster and need 10 MB more working memory. If every layer owns KV, verify does the
+    same work as prefill, so short chunks use it: another signature would take 5 MB.
     """
     return Widths(8, (64,) if len(arch.owners) == len(arch.layers) else (8, 64))
 
@@ -80,7 +80,7 @@ class _Decoder:
         self.g.output("hidden", self._norm(x, self._constant("final_norm")))
 
     def kv_only(self) -> None:
-        """The layers that own KV, the last of them no further than its K and V."""
+        """The layers that own KV; the last one only up to its K and V."""
         self._layers(range(self.arch.owners[-1] + 1), last_stores_only=True)
 
     def _layers(self, indices: range, last_stores_only: bool = False) -> Tensor:

@@ -1,9 +1,8 @@
-"""Rows of tensors as codes: kept where the checkpoint stores codes, quantised elsewhere.
+"""Encodes rows of tensors: the checkpoint's own codes are kept, other values are quantised.
 
-A kept group has its codes and its scale bit for bit. A group that can't be kept (LiteRT accepts no scale that
-is negative, zero or subnormal) is quantised again from its values, which loses less than clipping codes.
-Slices are read and quantised on all CPUs and come out in order; a few slices are in memory, whatever the
-tensor's size.
+A kept group has the same codes and scale, bit for bit. A group that can't be kept (LiteRT accepts no scale
+that is negative, zero or subnormal) is quantised again from its values, which loses less than clipping codes.
+Slices are read and quantised on all CPUs and returned in order. Only a few slices are in memory at a time.
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ class Quantizer(Protocol):
     def codes_for(self, name: str, start: int, rows: Floats, format: Format) -> Quantized:
         """Codes of `rows`, float32 [n, k]: rows `start` to `start + n` of tensor `name`.
 
-        Called from several threads; the result depends on these arguments only.
+        Called from several threads; the result depends only on these arguments.
         """
 
 
 class NearestCodes:
-    """The quantiser without calibration: each row is rounded by its own values."""
+    """The quantiser without calibration: the codes of a row depend only on its values."""
 
     def codes_for(self, name: str, start: int, rows: Floats, format: Format) -> Quantized:
         """See `Quantizer.codes_for`."""

@@ -1,8 +1,9 @@
 """Runs bundles and their checkpoint over a text and reports how they differ.
 
 The text is cut into chunks of 512 tokens that each start with `<bos>`; `converters.fidelity` compares the
-logits. A layer's error is that of the keys that it stores, relative to their norm: it shows what the layers
-before it did to the residual stream. Layers that share another layer's keys have no error of their own.
+logits. A layer's error is that of the keys that it stores, relative to their norm; it shows the error that
+earlier layers caused in the residual stream. Layers that share another layer's keys have no error of their
+own.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from edge.text.tokenizer import Tokenizer
 _TIMED_STEPS = 32
 
 _TOGETHER = 16 * CHUNK
-"""Tokens that the checkpoint runs over at a time: 0.3 GB with the 270M, 0.6 GB with E2B."""
+"""Tokens in one run of the checkpoint: 0.3 GB with the 270M, 0.6 GB with E2B."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Report:
 
 
 def built_in_text() -> str:
-    """The text used where none is given: English prose about field work, 4,039 Gemma tokens."""
+    """The default text: English prose about field work, 4,039 Gemma tokens."""
     return resources.files("converters").joinpath("data/verification_text.txt").read_text("utf-8")
 
 
@@ -87,9 +88,9 @@ def evaluate_bundles(
     """Run bundles and their checkpoint over `text`; LiteRT's packed weights are kept in `cache_directory`.
 
     With `lora`, that adapter is merged into the checkpoint. The checkpoint runs once for all bundles, and
-    chunks are no longer than the shortest context. Raises BundleError, CheckpointError or RuntimeFailure for
-    what can't be read or run, BundleError if a bundle is another model's, and EdgeError if the text is too
-    short for a perplexity.
+    chunks are no longer than the shortest context. Raises BundleError, CheckpointError or RuntimeFailure if
+    something can't be read or run, BundleError for a bundle of another model, and EdgeError if the text is
+    too short for a perplexity.
     """
     checkpoint = open_checkpoint(checkpoint_path)
     adapter = None
@@ -131,7 +132,7 @@ def _opened(directory: Path, checkpoint: Checkpoint, cache_directory: Path) -> B
 
 
 def _adapter_note(of_bundle: MergedAdapter | None, applied: MergedAdapter | None) -> str:
-    """How a bundle and its checkpoint differ in the adapter that is merged into them; "" if they do not."""
+    """The difference between the adapters of a bundle and its checkpoint; "" if they are the same."""
     if of_bundle is None:
         return "" if applied is None else f"--lora {applied} is not merged into this bundle; leave it out"
     if applied is None:
@@ -142,14 +143,14 @@ def _adapter_note(of_bundle: MergedAdapter | None, applied: MergedAdapter | None
 
 
 class _AllLayers(dict[int, tuple[Floats, Floats]]):
-    """A stream's K and V by layer, which stay when the last layer has read them."""
+    """A stream's K and V by layer; unlike others, they are kept after their last use."""
 
     def __delitem__(self, _layer: int) -> None:
         pass
 
 
 class _Reference:
-    """The checkpoint, run over a few chunks at a time: each run reads all weights, each chunk takes memory.
+    """The checkpoint, run over a few chunks at a time, since each run reads all weights.
 
     `keys` are those of the current chunk, [kv_heads, n, head_dim], by the layers that own them.
     """

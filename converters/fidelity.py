@@ -1,7 +1,7 @@
-"""How far logits are from those of the checkpoint.
+"""Compares logits with those of the checkpoint.
 
-Over all positions of all chunks: largest and root-mean-square error of the logits, how often both have the
-same top token, and the mean Kullback-Leibler divergence of the bundle's distribution from the checkpoint's.
+Measured over all positions of all chunks: largest and root-mean-square error of the logits, agreement on the
+top token, and the mean Kullback-Leibler divergence of the bundle's distribution from the checkpoint's.
 Perplexity is over the second half of each chunk, where at least 256 tokens precede, as in llama.cpp's
 `llama-perplexity`.
 """
@@ -25,7 +25,7 @@ CHUNK = 512
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How logits differ. Errors are in logits, the divergence in nats, agreement is a share from 0 to 1.
+    """How logits differ: errors in logits, divergence in nats, agreement as a share from 0 to 1.
 
     `tokens` is the number of compared positions, `scored_tokens` of those that the perplexities cover.
     """
@@ -78,8 +78,8 @@ def compare(
 ) -> list[Fidelity]:
     """Measure each of `candidates` against `reference`.
 
-    `reference` yields the logits [n, vocabulary] of each chunk. A candidate yields those of the ids that it
-    is given, in order, in blocks of any number of rows. Raises EdgeError if a logit is not finite.
+    `reference` yields the logits [n, vocabulary] of each chunk. A candidate takes ids and yields
+    their logits in order, in blocks of any number of rows. Raises EdgeError if a logit is not finite.
     """
     sums, half = [_Sums() for _ in candidates], max(map(len, chunks)) // 2
     total = sum(map(len, chunks)) * len(candidates)

@@ -16,7 +16,7 @@ from edge.generation.generator import Generator
 from edge.generation.self_test import record
 
 MOST_CHARACTERS = 1000
-"""Of a text; 64 tokens are never longer in practice, and the manifest stays short."""
+"""The longest text used; in practice 64 tokens are shorter."""
 
 
 def record_golden(directory: Path, text: str, cache_directory: Path) -> Golden:
@@ -30,7 +30,7 @@ def record_golden(directory: Path, text: str, cache_directory: Path) -> Golden:
     manifest = replace(generator.bundle.manifest, golden=golden)
     generator.close()
     try:
-        (directory / SIGNATURE).unlink(missing_ok=True)  # it signs the old manifest
+        (directory / SIGNATURE).unlink(missing_ok=True)  # it is for the old manifest
         write_atomically(directory / MANIFEST, manifest.to_json().encode())
         (directory / MANIFEST).chmod(0o644)
     except OSError as error:

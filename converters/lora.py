@@ -43,10 +43,10 @@ _CONFIG = "adapter_config.json"
 _TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight")
 _PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.", "")
 _TOWERS = ("vision_tower.", "audio_tower.", "embed_vision.", "embed_audio.")
-_DEAD = ("key", "value")  # of layers that share KV: published files have them, nothing uses them
+_DEAD = ("key", "value")  # of layers that share KV: present in published files, but unused
 _FLOATS = {"F32": float32_rows, "F16": float16_rows, "BF16": bfloat16_rows}
 _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
-"""Initialisations that leave the base model's weights as they are; PiSSA, OLoRA and others change them."""
+"""Initialisations that do not change the base model's weights; PiSSA, OLoRA and others do."""
 
 # Settings that a plain merge can't apply: the values that are accepted, and why others are refused.
 _REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
@@ -69,9 +69,9 @@ _REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
 def merge_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     """The checkpoint with the adapter in `folder` merged into its tensors as they are read.
 
-    The adapter's chat template, if it has one of the family, replaces the checkpoint's.
-    Raises CheckpointError that names the file and the setting, module or tensor if the adapter is damaged, of
-    a type that can't be merged, or made for another model; also if the checkpoint holds quantised integers.
+    The adapter's chat template, if it has one of the family, replaces the checkpoint's. Raises
+    CheckpointError, which names the file and the setting, module or tensor if the adapter is damaged, of a
+    type that can't be merged, or made for another model; also if the checkpoint holds quantised integers.
     """
     if advice := wrong_adapter(folder):
         raise CheckpointError(advice)

@@ -17,13 +17,13 @@ from edge.files import sync_directory
 def all_or_nothing(target: Path, estimated_bytes: int) -> Iterator[Path]:
     """Yield a scratch directory next to `target`; rename it to `target` at the end, once it is on disk.
 
-    After any exception, KeyboardInterrupt included, nothing is left. Raises EdgeError if the target exists,
+    After any exception, KeyboardInterrupt included, no file is left. Raises EdgeError if the target exists,
     can't be written, or the disk has less than `estimated_bytes` free.
     """
     _require_space(target, estimated_bytes)
     scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
-        scratch.mkdir(0o700)  # inside `try`, so that a signal at this point leaves nothing either
+        scratch.mkdir(0o700)  # inside `try`, to clean up after a signal at this point
         yield scratch
         for path in scratch.iterdir():
             _sync(path)

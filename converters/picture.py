@@ -102,7 +102,7 @@ def _chart(reports: Sequence[Report]) -> str:
 
 
 def _labels(points: Sequence[tuple[float, float]], texts: Sequence[str]) -> list[str]:
-    """A label next to each point, on the side with more space; moved up where another one is."""
+    """A label next to each point, on the side with more space; moved up to avoid other labels."""
     lines: list[str] = []
     placed: list[tuple[float, float, float]] = []
     for (x, point_y), text in sorted(zip(points, texts, strict=True), key=lambda label: -label[0][1]):
@@ -124,7 +124,7 @@ def _text(x: float, y: float, text: str, anchor: str) -> str:
 
 
 def _shortened(name: str) -> str:
-    """The name, shortened in the middle to what fits next to a point; the table has it whole."""
+    """The name, shortened in the middle to fit next to a point; the table has the full name."""
     half = _LONGEST_NAME // 2
     return name if len(name) <= _LONGEST_NAME else f"{name[:half]}…{name[-half + 1 :]}"
 

@@ -1,4 +1,4 @@
-"""How far a long computation is."""
+"""Progress of a long computation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Progress:
-    """`done` of `total` units of work, and the name of what is being worked on."""
+    """`done` of `total` units of work, and the name of the current step."""
 
     done: int
     total: int

@@ -18,7 +18,7 @@ class ProgressDisplay:
         self._terminal = sys.stderr.isatty()
 
     def show(self, progress: Progress) -> None:
-        """Show the share done, an estimate of the time left, and what is being worked on."""
+        """Show the share done, an estimate of the time left, and the current step."""
         if self._terminal:
             now = time.monotonic()
             if now - self._rewritten >= 0.1 or progress.done >= progress.total:

@@ -1,8 +1,8 @@
 """Float rows to int8, int4 or int2 codes with scales, to packed bytes and back, and the quantisation error.
 
-Promises: a value is `code * scale`, symmetric, zero point 0. Every scale is positive and a normal number.
+A value is `code * scale`, symmetric, with zero point 0. Every scale is positive and a normal number.
 Codes are computed from the scale as it is stored, so the reported error is the runtime's. int4 and
-int2 scales are chosen for the least squared error. Results depend on the input only: not on the number of
+int2 scales are chosen for the least squared error. Results depend only on the input, not on the number of
 threads or on how a tensor is cut into slices of rows. Scratch memory is a few MB a thread.
 
 XNNPACK accepts these as constant weights of FULLY_CONNECTED: int8, int4 and int2 with one float32 scale a
@@ -27,7 +27,7 @@ LOWEST = {8: -127, 4: -8, 2: -2}
 HIGHEST = {8: 127, 4: 7, 2: 1}
 
 _TILE = 1 << 16
-"""Values a thread works on at a time: 256 KB of float32, so that one step's arrays stay in its L2 cache."""
+"""Values that a thread works on at a time: 256 KB of float32, which fits its L2 cache."""
 
 _SMALLEST_HALF = np.float32(2.0**-14)
 """Smallest normal float16."""
@@ -36,8 +36,8 @@ _LARGEST_HALF = np.float32(255 * 2.0**8)
 _SMALLEST_SINGLE = np.float32(2.0**-100)
 """Far below any weight that matters and far above float32's subnormals, inverse included."""
 
-# Trial scales, as shares of the smallest scale that clips nothing. Each trial is judged by the error that its
-# codes have under *their* best scale (least squares), so that a coarse grid is enough.
+# Trial scales, as shares of the smallest scale that clips nothing. A trial is rated by the error of its codes
+# with *their* best scale (least squares), so a coarse grid is enough.
 _BLOCK_TRIALS = (1.0, 0.92, 0.84, 0.76)
 _ROW_TRIALS = {
     4: (1.0, 0.9, 0.81, 0.73, 0.66, 0.59, 0.53, 0.43),
@@ -115,7 +115,7 @@ class Quantized:
 def quantize(rows: Floats, format: Format) -> Quantized:
     """Quantise float32 [n, k] rows; each row depends on itself alone.
 
-    int8 takes the row's largest value for 127. int4 and int2 search scales for the least squared error.
+    int8 maps the row's largest magnitude to 127. int4 and int2 search scales for the least squared error.
     Raises ValueError if k is not a multiple of the block.
     """
     rows = np.ascontiguousarray(rows, dtype=np.float32)

@@ -65,7 +65,7 @@ def _mobile(layout: WeightLayout) -> dict[str, Format]:
 
 
 AUTO = "auto"
-"""The recipe whose formats are chosen to fit a budget; before they are chosen, all are int8."""
+"""The recipe whose formats are chosen to fit a budget; until then, all are int8."""
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def rotate(x: Floats, frequencies: NDArray[np.float64]) -> Floats:
 
 
 def visible(length: int, window: int | None) -> NDArray[np.bool_]:
-    """Mask [query, key]: key j is seen by query i iff 0 <= i - j, and i - j < window where there is one."""
+    """Mask [query, key]: query i sees key j iff 0 <= i - j and, with a window, i - j < window."""
     distance = np.arange(length)[:, None] - np.arange(length)
     seen: NDArray[np.bool_] = distance >= 0
     return seen if window is None else seen & (distance < window)
@@ -117,10 +117,10 @@ def run_layer(
 
 
 def layer_steps(arch: Architecture, index: int, weights: Mapping[str, Floats], stream: Stream) -> Steps:
-    """Advance a stream by layer `index`, its matrix products left to the caller.
+    """Advance a stream by layer `index`; the caller computes the matrix products.
 
-    Yields the names of matrices and the input [n, in] that they share; send it their outputs. A weight that
-    is not a matrix is looked up when it is needed.
+    Yields the names of matrices and their common input [n, in]; send the outputs back. Other weights are
+    looked up when needed.
     """
 
     def norm(x: Floats, name: str) -> Floats:
@@ -210,7 +210,7 @@ class ReferenceDecoder:
         return np.multiply(context + token.reshape(shape), np.float32(math.sqrt(0.5)))
 
     def finish(self, stream: Stream) -> Floats:
-        """Apply the final norm: what the head multiplies, [n, hidden]."""
+        """Apply the final norm; returns the input of the head, [n, hidden]."""
         return rms_norm(stream.x, self.arch.rms_epsilon, self.tensors["final_norm"].array())
 
     def run(self, streams: Sequence[Stream]) -> None:
@@ -221,13 +221,13 @@ class ReferenceDecoder:
                 run_layer(self.arch, index, weights, stream)
 
     def hidden_states(self, sequences: Sequence[Sequence[int]]) -> list[Floats]:
-        """Give each sequence's states [n, hidden] after the final norm."""
+        """Return each sequence's states [n, hidden] after the final norm."""
         streams = self.begin(sequences)
         self.run(streams)
         return [self.finish(stream) for stream in streams]
 
     def head(self, hidden: Floats) -> Floats:
-        """Logits [n, vocabulary] of hidden states [n, hidden], softcapped if the model does so."""
+        """Logits [n, vocabulary] of hidden states [n, hidden], softcapped if the model does that."""
         table = self.tensors["embedding" if self.arch.tied_head else "head"]
         logits = np.empty((len(hidden), self.arch.vocabulary), np.float32)
         for start in range(0, self.arch.vocabulary, HEAD_ROWS):

@@ -15,7 +15,7 @@ from edge.bundles.bundle import file_digest
 def digests_of(files: tuple[Path, ...]) -> Iterator[Future[dict[str, str]]]:
     """Hash `files` in a thread; the result is their SHA-256 (hex) by file name.
 
-    Leaving the context abandons what is not finished.
+    Leaving the context stops unfinished work.
     """
     abandoned = threading.Event()
 

@@ -32,7 +32,7 @@ class StoredMatrix:
 
 @dataclass(frozen=True)
 class WeightLayout:
-    """Everything that is quantised of a model, by name, in the order in which it is written.
+    """All tensors of a model that are quantised, by name, in the order of writing.
 
     `matrices` are those of the graph. `tables` are "per_layer_embedding" (Gemma 4), where each layer's part
     of a row counts as a row of its own, and "embedding", unless the output head is the same matrix.
@@ -54,7 +54,7 @@ class WeightLayout:
 
     @cached_property
     def values(self) -> int:
-        """The number of values in all."""
+        """The total number of values."""
         return sum(stored.values for stored in self.weights.values())
 
 

@@ -1,1 +1,1 @@
-"""One module per model family: its configuration, and what its checkpoints call each tensor."""
+"""One module per model family: its configuration and its tensor names."""

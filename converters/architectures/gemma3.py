@@ -1,6 +1,6 @@
 """Gemma 3 (270M, 1B): its config.json or GGUF metadata to an `Architecture`.
 
-Larger Gemma 3 models scale their RoPE and are refused by that name.
+Larger Gemma 3 models scale their RoPE, and are refused for that.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def _config_attentions(config: Fields, count: int) -> list[Attention]:
 
 
 def periodic(count: int, period: int) -> list[Attention]:
-    """`count` layers, of which the last of each `period` attends to everything."""
+    """`count` layers; the last of each `period` has full attention."""
     return ["full" if (index + 1) % period == 0 else "sliding" for index in range(count)]
 
 

@@ -141,7 +141,7 @@ def _layers(
 
 
 def _config_attentions(config: Fields, count: int) -> list[Attention]:
-    """The layer types; the last layer attends to everything whatever is listed, as in transformers."""
+    """The layer types; the last layer always has full attention, as in transformers."""
     listed = config.get("layer_types") is not None
     attentions = config_layer_types(config, count) if listed else periodic(count, _PERIOD)
     return [*attentions[:-1], "full"]

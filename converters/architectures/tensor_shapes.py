@@ -1,4 +1,4 @@
-"""Name and shape of every tensor of a decoder, as all checkpoint readers and graph builders use them."""
+"""Name and shape of every tensor of a decoder, for all checkpoint readers and graph builders."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Quantisation by what matrices compute: smoothed activations; codes and formats of least output error."""
+"""Calibrated quantisation: smoothed activations, and codes and formats of least output error."""

@@ -1,4 +1,4 @@
-"""What the runtime does to the input of a quantised matrix, so that calibration sees the same."""
+"""Rounds the input of a quantised matrix as the runtime does, for calibration."""
 
 from __future__ import annotations
 

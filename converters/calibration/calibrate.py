@@ -1,13 +1,13 @@
-"""Calibrated quantisation: codes chosen by what the matrices compute on a text, not by their weights alone.
+"""Calibrated quantisation: codes chosen for the output of the matrices on a text, not only for weights.
 
 The calibration sequences run through the layers twice in parallel: as the checkpoint computes, and as the
-bundle will, with inputs rounded as the runtime rounds them. A matrix W should give W x, but will be given x',
-what the matrices before it, already quantised, have left of x. Its codes are those of least output error
+bundle will, with inputs rounded as the runtime rounds them. A matrix W should give W x, but its input will be
+x', the output of the quantised matrices before it. Its codes are those of least output error
 against
 
     W + trust * W E[(x - x') x'^T] E[x' x'^T]^-1,
 
-which with a trust of 1 comes nearest to W x on this text (GPTAQ, Li et al. 2025). Where the output is normed,
+which with a trust of 1 is closest to W x on this text (GPTAQ, Li et al. 2025). Where the output is normed,
 a token is weighted by the inverse square of its output's norm: otherwise a few very long outputs would decide
 all codes. Nothing is random.
 
@@ -35,7 +35,7 @@ from converters.reference_decoder import PROJECTION, ReferenceDecoder, Steps, St
 from edge.errors import EdgeError
 
 Advance = Callable[[str, float], None]
-"""Called with the name of what was done and its share of the work."""
+"""Called with the name of a finished step and its share of the work."""
 
 _SMOOTHING_SHARE = 0.15
 """Of the whole time, roughly."""
@@ -50,7 +50,7 @@ def calibrate(
     text: CalibrationText,
     advance: Advance = lambda _name, _share: None,
 ) -> Calibrated:
-    """Choose codes for the tensors in `formats` by what they multiply when the model reads `text`.
+    """Choose codes for the tensors in `formats`, for their inputs when the model reads `text`.
 
     Tensors without a format, or with 32 bits, stay as they are. Raises EdgeError if the text is too short or
     no tensor of a layer has a format; reading can raise CheckpointError.
@@ -103,7 +103,7 @@ class Calibrated:
         self._codes[name] = _PackedCodes(quantized.format, codes, quantized.scales)
 
     def notes(self) -> dict[str, object]:
-        """What the manifest records of the calibration."""
+        """The manifest's entry for the calibration."""
         return {
             "text": self._text.name,
             "sha256": self._text.digest(),

@@ -1,6 +1,6 @@
 """GPTQ: codes of least error at a matrix's output, instead of least error in its weights.
 
-A matrix W [n, k] that meets inputs x has, if it is replaced by Q, the expected squared output error
+Replacing a matrix W [n, k] with Q gives, for inputs x, the expected squared output error
 tr((Q - W) H (Q - W)^T) with H = E[x x^T]. Inputs of a language model are strongly correlated, so an error in
 one column can be compensated in others. With H = L L^T (Cholesky, L lower triangular) the error of a row is
 
@@ -42,7 +42,7 @@ _GROUP = 32
 """Columns that are rounded one by one before one matrix product updates the rest."""
 
 _SLICE_ROWS = 1024
-"""Rows that a thread works on at a time; a constant, so that results do not depend on the machine."""
+"""Rows that a thread works on at a time; constant, so results do not depend on the machine."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ class _Columns:
         return difference
 
     def _refit_block_scale(self, part: slice, gradient: Floats, local: Floats) -> None:
-        """Move a block's scales to the least error given all codes, where the rounded scale is a gain."""
+        """Move a block's scales to the least error given all codes, if the rounded scale lowers it."""
         codes, scale = self.codes[part], self.scales[part.start // self.group]
         curvature = np.einsum("ij,ij->j", codes, local @ codes)
         slope = np.einsum("ij,ij->j", codes, gradient)

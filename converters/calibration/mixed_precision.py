@@ -1,9 +1,9 @@
-"""Mixed precision: the formats that keep most fidelity within a number of bytes.
+"""Mixed precision: the formats with the highest fidelity within a budget of bytes.
 
-The sensitivity of a matrix or table is how far the model's distribution moves on a piece of text (KL
-divergence) if it alone is int4. For the other formats it is scaled by their squared error at the matrix's
-outputs. Errors are small enough for both the scaling and sums over matrices to hold. Starting from the
-smallest formats, bytes are then spent where each one lowers the divergence most.
+The sensitivity of a matrix or table is the change of the model's distribution on a text (KL divergence) if
+only this one is int4. For the other formats it is scaled by their squared error at the matrix's outputs.
+Errors are small enough for both the scaling and sums over matrices to hold. Starting from the smallest
+formats, bytes are then spent where each one lowers the divergence most.
 
 Formats are int2 and int8 per channel and int4 in blocks of 32 (XNNPACK has no blockwise int2). In Gemma 4's
 per-layer table, each layer's part of a row has a scale.
@@ -49,7 +49,7 @@ class FormatOption:
 
 
 def choose_formats(options: Mapping[str, Sequence[FormatOption]], budget: int) -> dict[str, FormatOption]:
-    """Choose one option for each name, `budget` bytes at most in all, with little divergence in all.
+    """Choose one option for each name, at most `budget` bytes in total, with a low total divergence.
 
     Starts with the smallest options and takes the step that lowers the divergence most per byte until none
     fits. If the smallest options do not fit, they are returned all the same.
@@ -148,7 +148,7 @@ class _Probe:
         self._quantized_head = ReferenceDecoder(self._with_nearest_codes(checkpoint, self._head))
 
     def layer(self, index: int) -> None:
-        """Run all streams through a layer, and begin those of its own matrices."""
+        """Run all streams through a layer, and start those of its own matrices."""
         weights = self._decoder.layer_weights(index)
         inputs: dict[str, Floats] = {}
 
@@ -192,7 +192,7 @@ class _Probe:
         }
 
     def _begin(self, checkpoint: Checkpoint, name: str, ids: Sequence[int]) -> None:
-        """Begin the stream of a tensor that is used before the first layer."""
+        """Start the stream of a tensor that is used before the first layer."""
         (stream,) = ReferenceDecoder(self._with_nearest_codes(checkpoint, name)).begin([ids])
         self._quantized[name] = stream
         tensor, used = checkpoint.tensors[name], sorted(set(ids))

@@ -7,10 +7,10 @@ For four types of input the division is free, because it goes into weights that 
     attention_norm -> query, key, value        feed_forward_norm -> gate, up
     value -> output (one s for all query heads of a KV head)      up -> down
 
-The function that is computed stays the same. The s of least rounding error of the inputs would make columns
-uneven, so several powers of it are tried, no change among them; the choice is by the output error that
-rounding inputs and weights causes on sample inputs. (As SmoothQuant, Xiao et al. 2022, but with an optimum
-instead of a fixed rule for s.)
+The computed function stays the same. The s of least rounding error of the inputs would make columns uneven,
+so several powers of it are tried, including no change. The one with the least output error on sample inputs,
+with inputs and weights rounded, is chosen. (Like SmoothQuant, Xiao et al. 2022, but with an optimum instead
+of a fixed rule for s.)
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _POWERS = (0.0, 0.75, 1.0)
 _ITERATIONS = 8
 
 _SAMPLE = 512
-"""The number of inputs of a matrix on which a choice is measured."""
+"""The number of inputs of a matrix used to measure a choice."""
 
 _WEIGHT_SHARE = 0.25
 """The share of the error of nearest codes that error feedback leaves (measured: 0.1 to 0.4)."""
@@ -97,7 +97,7 @@ class ScaledTensor(LazyTensor):
 class Smoothed:
     """A checkpoint that computes the same function with smoothed activations.
 
-    `changed` of `tried` points were smoothed, because that measured better. `moment` is x^T x of the head's
+    `changed` of `tried` points were smoothed, because that lowered the error. `moment` is x^T x of the head's
     inputs, [hidden, hidden].
     """
 

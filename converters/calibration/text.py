@@ -17,7 +17,7 @@ _FEWEST = 4
 _MOST = 16
 
 _MOST_CHARACTERS = 1 << 20
-"""More are not encoded: a log of 100 MB would take ten minutes, for 8,176 tokens."""
+"""Longer texts are not encoded whole: a log of 100 MB would take ten minutes, for 8,176 tokens."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class CalibrationText:
 
     @classmethod
     def built_in(cls) -> CalibrationText:
-        """The text used where none is given: sensor requests with their answers, and general prose.
+        """The default text: sensor requests with their answers, and general prose.
 
         It was written for this project and shares nothing with the text that `evaluate` uses.
         """

@@ -1,4 +1,4 @@
-"""The interface of every checkpoint, whatever its file format."""
+"""The interface of checkpoints of all file formats."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class CodeRows:
 
 
 class ExactCodes(ABC):
-    """The codes and scales that a tensor was stored with, to be carried over bit for bit.
+    """The codes and scales that a tensor is stored with, to be copied bit for bit.
 
     `bits` is 2, 4 or 8 (codes from -2^(bits-1) to 2^(bits-1) - 1), `group` the number of values along a row
     that share a scale (the row's width: per channel), `scale_type` the float type that holds every scale.
@@ -45,7 +45,7 @@ class ExactCodes(ABC):
 
 
 class LazyTensor(ABC):
-    """A tensor on disk, read a slice of rows at a time; nothing of it stays in memory.
+    """A tensor on disk, read a slice of rows at a time and not kept in memory.
 
     `name` is the one in its file; `shape` is [out, in] for matrices and [n] for vectors; `source_type` names
     the stored type, e.g. "BF16", "Q4_K" or "INT4".
@@ -59,7 +59,7 @@ class LazyTensor(ABC):
     def rows(self, start: int, stop: int) -> NDArray[np.float32]:
         """Rows `start` to `stop` (of a vector: its elements) as float32, dequantised.
 
-        Slices of 1 to 4 MB are the fastest by far (measured: the allocator gives larger ones fresh pages).
+        Slices of 1 to 4 MB are by far the fastest (for larger ones the allocator maps new pages; measured).
         Raises CheckpointError, naming the tensor and its file, if a value is NaN or infinite.
         """
 
@@ -68,7 +68,7 @@ class LazyTensor(ABC):
         return self.rows(0, self.shape[0])
 
     def codes(self) -> ExactCodes | None:
-        """The codes of the values, if they are stored in a way that a bundle can keep; else None."""
+        """The stored codes, if a bundle can keep them; else None."""
         return None
 
 

@@ -2,7 +2,7 @@
 
 A linear layer X has `X.weight` (uint8 [out, in / 2] or [out, in / 4], the first value in the lowest bits and
 stored plus 8 or plus 2; or int8 [out, in]) and `X.weight_scale` [out, 1]. An embedding has
-`.embedding_quantized` likewise and `.embedding_scale` [rows, groups]. The value is code * scale.
+`.embedding_quantized` in the same form and `.embedding_scale` [rows, groups]. The value is code * scale.
 The int8 scales of activations and KV caches that it also has are not used (docs/gemma4.md).
 Source: transformers, integrations/gemma_quant.py.
 """

@@ -55,7 +55,7 @@ _BLOCKWISE = {
     GGMLQuantizationType.IQ4_XS,
 }
 _ROPE_FREQS = "rope_freqs.weight"
-_STILL = 1e29  # a divisor so large that the pair does not turn
+_STILL = 1e29  # a divisor so large that the pair does not rotate
 
 
 def open_gguf(path: Path) -> Checkpoint:
@@ -97,9 +97,9 @@ def _architecture(file: GgufFile) -> Architecture:
 
 
 def _rotated_share(file: GgufFile) -> float:
-    """The share of pairs that turn on full layers: `rope_freqs.weight` divides their frequencies.
+    """The share of rotated pairs on full layers: `rope_freqs.weight` divides their frequencies.
 
-    Gemma 4's has ones for the pairs that turn, then 1e30.
+    Gemma 4's has ones for the rotated pairs, then 1e30.
     """
     entry = file.tensors.get(_ROPE_FREQS)
     if entry is None:

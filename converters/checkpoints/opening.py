@@ -1,4 +1,4 @@
-"""The one way to open a checkpoint, whatever its format."""
+"""Opens a checkpoint of any format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recognises what was given instead of a checkpoint, so that the error can name the command to run."""
+"""Recognises paths that are no checkpoints; the error then names the right command."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def hub_name(path: Path) -> str | None:
 
 
 def missing_checkpoint(path: Path) -> str:
-    """What to do about a checkpoint path at which there is nothing."""
+    """The error for a checkpoint path that does not exist."""
     if name := hub_name(path):
         folder = name.rpartition("/")[2]
         return (
@@ -29,7 +29,7 @@ def missing_checkpoint(path: Path) -> str:
 
 
 def wrong_file(path: Path) -> str | None:
-    """What to do about a file that is no checkpoint, by its suffix; None if it may be one."""
+    """The error for a file that is no checkpoint, by its suffix; None if it could be one."""
     if path.suffix == ".safetensors":
         return f"{path}: holds tensors only; give its folder: edge-convert {_quoted(path.parent)} -o bundle"
     if type_ := _RUNTIME_SUFFIXES.get(path.suffix):
@@ -42,7 +42,7 @@ def wrong_file(path: Path) -> str | None:
 
 
 def wrong_folder(path: Path) -> str | None:
-    """What to do about a folder that is complete, but not a model's; None if it may be one."""
+    """The error for a folder of another type than a model; None if it could be a model."""
     if (path / "config.json").exists():
         return None
     if gguf := sorted(path.glob("*.gguf")):
@@ -61,7 +61,7 @@ def wrong_folder(path: Path) -> str | None:
 
 
 def wrong_adapter(path: Path) -> str | None:
-    """What to do about a path that is no adapter folder; None if it may be one."""
+    """The error for a path that is no adapter folder; None if it could be one."""
     if path.is_file():
         return f"{path}: is a file; give the adapter's folder: --lora {_quoted(path.parent)}"
     if not path.exists():

@@ -1,7 +1,7 @@
 """Bytes of a tensor in a file, converted to float32 a slice of rows at a time.
 
-Slices are read, not mapped: the resident set is the slice, whatever the size of the file, and a file that
-is truncated while it is read gives an error instead of a bus error.
+Slices are read, not mapped: only the slice is resident, and a file that is truncated meanwhile gives an
+error instead of a bus error.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A SentencePiece model (a serialised ModelProto) from whatever vocabulary a Gemma checkpoint has.
+"""A SentencePiece model (a serialised ModelProto) from the vocabulary of any Gemma checkpoint.
 
-Whatever the source, the result encodes plain text only: every special token is a CONTROL piece, which text
-can never produce, so a prompt can't forge a turn. Runs of newlines, spaces and tabs are user-defined pieces
+The result encodes plain text only: every special token is a CONTROL piece, which text can never produce, so a
+prompt can't forge a turn. Runs of newlines, spaces and tabs are user-defined pieces
 (longest match first), the other pieces merge in the order of their scores (BPE), and characters without a
 piece become bytes. The same input gives the same bytes.
 """
@@ -112,9 +112,9 @@ def from_tokenizer_json(path: Path, vocabulary: int) -> bytes:
 
 
 def _require_merges_by_id(path: Path, ids: Mapping[str, int], merges: Iterable[Any]) -> None:
-    """Raise CheckpointError unless merges, but for those of runs, come in the order of their results' ids.
+    """Raise CheckpointError unless merges, except those of runs, are in the order of their results' ids.
 
-    Then the id of a piece is its priority, and SentencePiece merges as the list says.
+    The id of a piece is then its priority, and SentencePiece merges in the order of the list.
     """
     last = -1
     for merge in merges:
@@ -182,7 +182,7 @@ def _model(pieces: Iterable[Piece], source: Path, vocabulary: int) -> bytes:
 
 
 def _canonical(piece: Piece) -> Piece:
-    """The piece with the type that it must have, whatever type its source gives it."""
+    """The piece with the type that it must have, regardless of its type in the source."""
     if piece.text == _UNKNOWN_PIECE:
         return piece._replace(type=UNKNOWN, score=0.0)
     if _BYTE_PIECE.fullmatch(piece.text):

@@ -1,7 +1,7 @@
-"""Describes a TFLite model: subgraphs with a signature each, small constants, and weights kept outside.
+"""Describes a TFLite model: subgraphs with a signature each, small constants, and weights stored outside.
 
-A weight is a `Region`: a name and a byte count. Its bytes never pass through here; `writer` appends them
-to the file and tells `Model.pack` where they are. Every subgraph that names a region shares it.
+A weight is a `Region`: a name and a byte count. This module does not handle its bytes; `writer` appends
+them to the file and passes their positions to `Model.pack`. Every subgraph that names a region shares it.
 Shapes are checked only where the builder needs them; LiteRT checks the rest when it loads the file.
 Schema: schema.fbs of TensorFlow Lite, through the classes that `converters.tflite.schema` loads.
 """

@@ -18,7 +18,7 @@ ALIGNMENT = 64
 
 
 def file_size(model: Model, channels: Mapping[str, int]) -> int:
-    """Bytes of the file that a `ModelWriter` of these will write, or a few more."""
+    """Bytes of the file that a `ModelWriter` of these will write, slightly overestimated."""
     regions = [region.size for region in model.regions]
     return _flatbuffer_size(model, channels) + sum(regions) + ALIGNMENT * len(regions)
 

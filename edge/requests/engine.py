@@ -30,10 +30,7 @@ Sink = Callable[[Answer], None]
 
 ABANDON_S = 5.0  # for the generator to stop
 IDLE_S = 1.0  # between two increments of `progress` in an idle decoder thread
-REFUSALS = (
-    "busy",
-    "unavailable",
-)  # error codes of requests that were not accepted, or were returned to the journal
+REFUSALS = ("busy", "unavailable")  # error codes of requests not accepted, or left to the next run
 SUMMARIES = {
     "bad_request": "a request was invalid; its client has the reason",
     "too_long": "a request did not fit into the context",

@@ -149,9 +149,7 @@ class MqttRequests:
             self._dropped.warning(
                 "%s: too many messages wait for the broker; a refusal is dropped", self._topics.base
             )
-            self._deliveries.finish(
-                delivery
-            )  # otherwise the broker would soon stop sending (Receive Maximum)
+            self._deliveries.finish(delivery)  # otherwise the broker soon stops sending (Receive Maximum)
 
     def _sent(self, delivery: Delivery, answer: Answer, refused: str | None) -> None:
         """Handle the broker's acknowledgement of a final or error; a refused one can become `too_long`."""
