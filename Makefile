@@ -1,14 +1,14 @@
-# Everything runs in .venv, made from pyproject.toml; `make install` is a part of each target that needs it.
+# Everything runs in .venv, built from pyproject.toml. Targets that need it run `make install` first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-# What runs on the device, and what it speaks.
+# Tests of the code that runs on the device, and of its protocols.
 ARM64_TESTS := bundles/test_bundle.py generation protocol requests runtime service/test_end_to_end.py test_config.py \
                text/test_tokenizer.py transports/test_mqtt.py transports/test_serial.py
 
-# One worker more than there are processors, because many tests wait for a broker or a daemon.
+# One more worker than processors, because many tests wait for a broker or a daemon.
 WORKERS ?= $(shell expr $$(nproc) + 1)
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
@@ -18,7 +18,7 @@ PYTEST := $(BIN)/pytest -n $(WORKERS) --dist worksteal
 help: ## show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
-install: $(STAMP) ## make .venv with the project, the converter and the test tools in it
+install: $(STAMP) ## create .venv with the project, the converter and the test tools
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed"; exit 1; }
@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
 	@touch $(STAMP)
 
-system: # what the tests need of Debian; asks for nothing if it is there
+system: # check for the Debian packages that the tests need
 	@scripts/need mosquitto socat systemd-analyze udevadm g++ faketime
 
 lint: $(STAMP) ## format and lint checks, strict types
@@ -60,16 +60,16 @@ fuzz: $(STAMP) ## fuzz each reader of untrusted input for SECONDS=60
 	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install --quiet -e '.[fuzz]'
 	$(BIN)/python -m fuzz.run --seconds $(or $(SECONDS),60)
 
-soak: $(STAMP) system ## leave a daemon under light load for HOURS=24, and say what it holds and writes
+soak: $(STAMP) system ## run a daemon under light load for HOURS=24; report its memory and disk writes
 	@$(BIN)/python -m tests.support.soak --hours $(or $(HOURS),24) $(if $(JSON),--json)
 
 deb: $(STAMP) ## arm64 packages for Debian bookworm and trixie, in dist/
 	scripts/build-deb
 
-test-system: $(STAMP) ## install the package in an emulated arm64 machine that boots systemd, and ask it
+test-system: $(STAMP) ## install the package in an emulated arm64 machine with systemd, and send it requests
 	scripts/test-system
 
-demo: $(STAMP) system ## convert a real model, start broker and daemon, watch an answer arrive
+demo: $(STAMP) system ## convert a real model, start a broker and the daemon, and show an answer arrive
 	$(BIN)/python scripts/demo.py
 
 bench: $(STAMP) ## start-up, memory, prefill and decode of the 270M on this machine
@@ -78,7 +78,7 @@ bench: $(STAMP) ## start-up, memory, prefill and decode of the 270M on this mach
 bench-e2b: $(STAMP) ## Gemma 4 E2B at full size, random weights (30 GB of disk, half an hour)
 	$(BIN)/python -m benchmarks.e2b
 
-bench-check: $(STAMP) ## fail if a ratio got worse than in the committed table
+bench-check: $(STAMP) ## fail if a ratio is worse than in the committed table
 	$(BIN)/python -m benchmarks.bench --check
 
 ADAPTER := .cache/adapter
@@ -86,16 +86,16 @@ LORA := adapters/field_270m/trained
 TORCH := $(ADAPTER)/venv/bin/python
 GGUF = $(shell $(BIN)/python -c 'from benchmarks import models; print(models.checkpoint())')
 
-adapter: $(STAMP) ## train the LoRA adapter for sensor reports anew, with a torch of its own (an hour)
+adapter: $(STAMP) ## train the LoRA adapter for sensor reports again, in a separate venv with torch (an hour)
 	test -x $(TORCH) || $(PYTHON) -m venv $(ADAPTER)/venv
 	$(TORCH) -m pip install --quiet --disable-pip-version-check -r adapters/field_270m/requirements.txt
 	$(BIN)/python -m adapters.field_270m.examples $(GGUF) $(ADAPTER)/examples.jsonl
 	$(TORCH) adapters/field_270m/train.py $(GGUF) $(ADAPTER)/examples.jsonl -o $(ADAPTER)/trained
 
-adapter-score: $(STAMP) ## ask it held-out scenarios in float32, int8 and int4, and the base model too; LORA=FOLDER
+adapter-score: $(STAMP) ## score it on held-out scenarios in float32, int8 and int4, and the base model too; LORA=FOLDER
 	$(BIN)/python -m adapters.field_270m.score $(GGUF) --recipe float32
 	$(BIN)/python -m adapters.field_270m.score $(GGUF) --recipe float32 --recipe int8 --lora $(LORA)
 	$(BIN)/python -m adapters.field_270m.score $(GGUF) --recipe int4 --calibrate --lora $(LORA)
 
-clean: ## remove what was made, downloads included
+clean: ## remove everything built or downloaded
 	rm -rf $(VENV) .cache build dist

@@ -1,11 +1,11 @@
-"""How fast, how large: this project on the real Gemma 3 270M, beside its peers if they are given.
+"""Speed and memory of this project with the real Gemma 3 270M, compared with its peers if they are given.
 
     make bench                     our rows alone, about four minutes on two cores
     python -m benchmarks.bench --llama-cpp DIR --litert-lm-int4 FILE ...
     python -m benchmarks.bench --model e2b --llama-cpp DIR      random weights in the shape of a Gemma 4 E2B
 
-Everything is measured in rounds, and in each round every engine does one thing after the other does the
-same, so that other programs disturb all alike. Only ratios within one run mean anything.
+Everything is measured in rounds. In each round the engines run the same task one after the other, so other
+programs disturb all of them equally. Only ratios within one run are meaningful.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Peers:
-    """Where the peers are: llama.cpp's programs, and LiteRT-LM's model files by recipe."""
+    """The locations of the peers: llama.cpp's programs, and LiteRT-LM's model files by recipe."""
 
     llama_cpp: Path | None
     litert_lm: Mapping[str, Path]
     litert_lm_python: Path
 
     def missing(self, model: str) -> str:
-        """Which columns the table will not have, and the option for each; empty if it has all."""
+        """The columns missing from the table, with the option for each; empty if there are none."""
         options = [] if self.llama_cpp else ["llama.cpp (--llama-cpp DIR)"]
         for recipe in models.RECIPES[model]:
             if model == models.REAL and recipe not in self.litert_lm:
@@ -85,7 +85,7 @@ def measure(engines: Sequence[Engine], rows: Sequence[Measure], rounds: int, thr
 
 
 def _add_bound(results: Results, engine: Engine, bandwidth: float) -> None:
-    """Put the last decode beside what a read bandwidth measured just before it allows."""
+    """Compare the last decode with the limit of the read bandwidth measured just before it."""
     read = engine.facts["bytes_per_token"]
     bound = bandwidth / read
     share = 100 * results.of(engine.name, "decode")[-1] / bound
@@ -99,7 +99,7 @@ def _bare_interpreter() -> None:
 
 
 def _engines(stack: ExitStack, model: str, threads: int, peers: Peers) -> list[Engine]:
-    """All that is there to be measured, closed with `stack`."""
+    """All available engines, closed with `stack`."""
     engines: list[Engine] = []
     tasks = Tasks(models.bundle("int4", model))
 
@@ -124,16 +124,16 @@ def _engines(stack: ExitStack, model: str, threads: int, peers: Peers) -> list[E
     multiple=True,
     type=click.Choice([row.key for row in MEASURES]),
     metavar="ROW",
-    help="Measure this row; may be given again.  [default: all]",
+    help="Measure this row; can be repeated.  [default: all]",
 )
-@click.option("--rounds", default=5, show_default=True, help="How often everything is measured.")
+@click.option("--rounds", default=5, show_default=True, help="Number of times everything is measured.")
 @click.option("--threads", default=2, show_default=True, help="Threads of every engine.")
 @click.option("--llama-cpp", type=FOLDER, help="A folder with llama.cpp's programs.  [default: PATH]")
 @click.option("--litert-lm-int4", type=FILE, help="A .litertlm file, int4 in blocks of 32, head int8.")
 @click.option("--litert-lm-int8", type=FILE, help="A .litertlm file, int8.")
 @click.option("--litert-lm-python", type=FILE, default=sys.executable, help="Has litert-lm-api installed.")
 @click.option("--json", "as_json", is_flag=True, help="Print all values as JSON instead of a table.")
-@click.option("--save", is_flag=True, help="Make this run the one that --check compares with.")
+@click.option("--save", is_flag=True, help="Save this run as the baseline of --check.")
 @click.option("--check", is_flag=True, help="Fail if a ratio is worse than the committed one.")
 def main(
     model: str,
@@ -148,12 +148,12 @@ def main(
     save: bool,
     check: bool,
 ) -> None:
-    """Measure the 270M as int4 and int8 on this machine, beside its peers if they are there.
+    """Measure the 270M as int4 and int8 on this machine, and its peers if they are given.
 
-    Another --model has random weights, int4 only, and llama.cpp for its peer.
+    Another --model has random weights, int4 only, and only llama.cpp as a peer.
     """
     if model != models.REAL and (litert_lm_int4 or litert_lm_int8 or save or check):
-        raise click.UsageError(f"--model {model}: has no LiteRT-LM beside it, and no --save and --check")
+        raise click.UsageError(f"--model {model}: LiteRT-LM, --save and --check are not available")
     files = {"int4": litert_lm_int4, "int8": litert_lm_int8}
     given = {recipe: file for recipe, file in files.items() if file is not None}
     peers = Peers(llama_cpp or find_llama_cpp(), given, litert_lm_python)
@@ -173,9 +173,7 @@ def main(
         for line in worse:
             click.echo(f"worse: {line}", err=True)
         if worse and results.others > gate.BUSY:
-            click.echo(
-                "the machine was busy, which slows some things more than others; run it again", err=True
-            )
+            click.echo("the machine was busy, which affects some ratios; run it again", err=True)
         sys.exit(1 if worse else 0)
 
 

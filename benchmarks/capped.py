@@ -1,4 +1,4 @@
-"""Runs a command with little memory, as a small board has: a control group of its own (Linux, root)."""
+"""Runs a command in a control group with as little memory as a small board has (Linux, root)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Cap:
 
     @property
     def peak(self) -> int:
-        """Most memory that the group has had, file pages that it read included."""
+        """The peak memory of the group, including file pages that it read."""
         return int((self.group / self.peak_file).read_text())
 
 
@@ -49,7 +49,7 @@ def memory_cap(limit: int) -> Iterator[Cap]:
 
 
 def drop_from_page_cache(paths: Iterable[Path]) -> None:
-    """Evict files, so that whoever reads them next is charged for their pages."""
+    """Evict files from the page cache; their pages are then charged to the next reader."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:

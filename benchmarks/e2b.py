@@ -1,10 +1,10 @@
-"""Gemma 4 at full size: conversion, start, prefill, decode and memory, also of a board with 2 GB.
+"""Gemma 4 at full size: conversion, start, prefill, decode and memory, also within 2 GB.
 
     make bench-e2b                              random E2B-shaped weights; 30 GB of disk, half an hour
     python -m benchmarks.e2b --shape e4b --recipes mobile
-    python -m benchmarks.e2b --checkpoint DIR   a checkpoint that is there
+    python -m benchmarks.e2b --checkpoint DIR   an existing checkpoint
 
-Prints a table in Markdown. Rates are of the best of several runs: other programs only ever make a run slower.
+Prints a table in Markdown. Rates are the best of several runs, since other programs only make a run slower.
 What the prefill shortcut saves is measured on two signatures of one width: the layers that own KV, and all.
 """
 
@@ -63,7 +63,7 @@ def main(shape: str, checkpoint: Path | None, recipes: str, threads: int) -> Non
 
 
 def measure(checkpoint: Path, recipe: str, work: Path, threads: int) -> dict[str, str]:
-    """All rows of one recipe, as they are shown."""
+    """All rows of one recipe, formatted."""
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     bundle, cache = work / "bundle", work / "cache"
@@ -77,7 +77,7 @@ def measure(checkpoint: Path, recipe: str, work: Path, threads: int) -> dict[str
 
 
 def conversion(checkpoint: Path, recipe: str, bundle: Path) -> dict[str, str]:
-    """Time and memory of a conversion, and how long reading its input and writing its output take alone."""
+    """Time and memory of a conversion, and the time only to read its input and write its output."""
     inputs = open_checkpoint(checkpoint).source_files
     drop_from_page_cache(inputs)
     reading = sum(seconds(partial(_read, path)) for path in inputs)
@@ -114,7 +114,7 @@ def _write(path: Path, size: int) -> None:
 
 
 def running(bundle: Path, cache: Path, threads: int) -> dict[str, str]:
-    """Starts, prefill, decode and memory, as the daemon has them: graph, tokenizer and KV cache."""
+    """Starts, prefill, decode and memory as in the daemon: graph, tokenizer and KV cache."""
     command = [sys.executable, "-m", "benchmarks.edge_worker", *map(str, (bundle, cache, threads, CONTEXT))]
     with closing(Worker(command)) as first:
         first_start = first.ready_s
@@ -184,7 +184,7 @@ def _run_seconds(signature: Signature) -> float:
 
 
 def under_a_cap(bundle: Path, cache: Path, threads: int) -> dict[str, str]:
-    """An answer within 2 GB in all: what the process has, and every file page that it reads."""
+    """An answer within 2 GB in total: anonymous memory and all file pages that are read."""
     row = "decode with 2 GB in all"
     command = [sys.executable, "-m", "benchmarks.edge_worker", *map(str, (bundle, cache, threads, CONTEXT))]
     drop_from_page_cache(path for folder in (bundle, cache) for path in folder.rglob("*") if path.is_file())

@@ -2,8 +2,8 @@
 
     python -m benchmarks.edge_worker BUNDLE CACHE THREADS CONTEXT
 
-The first line says that the model is there. Then each line names one of the functions below in `what`, with
-its arguments; what it returns is printed.
+The first output line reports that the model is loaded. Each input line then names one of the functions below
+in `what`, with its arguments; the result is printed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from edge.protocol.messages import Message, Request
 
 
 class Work:
-    """What can be measured."""
+    """The measurements."""
 
     def __init__(self, bundle: Path, cache: Path, threads: int, context: int) -> None:
         self._generator = Generator.open(bundle, cache, threads, context)

@@ -1,7 +1,7 @@
-"""The regression gate: ratios of a run beside those of the committed one.
+"""The regression gate: compares the ratios of a run with the committed ones.
 
-Every ratio is of two things measured in the same rounds, and larger is better: our rates over what the read
-bandwidth allows, a bare interpreter's start over ours, a peer's time over ours. So the gate holds on another
+Both parts of a ratio are measured in the same rounds, and larger is better: our rates over the limit of the
+read bandwidth, a bare interpreter's start over ours, a peer's time over ours. So the gate holds on another
 machine of the same kind. On a busy one it does not: a decode step waits for its slowest thread every few
 microseconds, a bandwidth measurement does not.
 """
@@ -20,14 +20,14 @@ from benchmarks.results import COMPARED, MACHINE, MEASURES, Results, pairs
 BASELINE = Path(__file__).with_name("baseline.json")
 TOLERANCE = 0.25
 BUSY = 0.05
-"""With more of the processors' time in other hands, a ratio that is worse may be their doing."""
+"""If other programs take a larger share of processor time, they can be the cause of a worse ratio."""
 
 _RATES = [row for row in MEASURES if row.unit == "tok/s" and row.key != "bound"]
 _STARTS = [row for row in MEASURES if row.unit == "s" and not row.once]
 
 
 def ratios(results: Results) -> dict[str, float]:
-    """Median ratio of each comparison that the run allows, by a name that a person can read."""
+    """Median ratio of each comparison in the run, by a readable name."""
     found = {name: values for name, values in _all_ratios(results) if values}
     return {name: round(statistics.median(values), 4) for name, values in found.items()}
 
@@ -59,7 +59,7 @@ def _divided(a: list[float], b: list[float]) -> list[float]:
 
 
 def save(results: Results) -> None:
-    """Make this run the one that later runs are compared with."""
+    """Save this run as the baseline of later runs."""
     BASELINE.write_text(json.dumps(ratios(results), indent=1) + "\n")
 
 

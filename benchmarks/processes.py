@@ -1,4 +1,4 @@
-"""Processes that are measured, and those that disturb: memory, processor time, children that answer JSON."""
+"""Measured processes and disturbing ones: memory, processor time, children that answer JSON lines."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def memory_of(pid: int | str) -> Memory:
 
 
 class OtherPrograms:
-    """What share of the processors' time programs other than ours took since this was made."""
+    """The share of processor time that other programs took since this object was created."""
 
     def __init__(self) -> None:
         self._ours, (self._busy, self._all) = self._own_seconds(), self._machine_seconds()

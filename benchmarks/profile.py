@@ -1,4 +1,4 @@
-"""Where an answer's time goes: the graph's signatures, one by one, and all that is not in the graph.
+"""Where the time of an answer goes: each signature of the graph, and everything outside the graph.
 
     python -m benchmarks.profile [--recipe int4] [--recipe int8] [--model e2b]
 

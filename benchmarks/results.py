@@ -1,4 +1,4 @@
-"""What was measured: values of each round, their medians, ratios taken round by round, and a table."""
+"""Results: the values of each round, their medians, the ratios of each round, and a table."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MACHINE = "machine"
 
 @dataclass(frozen=True)
 class Measure:
-    """One row. `unit` says which way is better: rates and shares up, times and bytes down.
+    """One row. `unit` determines the direction that is better: rates and shares up, times and bytes down.
 
     `once`: measured in the first round only, because it takes long or does not vary.
     """
@@ -101,7 +101,7 @@ def spread(values: Sequence[float]) -> float:
 
 
 def table(results: Results) -> str:
-    """All that was measured, as Markdown: a row a measure, medians and spreads, then ratios to the peers."""
+    """The results in Markdown: one row per measure with median and spread, then ratios to the peers."""
     engines = results.engines()
     head = ["", "unit", *engines]
     rows = []

@@ -2,9 +2,9 @@
 
     python -m benchmarks.shortcuts [--recipe int4] [--recipe int8] [--requests N]
 
-With float32 weights none does (`tests/generation/test_generation.py`). XNNPACK rounds the activations of
-quantised weights to 256 values, so what differs in the last bit before, because another number of tokens was
-run together, may differ in the third digit after.
+With float32 weights no answer changes (`tests/generation/test_generation.py`). XNNPACK rounds the activations
+of quantised weights to 256 values, so what differs in the last bit before, because another number of tokens
+was run together, may differ in the third digit after.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Prefill and decode speed of one bundle, in a process of its own, beside what memory bandwidth allows.
+"""Prefill and decode speed of a bundle in a separate process, against the limit of memory bandwidth.
 
     python -m benchmarks.speed BUNDLE [--threads N] [--context N]
 
-Prints one line of JSON. Tokens per second are of the fastest of several runs (other programs only ever make
-a run slower) and of the median. The bound is the measured read bandwidth over the bytes a decode step reads.
+Prints one line of JSON. Tokens per second are those of the fastest of several runs (other programs only make
+a run slower) and the median. The bound is the measured read bandwidth over the bytes a decode step reads.
 """
 
 from __future__ import annotations

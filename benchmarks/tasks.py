@@ -1,4 +1,4 @@
-"""What every engine is asked, with the same texts for all of them, and how answers are counted."""
+"""The tasks, with the same texts for every engine, and the counting of answers."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Tasks:
         return choice[turn % len(choice)], choice[(turn + 1) % len(choice)]
 
     def tokens(self, text: str) -> int:
-        """Tokens of a text, by Gemma's own tokenizer, whoever wrote it."""
+        """The number of tokens of any engine's text, by Gemma's own tokenizer."""
         return len(self._tokenizer.encode(text))
 
     def _new_system(self, turn: int) -> str:

@@ -31,7 +31,7 @@ with (
 
 CORPUS = Path(".cache/fuzz")
 INPUT_BYTES = 2048  # the longest input
-INPUT_CPU_S = 10.0  # an input that takes more processor time is a finding
+INPUT_CPU_S = 10.0  # more processor time than this for an input is a failure
 INPUT_S = 600  # of wall-clock time, which libFuzzer measures: for an input that does not end
 MEMORY_MB = 2048
 

@@ -1,8 +1,8 @@
 """Fuzz targets: functions that take any bytes and fail if a reader of untrusted input breaks its promise.
 
-Each states all that a reader promises: a value that can be written and read back, or one typed error of one
-line. `run.py` runs them with libFuzzer's inputs, `tests/test_fuzz_targets.py` with their seeds and with
-Hypothesis.
+Each checks everything that a reader promises: a value that can be written and read back, or one typed error
+of one line. `run.py` runs them with libFuzzer's inputs, `tests/test_fuzz_targets.py` with their seeds and
+with Hypothesis.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def manifests(data: bytes) -> None:
 
 
 def configs(data: bytes) -> None:
-    """A configuration is read, or refused with the name of what is wrong."""
+    """A configuration is read, or refused with the name of the wrong entry."""
     path = _directory() / "edge.toml"
     path.write_bytes(data)
     try:

@@ -1,8 +1,8 @@
 """A real model, a broker, the daemon and an answer arriving: `make demo`.
 
 Converts Gemma 3 270M (Gemma terms, from a Python package) into .cache/demo, starts mosquitto on a free
-loopback port and `edge-daemon` beside it, and asks it as a sensor's software would. Every command is shown;
-all stops at the end.
+loopback port and `edge-daemon`, and sends it requests as a sensor's software would. Every command is shown;
+everything is stopped at the end.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def typed(command: list[str]) -> str:
 
 
 def free_port() -> int:
-    """A loopback port that nobody uses."""
+    """A free loopback port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -136,7 +136,7 @@ def sense(port: int, log: Path) -> None:
     try:
         while json.loads(arrived.get(timeout=10).payload)["state"] != "online":
             pass
-        show("3. A sensor reports; its route says at once what is wrong, and the model explains it", None)
+        show("3. A sensor reports; its route raises an alarm at once, and the model explains it", None)
         for reading in READINGS:
             time.sleep(0.5)
             sys.stdout.write(f"{' ' * 9} sensors/cold-store-3/temperature {reading}\n")
@@ -145,7 +145,7 @@ def sense(port: int, log: Path) -> None:
         while not print_what_came(arrived.get(timeout=60), published):
             pass
     except queue.Empty:
-        raise SystemExit(f"nothing came from the daemon; it says:\n{log.read_text()}") from None
+        raise SystemExit(f"the daemon sent nothing; its log:\n{log.read_text()}") from None
     finally:
         client.loop_stop()
 
@@ -190,7 +190,7 @@ def main() -> None:
         daemon = [str(BIN / "edge-daemon"), "run", "--config", str(config)]
         log = directory / "daemon.log"
         with running(broker, directory / "mosquitto.log"):
-            show("2. Start a broker, and the daemon beside it (on the Pi)", daemon)
+            show("2. Start a broker and the daemon (on the Pi)", daemon)
             sys.stdout.write(config.read_text())
             started = time.monotonic()
             with running(daemon, log, NOTIFY_SOCKET=str(directory / "notify")) as process:

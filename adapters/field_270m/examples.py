@@ -1,4 +1,4 @@
-"""Scenarios as token ids and choices, for a training that knows nothing of this product.
+"""Scenarios as token ids and choices, for a training script that is independent of this product.
 
     python -m adapters.field_270m.examples CHECKPOINT OUT.jsonl --count 6000 --seed 1
 

@@ -1,7 +1,7 @@
 """How a report of one sensor, or of several sites, is written: as a sentence, as JSON, or by a route.
 
-What arithmetic can say of a reading is written beside it, as the field `{notes}` of a route does
-(`edge.routes.notes`), whoever writes the report.
+Each reading has notes with the results of arithmetic, as in the field `{notes}` of a route
+(`edge.routes.notes`), in every layout.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from edge.routes.config import parse_routes
 from edge.routes.router import Outcome, Question, Router
 
 END = "\nJSON:"
-"""What every prompt ends with."""
+"""The end of every prompt."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Report:
-    """What is known of one sensor; `entries` oldest first, one due every `interval` seconds."""
+    """The data about one sensor; `entries` oldest first, one due every `interval` seconds."""
 
     place: str
     kind: SensorKind
@@ -60,7 +60,7 @@ class Report:
 
     @property
     def newest(self) -> str:
-        """How old the newest entry is."""
+        """The age of the newest entry."""
         return notes.age(self.age, self.age > notes.OVERDUE_FACTOR * self.interval)
 
     def listed(self, units: bool) -> Iterator[str]:

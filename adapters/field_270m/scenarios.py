@@ -1,8 +1,7 @@
 """Sensor scenarios with exact answers: text as gateways and this product's routes write it, JSON as answer.
 
-A scenario is one prompt, the schema of its answer, and the only right answer. Beside the readings stands
-what arithmetic can say of them (`edge.routes.notes`); what follows from it is the model's to tell. The rules,
-for one sensor:
+A scenario is one prompt, the schema of its answer, and the only right answer. The readings have notes with
+the results of arithmetic (`edge.routes.notes`); the model draws the conclusion. The rules for one sensor:
 
 - `fault` is "missing" if the newest entry holds no value, or is overdue (older than three intervals); "stuck"
   if all values are the same to the last digit; "unit" if the newest value is in another unit than the
@@ -12,7 +11,7 @@ for one sensor:
   the sensor's limit, else "ok".
 
 Of several sites, `site` is the one beyond the limit, "none" if there is none; a survey has the status of
-each. What no rule should decide is not drawn: values nearer to the limit than a fortieth of the sensor's
+each. Unclear cases are not generated: values nearer to the limit than a fortieth of the sensor's
 range, drifts that are broken by a step back, values that double.
 """
 

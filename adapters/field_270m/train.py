@@ -1,4 +1,4 @@
-"""Train the LoRA adapter on what `examples.py` wrote: torch, transformers and peft, on a CPU or a GPU.
+"""Train the LoRA adapter on the output of `examples.py`: torch, transformers and peft, on a CPU or a GPU.
 
     python adapters/field_270m/train.py CHECKPOINT.gguf EXAMPLES.jsonl -o FOLDER
 
@@ -29,7 +29,7 @@ BASE = "google/gemma-3-270m"
 RANK, ALPHA = 16, 32
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LAYERS = list(range(7, 18))
-"""The first layers stay as they are, so nothing has to be carried back through them."""
+"""The first layers are not trained, so no gradients are computed for them."""
 
 BATCH = 4
 WARM_UP = 20
@@ -46,7 +46,7 @@ Example = dict[str, Any]
 
 
 def adapted(checkpoint: Path, device: str, dtype: torch.dtype) -> Any:
-    """The model, frozen, with a new adapter beside each of its matrices."""
+    """The frozen model, with a new adapter for each of its matrices."""
     unpacked = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(
         checkpoint.parent, gguf_file=checkpoint.name, dtype=dtype, quantization_config=unpacked
@@ -130,7 +130,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 class Clock:
-    """How much of the time is spent, and when to save."""
+    """The share of the time used, and the times to save."""
 
     def __init__(self, minutes: float) -> None:
         self._seconds, self._started = 60 * minutes, time.monotonic()
@@ -142,7 +142,7 @@ class Clock:
         return (time.monotonic() - self._started) / self._seconds
 
     def due(self) -> bool:
-        """Whether the last save is long ago; if so, now is the last."""
+        """Whether a save is due; if so, the interval starts again."""
         if time.monotonic() - self._saved < SAVE_EVERY_S:
             return False
         self._saved = time.monotonic()
@@ -150,7 +150,7 @@ class Clock:
 
 
 class Log:
-    """Prints now and then what was learned since."""
+    """Prints the progress of training regularly."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()

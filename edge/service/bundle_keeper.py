@@ -152,9 +152,7 @@ class BundleKeeper:
         config = self._config
         generator = Generator(bundle, config.cache_directory, config.threads, config.context)
         stamp = config.cache_directory / f"{bundle.digest[:24]}.tested"
-        passed = weight_cache_name(
-            bundle.manifest.files[DECODER].sha256
-        )  # includes the LiteRT version and the CPU
+        passed = weight_cache_name(bundle.manifest.files[DECODER].sha256)  # includes LiteRT and the CPU
         if matches(stamp, passed):
             return generator
         try:
