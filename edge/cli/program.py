@@ -82,7 +82,7 @@ def stop_on(*signals: signal.Signals) -> None:
 
 
 class _Stopped(KeyboardInterrupt):
-    """A signal; no Exception, so that code that survives errors does not survive it."""
+    """A signal. It is not an Exception, so code that handles errors does not catch it."""
 
 
 @contextmanager

@@ -1,1 +1,1 @@
-"""What is said between a client and a node: requests, answers, frames, and the strict JSON below them."""
+"""The protocol between a client and a node: requests, answers, frames, and strict JSON."""

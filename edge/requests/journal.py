@@ -294,7 +294,7 @@ class Journal:
         return self._store.run(work)
 
     def close(self) -> None:
-        """Close in order: requests in work do not count as crashes."""
+        """Close cleanly: requests in work do not count as crashes."""
         interrupted = [(key,) for key, started in self._alive.items() if started]
         statement = "UPDATE entries SET starts = starts - 1 WHERE key = ? AND answer IS NULL"
         self._store.run(lambda database: database.executemany(statement, interrupted), durable=True)

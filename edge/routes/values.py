@@ -20,7 +20,7 @@ _UNIT = re.compile(r"(?:[^\W\d_]|[°%‰])(?:[^\W\d_]|[°%‰/·^*]|(?<=[mM])[23
 
 
 class UnusableError(ValueError):
-    """A payload has no number for the route; the message says what it has instead."""
+    """A payload has no number for the route; the message describes its value."""
 
 
 def read_value(expression: ParsedResult | None, parse_text: bool, payload: bytes) -> tuple[float, Any]:

@@ -1,4 +1,4 @@
-"""Packed weights on disk: one file for each model, LiteRT version and CPU, with checksums beside it.
+"""Packed weights on disk: one file for each model, LiteRT version and CPU, and its checksums.
 
     <key>.xnnpack         what XNNPACK packed, mapped by LiteRT, which does not check what it maps
     <key>.stamp           size, time and inode of that file, CRC-32 of each block, CRC-32 of the stamp

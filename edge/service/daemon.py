@@ -235,7 +235,7 @@ class Daemon:
 
 
 def _end(_number: int, _frame: Any) -> None:
-    """End in order while the bundle is loaded; there is nothing to drain yet."""
+    """End cleanly while the bundle is loaded; there is nothing to drain yet."""
     raise SystemExit(0)
 
 

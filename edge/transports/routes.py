@@ -15,7 +15,7 @@ class Routes(Protocol):
 
     @property
     def displayed(self) -> Sequence[tuple[str, str]]:
-        """Route and sensor of what an earlier run knew, so that a dashboard need not wait for it."""
+        """Routes and sensors of earlier runs; a dashboard can show them at once."""
 
     @property
     def filters(self) -> tuple[str, ...]:
