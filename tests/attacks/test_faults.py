@@ -254,6 +254,7 @@ def lives(daemon: DaemonProcess, seconds: float) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_a_broker_that_is_silent_in_a_tls_handshake_does_not_starve_the_watchdog(
     tmp_path: Path, bundle: Path
 ) -> None:

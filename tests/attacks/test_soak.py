@@ -12,9 +12,8 @@ ROOT = Path(__file__).parents[2]
 MINUTES = [number / 60 for number in range(10, 50)]
 
 
-@pytest.mark.parametrize(
-    ("seconds", "idle_s"), [(20, 3), pytest.param(900, 30, marks=pytest.mark.slow)], ids=["short", "long"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("seconds", "idle_s"), [(20, 3), (900, 30)], ids=["short", "long"])
 def test_a_daemon_under_light_load_answers_everything_once_and_holds_no_more_with_time(
     tmp_path: Path, seconds: int, idle_s: int
 ) -> None:

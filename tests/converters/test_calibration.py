@@ -87,6 +87,7 @@ def test_columns_without_calibration_inputs_still_get_codes() -> None:
         Objective.of(np.full((4, 4), np.nan, np.float32))
 
 
+@pytest.mark.slow
 def test_a_very_long_text_is_sampled_evenly_up_to_a_megabyte(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     encode = Tokenizer.encode
@@ -154,6 +155,7 @@ def of_few_directions(tensor: LazyTensor) -> LazyTensor:
     return Plain(tensor, np.ascontiguousarray((left * sizes) @ right, np.float32))
 
 
+@pytest.mark.slow
 def test_calibrated_int2_has_less_than_half_the_output_error_of_nearest_codes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -174,7 +176,12 @@ def test_calibrated_int2_has_less_than_half_the_output_error_of_nearest_codes(
 
 
 @pytest.mark.parametrize(
-    ("name", "recipe", "share"), [(GEMMA3, "int4", 0.8), (GEMMA3, "int8", 0.9), (GEMMA4, "int4", 0.8)]
+    ("name", "recipe", "share"),
+    [
+        pytest.param(GEMMA3, "int4", 0.8, marks=pytest.mark.slow),
+        pytest.param(GEMMA3, "int8", 0.9, marks=pytest.mark.slow),
+        (GEMMA4, "int4", 0.8),
+    ],
 )
 def test_a_calibrated_bundle_has_equal_size_and_is_closer_to_the_checkpoint(
     name: str, recipe: str, share: float, tmp_path: Path

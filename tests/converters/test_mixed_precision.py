@@ -87,7 +87,7 @@ def test_every_matrix_and_table_has_a_sensitivity_and_fewer_bits_cost_more(name:
         assert two > four > eight > 0
 
 
-@pytest.mark.parametrize("name", [GEMMA3, GEMMA4])
+@pytest.mark.parametrize("name", [GEMMA3, pytest.param(GEMMA4, marks=pytest.mark.slow)])
 def test_a_bundle_fits_its_budget_and_the_manifest_records_the_choice(name: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(FIXTURES / name)
     large = convert(checkpoint, tmp_path / "int8", "int8", 512)
@@ -111,6 +111,7 @@ def test_a_bundle_fits_its_budget_and_the_manifest_records_the_choice(name: str,
     assert sorted(layer for run in named for layer in run) == list(range(layers))
 
 
+@pytest.mark.slow
 def test_a_budget_larger_than_the_model_needs_no_more_disk_than_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,6 +150,7 @@ def test_an_impossible_budget_is_a_one_line_error_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_an_untied_embedding_gets_its_own_format(tmp_path: Path) -> None:
     folder = copy_fixture(GEMMA3, tmp_path / "model", lambda config: config.update(tie_word_embeddings=False))
     arrays = read_arrays(folder / "model.safetensors")
