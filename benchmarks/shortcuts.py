@@ -2,9 +2,9 @@
 
     python -m benchmarks.shortcuts [--recipe int4] [--recipe int8] [--requests N]
 
-With float32 weights no answer changes (`tests/generation/test_generation.py`). XNNPACK rounds the activations
-of quantised weights to 256 values, so what differs in the last bit before, because another number of tokens
-was run together, may differ in the third digit after.
+With float32 weights no answer changes (`tests/generation/test_generation.py`). With quantised weights XNNPACK
+rounds activations to 256 values. A different number of tokens in a pass can change the last bit of an
+activation, and rounding can turn that into a difference in the third digit.
 """
 
 from __future__ import annotations

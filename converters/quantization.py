@@ -65,7 +65,7 @@ class Format:
         return f"int{self.bits} in blocks of {self.block}" if self.block else f"int{self.bits}"
 
     def scale_shape(self, rows: int, columns: int) -> tuple[int, ...]:
-        """Shape of the scales of a [rows, columns] matrix; of float32, which has none, (0,)."""
+        """Shape of the scales of a [rows, columns] matrix; (0,) for float32, which has none."""
         if self.bits == 32:
             return (0,)
         return (rows, columns // self.block) if self.block else (rows,)

@@ -106,7 +106,7 @@ class StoredCodes:
 
 
 def stored_codes(checkpoint: Checkpoint, layout: WeightLayout) -> dict[str, StoredCodes]:
-    """The tensors that the checkpoint stores as integers which a bundle can hold."""
+    """The tensors whose stored integer codes a bundle can keep unchanged."""
     found = {}
     for name, columns in layout.columns.items():
         codes = checkpoint.tensors[name].codes()

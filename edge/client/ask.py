@@ -100,7 +100,10 @@ def _statistics(final: Final) -> str:
 
 @contextmanager
 def _cancelling(link: Link, request_id: str) -> Iterator[None]:
-    """Let Ctrl-C cancel the request; the second one, or CANCEL_S without an end, raises KeyboardInterrupt."""
+    """Let the first Ctrl-C cancel the request.
+
+    A second one raises KeyboardInterrupt, and so does a wait of CANCEL_S for the answer to end.
+    """
     ended = threading.Event()
 
     def cancel() -> None:
