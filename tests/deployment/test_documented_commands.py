@@ -1,9 +1,10 @@
-"""Auxiliary programs named in the Makefile and the documents can be started."""
+"""The commands in the Makefile and the documents exist, with the subcommands and options they are shown with."""
 
 from __future__ import annotations
 
 import importlib.util
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,11 @@ import pytest
 
 from benchmarks import shortcuts
 from converters.cli import RECIPES
+from converters.cli import main as convert
+from edge.cli.main import main as edge
 
 PROJECT = Path(__file__).parents[2]
-TEXTS = [PROJECT / "Makefile", *PROJECT.glob("docs/*.md"), *PROJECT.glob("adapters/**/*.md")]
+TEXTS = [PROJECT / "Makefile", *PROJECT.glob("*.md"), *PROJECT.glob("docs/*.md"), *PROJECT.glob("adapters/**/*.md")]
 PROGRAMS = sorted(
     {
         name
