@@ -18,7 +18,12 @@ from converters.cli import main as convert
 from edge.cli.main import main as edge
 
 PROJECT = Path(__file__).parents[2]
-TEXTS = [PROJECT / "Makefile", *PROJECT.glob("*.md"), *PROJECT.glob("docs/*.md"), *PROJECT.glob("adapters/**/*.md")]
+TEXTS = [
+    PROJECT / "Makefile",
+    *PROJECT.glob("*.md"),
+    *PROJECT.glob("docs/*.md"),
+    *PROJECT.glob("adapters/**/*.md"),
+]
 PROGRAMS = sorted(
     {
         name
