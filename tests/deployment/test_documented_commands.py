@@ -1,10 +1,9 @@
-"""The commands in the Makefile and the documents exist, with the subcommands and options they are shown with."""
+"""Auxiliary programs named in the Makefile and the documents can be started."""
 
 from __future__ import annotations
 
 import importlib.util
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +13,6 @@ import pytest
 
 from benchmarks import shortcuts
 from converters.cli import RECIPES
-from converters.cli import main as convert
-from edge.cli.main import main as edge
 
 PROJECT = Path(__file__).parents[2]
 TEXTS = [
